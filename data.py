@@ -428,6 +428,11 @@ class Conversations:
         image = record.get("image")
         return None if image is None else image_path(self.images, image, name)
 
+    @property
+    def lengths(self):
+        """int64[n], the size of each record in bytes: close enough to its tokens to group samples by."""
+        return np.diff(self.ends, prepend=0)
+
     def pictures(self):
         """Paths of all pictures, each once, in the order of the file."""
         found = (self.image_path(self.record(i), f"record {i}") for i in range(len(self)))
@@ -512,21 +517,37 @@ def check_causal(labels, pool_id, use_id):
                 f"row {b}: position {i} is trained, but its guidance reaches to position {latest}"
 
 
-@functools.lru_cache(maxsize=2)
-def order(n, seed, epoch):
-    """int64[n], the order of n samples in an epoch; shared between calls, so not to be written to."""
-    # Mixed first: torch's generator looks at 32 bits of a seed, in which (0, 1) and (1, 0) must differ
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
-    return torch.randperm(n, generator=torch.Generator().manual_seed(int(mixed)))
+class Order:
+    """Which samples make which step: a function of seed and step alone, the same for any number of ranks.
 
-
-def step_indices(n, seed, step, batch_size):
-    """list[int] of step `step`'s samples: the epochs' orders one after the other, cut in batches.
-
-    A function of its arguments alone: a resumed run goes on as if it had never stopped.
+    The epochs' permutations follow one another and are cut into steps of `batch_size`. With `lengths` (any measure,
+    one number a sample), samples of like length share a step, so that less is padded: within runs of GROUP steps the
+    permutation is sorted by length, then the steps of the whole epoch are mixed.
     """
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [int(order(n, seed, place // n)[place % n]) for place in places]
+    GROUP = 32
+
+    def __init__(self, n, seed, batch_size, lengths=None):
+        self.n, self.seed, self.batch_size, self.lengths = n, seed, batch_size, lengths
+        self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
+
+    def epoch(self, epoch):
+        """int64[n], the order of the samples in an epoch."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(self.n)
+        if self.lengths is None:
+            return order
+        first = min(-epoch * self.n % self.batch_size, self.n)  # these complete the last step of the epoch before
+        last = first + (self.n - first) // self.batch_size * self.batch_size
+        run = self.GROUP * self.batch_size
+        runs = [order[i:min(i + run, last)] for i in range(first, last, run)]
+        runs = [r[np.argsort(self.lengths[r], kind="stable")] for r in runs]
+        steps = np.concatenate(runs).reshape(-1, self.batch_size) if runs else order[:0].reshape(0, self.batch_size)
+        return np.concatenate([order[:first], rng.permutation(steps).ravel(), order[last:]])
+
+    def step(self, step):
+        """list[int] of the samples of optimiser step `step`."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [int(self.epoch(place // self.n)[place % self.n]) for place in places]
 
 
 # 5. Looking at data

@@ -19,8 +19,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import data
 from cli import UserError
-from data import (IGNORE, IMAGE, SYSTEM, Conversations, Layout, Preprocess, Tokenizer, check_causal, collate,
-                  conversation, encode, encode_prompt, open_image, order, pixels, step_indices)
+from data import (IGNORE, IMAGE, SYSTEM, Conversations, Layout, Order, Preprocess, Tokenizer, check_causal, collate,
+                  conversation, encode, encode_prompt, open_image, pixels)
 
 QUESTIONS = ["What colour is the large circle?", "Is there a red square?", "How many triangles are there?"]
 ANSWERS = ["red", "yes", "top left", "A cat.", "Black and white"]
@@ -543,22 +543,32 @@ def test_a_batch_without_pictures_brings_a_blank_one_that_nothing_refers_to(toke
         collate([encode(TURNS, tokenizer, LAYOUT, "r", "x")], [], (9, 32))
 
 
-def test_an_epoch_is_a_permutation_given_by_seed_and_epoch():
-    assert order(100, 3, 1).dtype == torch.int64 and sorted(order(100, 3, 1).tolist()) == list(range(100))
-    first = order(100, 3, 1).tolist()
-    order.cache_clear()
-    torch.manual_seed(9)
-    assert order(100, 3, 1).tolist() == first
-    others = [order(100, s, e).tolist() for s, e in ((3, 0), (3, 2), (1, 3), (4, 1), (0, 1), (1, 0))]
-    assert all(a != b for i, a in enumerate(others + [first]) for b in others[:i])
+@pytest.mark.parametrize("lengths", [None, np.arange(100) % 37])
+def test_the_order_is_a_function_of_seed_and_epoch_alone(lengths):
+    order = Order(100, 3, 8, lengths)
+    first = order.epoch(1).tolist()
+    assert sorted(first) == list(range(100))
+    for epoch in (0, 2, 3):
+        order.epoch(epoch)
+    assert order.epoch(1).tolist() == first == Order(100, 3, 8, lengths).epoch(1).tolist()
+    others = [Order(100, seed, 8, lengths).epoch(e).tolist() for seed, e in ((3, 0), (3, 2), (1, 3), (4, 1), (0, 1), (1, 0))]
+    assert all(first != other for other in others) and len({tuple(o) for o in others}) == 6
 
 
-@pytest.mark.parametrize("n, batch_size", [(10, 4), (10, 5), (3, 8), (1, 1)])
-def test_steps_walk_through_the_epochs_without_loss_or_repetition(n, batch_size):
-    walked = [i for step in range(12) for i in step_indices(n, 5, step, batch_size)]
-    expected = [i for epoch in range(12 * batch_size // n + 1) for i in order(n, 5, epoch).tolist()]
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (3, 4), (12, 4), (5, 12)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_steps_walk_through_the_epochs_without_a_gap(n, batch_size, grouped):
+    order = Order(n, 5, batch_size, np.arange(n) if grouped else None)
+    walked = [i for step in range(12) for i in order.step(step)]
+    expected = [i for epoch in range(12 * batch_size // n + 1) for i in order.epoch(epoch).tolist()]
     assert walked == expected[:12 * batch_size]
-    assert step_indices(n, 5, 7, batch_size) == walked[7 * batch_size:8 * batch_size]
+    assert Order(n, 5, batch_size, np.arange(n) if grouped else None).step(7) == walked[7 * batch_size:8 * batch_size]
+
+
+def test_grouping_puts_like_lengths_into_a_step_in_every_epoch():
+    lengths = np.random.default_rng(0).integers(0, 1000, 5003)
+    spread = lambda order: np.mean([np.ptp(lengths[order.step(k)]) for k in range(400)])  # 5 epochs, 5003 = 62 * 80 + 43
+    assert spread(Order(5003, 0, 64, lengths)) < 0.2 * spread(Order(5003, 0, 64))
 
 
 # The program

@@ -1,0 +1,687 @@
+"""Checkpoints: reading CLIP and Llama folders in Hugging Face's layout, reading and writing our own.
+
+A foreign checkpoint becomes ours by a table of (pattern, replacement) over its tensors' names. The model is built
+without storage and filled tensor by tensor from mapped files; each parameter is filled exactly once and each tensor
+used once or skipped by a rule. Anything else is a UserError that names the tensor and the file.
+
+    assemble(clip, llama)  a VLM of two pretrained parts, with a new projector and new experts
+    load(folder)           a checkpoint of ours; save(folder, ...) writes one, whole or not at all
+
+A checkpoint of ours is config.json, tokenizer.json and model.safetensors (or shards with an index). One of stage 1
+holds what was trained, and where the frozen rest came from. Next: train.py.
+"""
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+import zlib
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from cli import UserError
+from data import Preprocess, Tokenizer
+from model import LlamaConfig, VisionConfig, VLM, VLMConfig
+
+FORMAT, VERSION = "hyperllava", 1
+LAYOUTS = ("model.safetensors", "model.safetensors.index.json",
+           "pytorch_model.bin", "pytorch_model.bin.index.json")  # in order of preference
+SHARD = 5 * 10**9  # bytes of a weight file that we write, at most
+REMAP = 2**27      # bytes read before a file is mapped anew
+
+
+# ---- Device and precision
+
+
+def best_device():
+    """cuda or mps where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def fast_dtype(device):
+    """"bfloat16" on a GPU and on processors that multiply in it, else "float32": without them, bf16 is slower on a CPU."""
+    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
+
+
+# ---- Folders and files
+
+
+def resolve(name):
+    """The folder of a model: `name` itself if it exists, else the download of `owner/name` from Hugging Face.
+
+    Raises UserError if it is neither, or cannot be had (offline, unknown, not for everyone).
+    """
+    if os.path.exists(name):
+        return name
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise UserError(f"{name}: no such folder, and no name on Hugging Face either (owner/name)")
+    small = ["*.json", "tokenizer.model"]
+    try:  # what a repository holds in both formats is fetched in one
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=["model*.safetensors", *small])
+        if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+            folder = huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin", *small])
+    except Exception as error:  # the library's own, its HTTP client's, the system's
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{name}: no such folder, and not to be had from Hugging Face: {reason[0]}") from None
+    return folder
+
+
+def read_json(path):
+    """The object in a JSON file; UserError if the file is missing, damaged or no object."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            values = json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"no {os.path.basename(path)} in {os.path.dirname(path) or '.'}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return values
+
+
+def write_json(path, values):
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(values, f, indent=2)
+        f.write("\n")
+
+
+def shards_of(index):
+    """[(path, names)] of the shards that an index file lists; UserError if one of them is not there."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: no weight_map")
+    names = {}
+    for name, file in weight_map.items():
+        names.setdefault(file, set()).add(name)
+    paths = {file: os.path.join(os.path.dirname(index), file) for file in sorted(names)}
+    for file, path in paths.items():
+        if not os.path.isfile(path):
+            raise UserError(f"{index} names {file}, which is not there")
+    return [(path, names[file]) for file, path in paths.items()]
+
+
+def weight_files(folder):
+    """[(path, names it should hold, None if nothing says so)]; UserError if the folder has no weights."""
+    for layout in LAYOUTS:
+        path = os.path.join(folder, layout)
+        if os.path.isfile(path):
+            return shards_of(path) if layout.endswith(".json") else [(path, None)]
+    raise UserError(f"no weights in {folder}: looked for {', '.join(LAYOUTS)}")
+
+
+def open_shard(path):
+    """Names of the tensors in a weight file, and the function from a name to its tensor, mapped from the disk."""
+    try:
+        if path.endswith(".safetensors"):
+            file = safe_open(path, "pt")
+            return list(file.keys()), file.get_tensor
+        # Files from before torch 1.6 are no archives and cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: damaged, or a pickle that holds more than tensors; code in it is never run") from None
+    except Exception as error:  # the libraries raise nothing more specific
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a whole weight file, perhaps half downloaded ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"{path}: expected a dict of names and tensors, nothing else")
+    return list(state), state.__getitem__
+
+
+def check_shard(path, names, expected, seen):
+    """Every name in one shard only, and where the index says. `seen`, {name: path}, grows."""
+    for name in names:
+        if name in seen:
+            raise UserError(f"tensor {name} is both in {seen[name]} and in {path}")
+        if expected is not None and name not in expected:
+            raise UserError(f"{path}: holds tensor {name}, but the index does not say so")
+        seen[name] = path
+    if expected is not None and expected - set(names):
+        raise UserError(f"{path}: lacks tensor {min(expected - set(names))}, which the index says it holds")
+
+
+def tensors(folder):
+    """Yield (name, tensor, file) of all weights in a folder, shard by shard, mapped rather than read.
+
+    Pages that were read stay in memory as long as their map; mapping anew now and then lets go of those whose tensors
+    were cast, so that a whole model is never in memory twice.
+    Raises UserError naming the file or tensor: no weights, a missing or damaged shard, a tensor in two shards.
+    """
+    seen = {}
+    for path, expected in weight_files(folder):
+        names, get = open_shard(path)
+        check_shard(path, names, expected, seen)
+        read = 0
+        for name in names:
+            if read > REMAP:
+                get = None
+                get, read = open_shard(path)[1], 0
+            tensor = get(name)
+            read += tensor.nbytes
+            yield name, tensor, path
+
+
+def fingerprint(folder):
+    """sha256 over names, sizes, first and last MiB of the weight files: tells models apart without reading 13 GB."""
+    digest = hashlib.sha256()
+    for path, _ in weight_files(folder):
+        size = os.path.getsize(path)
+        digest.update(f"{os.path.basename(path)} {size}\n".encode())
+        with open(path, "rb") as f:
+            digest.update(f.read(2**20))
+            f.seek(max(0, size - 2**20))
+            digest.update(f.read())
+    return digest.hexdigest()
+
+
+# ---- Other people's configs
+
+
+def demand(values, path, **wanted):
+    """UserError naming the first field that is present and not the one value that this code builds."""
+    for key, value in wanted.items():
+        if values.get(key, value) != value:
+            raise UserError(f"{path}: {key} {values[key]!r} is not supported, only {value!r}")
+
+
+def numbers(values, path, **defaults):
+    """The named fields, or their defaults where absent; UserError on what is not a positive number."""
+    found = {key: values.get(key, default) for key, default in defaults.items()}
+    for key, value in found.items():
+        kinds = (int, float) if isinstance(defaults[key], float) else (int,)
+        if type(value) not in kinds or value <= 0:
+            raise UserError(f"{path}: {key} {value!r}, expected a positive {'number' if float in kinds else 'integer'}")
+    return found
+
+
+def preprocessing(folder, image_size):
+    """`Preprocess` from preprocessor_config.json, CLIP's defaults where it or a field is absent."""
+    path = os.path.join(folder, "preprocessor_config.json")
+    values = read_json(path) if os.path.exists(path) else {}
+    crop = values.get("crop_size", image_size)
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    if crop != image_size:
+        raise UserError(f"{path}: crop_size {crop}, but config.json says that the tower reads {image_size} px")
+    demand(values, path, resample=3, do_rescale=True, do_normalize=True)  # 3: bicubic
+    names = {"image_mean": "mean", "image_std": "std"}
+    return Preprocess(image_size, **{names[k]: tuple(values[k]) for k in names if k in values})
+
+
+def vision_config(folder):
+    """(VisionConfig, Preprocess) of a CLIPVisionModel or a whole CLIPModel, the last block left out.
+
+    Raises UserError naming the field that says this is another kind of tower.
+    """
+    path = os.path.join(folder, "config.json")
+    values = read_json(path)
+    if values.get("model_type") not in ("clip", "clip_vision_model", None):
+        raise UserError(f"{path}: model_type {values['model_type']!r}, expected clip or clip_vision_model")
+    if values.keys() & {"vision_config", "vision_config_dict"}:  # old files have both; the second is what counts
+        values = {**(values.get("vision_config") or {}), **(values.get("vision_config_dict") or {})}
+    demand(values, path, hidden_act="quick_gelu", num_channels=3)
+    n = numbers(values, path, image_size=224, patch_size=32, hidden_size=768, num_hidden_layers=12,
+                num_attention_heads=12, intermediate_size=3072, layer_norm_eps=1e-5)
+    if n["hidden_size"] % n["num_attention_heads"]:
+        raise UserError(f"{path}: hidden_size {n['hidden_size']} does not divide by num_attention_heads "
+                        f"{n['num_attention_heads']}")
+    cfg = VisionConfig(n["image_size"], n["patch_size"], n["hidden_size"], n["num_hidden_layers"] - 1,
+                       n["num_attention_heads"], n["intermediate_size"], n["layer_norm_eps"])
+    return cfg, preprocessing(folder, cfg.image_size)
+
+
+def rope_theta(values, path):
+    """Base of the rotary frequencies, from where transformers 4 or 5 writes it; UserError if they are scaled."""
+    theta = values.get("rope_theta", 10000.0)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{path}: {key} of type {kind!r} is not supported, only 'default'")
+        demand(rope, path, partial_rotary_factor=1.0)
+        theta = rope.get("rope_theta", theta)
+    return float(numbers({"rope_theta": theta}, path, rope_theta=10000.0)["rope_theta"])
+
+
+def llama_config(folder):
+    """LlamaConfig of a Llama 1 or 2 (Vicuna); UserError naming the field that says it is something else."""
+    path = os.path.join(folder, "config.json")
+    values = read_json(path)
+    if values.get("model_type") != "llama":
+        raise UserError(f"{path}: model_type {values.get('model_type')!r}, expected 'llama'")
+    demand(values, path, hidden_act="silu", attention_bias=False, mlp_bias=False, sliding_window=None)
+    n = numbers(values, path, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008,
+                vocab_size=32000, rms_norm_eps=1e-6, max_position_embeddings=2048)
+    width, heads = n["hidden_size"], n["num_attention_heads"]
+    kv_heads = numbers({"num_key_value_heads": values.get("num_key_value_heads") or heads}, path,
+                       num_key_value_heads=heads)["num_key_value_heads"]
+    if width % heads or (width // heads) % 2 or heads % kv_heads:
+        raise UserError(f"{path}: hidden_size {width} does not divide into num_attention_heads {heads} of an even size, "
+                        f"or these not by num_key_value_heads {kv_heads}")
+    if values.get("head_dim") is not None:
+        demand(values, path, head_dim=width // heads)
+    return LlamaConfig(width, n["num_hidden_layers"], heads, kv_heads, n["intermediate_size"], n["vocab_size"],
+                       n["rms_norm_eps"], rope_theta(values, path), n["max_position_embeddings"],
+                       bool(values.get("tie_word_embeddings", False)))
+
+
+# ---- Other people's names: (pattern of the whole name, ours). The first that matches counts; SKIP: knowingly unused
+
+SKIP = ""
+OURS = [(r"(vision|projector|llm)\..+", r"\g<0>")]
+
+
+def clip_rules(depth):
+    """Names of a CLIPVisionModel or CLIPModel -> ours, for a tower of which `depth` blocks are built."""
+    return [
+        (r"text_model\..+|(text|visual)_projection\..+|text_projection|logit_scale", SKIP),
+        (r"(vision_model\.)?(post_layernorm\..+|embeddings\.position_ids)", SKIP),
+        (rf"(vision_model\.)?encoder\.layers\.{depth}\..+", SKIP),  # the block whose output nobody reads
+        (r"(vision_model\.)?encoder\.(layers\..+)", r"vision.\2"),
+        (r"(vision_model\.)?((embeddings|pre_layrnorm)\..+)", r"vision.\2"),
+    ]
+
+
+def llama_rules(tied):
+    """Names of a LlamaForCausalLM -> ours."""
+    return [
+        (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", SKIP),  # a buffer of old versions
+        (r"lm_head\.weight", SKIP if tied else r"llm.\g<0>"),
+        (r"model\.((layers|embed_tokens|norm)\..+)", r"llm.\1"),
+    ]
+
+
+def rename(name, rules):
+    """Our name of a tensor, SKIP, or None where no rule knows it."""
+    for pattern, replacement in rules:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(replacement)
+    return None
+
+
+# ---- Filling a model
+
+
+def check_fit(target, tensor, shape, label):
+    if tensor.shape != shape:
+        raise UserError(f"{label} is {list(tensor.shape)}, but the model's {target} is {list(shape)}")
+    if not tensor.is_floating_point():
+        raise UserError(f"{label} is {tensor.dtype}, not of a floating type: quantised weights are not supported")
+
+
+def put(model, target, tensor):
+    """Make `tensor` itself, not a copy, the parameter `target`."""
+    owner, _, leaf = target.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+
+def fill(model, sources, dtype=None, new=()):
+    """Fill a model that was built without storage (on the meta device).
+
+    sources  [(folder, rules)], see `tensors` and `rename`
+    dtype    what all tensors are cast to; None: each keeps its own. What needs no cast stays mapped from its file
+    new      names of the parameters that no source holds; they stay without storage, for `initialise`
+    Raises UserError on a tensor that is missing, left over, mis-shaped or there twice.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    origin = {}
+    for folder, rules in sources:
+        for name, tensor, file in tensors(folder):
+            target = rename(name, rules)
+            if target == SKIP:
+                continue
+            label = f"{file}: tensor {name}"
+            if target not in shapes or target in new:
+                raise UserError(f"{label} has no place in the model")
+            if target in origin:
+                raise UserError(f"{label} fills {target}, but so does {origin[target]}")
+            check_fit(target, tensor, shapes[target], label)
+            put(model, target, tensor.to(dtype or tensor.dtype).contiguous())
+            origin[target] = label
+    missing = [name for name in shapes if name not in origin and name not in new]
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"{' and '.join(folder for folder, _ in sources)}: no tensor for {missing[0]}{more}")
+
+
+def initialise(module, seed, dtype=None, name=""):
+    """Give storage and first values to the parameters that have none, each part by its reset_parameters().
+
+    Every part draws from a seed of its own, made of `seed` and its name, in fp32: it starts out the same whatever
+    other new parts the model has.
+    """
+    if not any(p.is_meta for p in module.parameters()):
+        return
+    if not hasattr(module, "reset_parameters"):
+        for child, part in module.named_children():
+            initialise(part, seed, dtype, f"{name}.{child}" if name else child)
+        return
+    module.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        module.reset_parameters()
+    module.to(dtype or torch.float32)
+
+
+def without_storage(cfg):
+    with torch.device("meta"):
+        return VLM(cfg)
+
+
+def names_of(cfg):
+    return {name for name, _ in without_storage(cfg).named_parameters()}
+
+
+def assemble(vision_folder, llm_folder, options, dtype=torch.float32, seed=0):
+    """(VLM, Tokenizer, Preprocess) of a CLIP and a Llama in Hugging Face's layout; what is new starts from `seed`.
+
+    options  dict of the fields of VLMConfig that choose the experts
+    """
+    vision, preprocess = vision_config(vision_folder)
+    llm = llama_config(llm_folder)
+    tokenizer = Tokenizer.load(llm_folder)
+    ids = tokenizer.inner.get_vocab_size()
+    if ids > llm.vocab:
+        raise UserError(f"{llm_folder}: the tokenizer has {ids} ids, but the model only {llm.vocab}")
+    model = without_storage(VLMConfig(vision, llm, **options))
+    parts = [(vision_folder, clip_rules(vision.depth)), (llm_folder, llama_rules(llm.tied))]
+    static = names_of(VLMConfig(vision, llm, "none", "none"))
+    fill(model, parts, dtype, {n for n in names_of(model.cfg) if n not in static or n.startswith("projector.")})
+    initialise(model, seed, dtype)
+    return model, tokenizer, preprocess
+
+
+# ---- Writing a folder whole or not at all
+
+WRITTEN = re.compile(r"(preprocessor_)?config\.json|tokenizer\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+NOTE = "replaced.txt"  # in a .old folder that a save made
+
+
+def link(path, target):
+    """A hard link; a copy on file systems that have none (exFAT, cloud drives)."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
+def checkpoint_files(folder):
+    """Names of the files that make the checkpoint in a folder, config.json last; logs and the like are not among them."""
+    names = filter(WRITTEN.fullmatch, os.listdir(folder))
+    return sorted(names, key=lambda name: (name == "config.json", name))
+
+
+def discard(old):
+    """Remove a .old folder that a save made, at once for whoever looks; one of a user's own making is left alone."""
+    if os.path.exists(os.path.join(old, NOTE)):
+        gone = f"{old}.gone"
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(old, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def set_aside(folder):
+    """Make `folder`.old a second, whole checkpoint out of the one in `folder`."""
+    old, aside = f"{folder}.old", f"{folder}.old.new"
+    discard(old)
+    if os.path.exists(old):
+        raise UserError(f"{old} is in the way: a checkpoint that is replaced is kept there meanwhile. Move it, please")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    for name in checkpoint_files(folder):
+        link(os.path.join(folder, name), os.path.join(aside, name))
+    with open(os.path.join(aside, NOTE), "w", encoding="utf-8") as f:
+        f.write("A checkpoint that was about to be replaced, kept until the new one was whole.\n")
+    os.replace(aside, old)
+
+
+@contextlib.contextmanager
+def written(folder):
+    """A new folder to write a checkpoint into, which then takes the place of the one in `folder`, if any.
+
+    At every moment either `folder` holds a whole checkpoint, known by its config.json, or `folder`.old does. An error
+    while writing (a full disk) leaves the old one untouched. Other files in `folder` stay.
+    """
+    folder = os.path.realpath(folder)  # of a link, the far end: files are only ever renamed within a file system
+    new = f"{folder}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    os.makedirs(new)
+    try:
+        yield new
+        os.makedirs(folder, exist_ok=True)
+        if os.path.exists(os.path.join(folder, "config.json")):
+            set_aside(folder)  # else a .old is of a save that was killed, and all there is
+        for name in reversed(checkpoint_files(folder)):  # without its config.json it is no checkpoint any more
+            os.remove(os.path.join(folder, name))
+        for name in checkpoint_files(new):
+            os.replace(os.path.join(new, name), os.path.join(folder, name))
+        discard(f"{folder}.old")
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def in_shards(state):
+    """{file name: names of its tensors}, in files of at most SHARD bytes; the order in `state` does not matter."""
+    groups, size = [[]], 0
+    for name in sorted(state):
+        if groups[-1] and size + state[name].nbytes > SHARD:
+            groups, size = [*groups, []], 0
+        groups[-1].append(name)
+        size += state[name].nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def write_file(path, state):
+    """Write one safetensors file. The library makes it readable to its owner alone; here the umask decides, as elsewhere."""
+    with open(path, "wb") as f:
+        mode = os.fstat(f.fileno()).st_mode
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
+    os.chmod(path, mode)
+
+
+def write_tensors(folder, state):
+    """Write model.safetensors, or shards and their index; the bytes depend on names and tensors alone."""
+    files = in_shards(state)
+    for file, names in files.items():
+        write_file(os.path.join(folder, file), {name: state[name] for name in names})
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        total = sum(t.nbytes for t in state.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(os.path.join(folder, "model.safetensors.index.json"), index)
+
+
+def dtype_name(state):
+    return str(next(iter(state.values())).dtype).removeprefix("torch.")
+
+
+def write_vision(folder, state, config, preprocess):
+    """Write a CLIP tower in Hugging Face's layout, for `vision_config` or transformers' CLIPVisionModel to read.
+
+    state   {name in model.CLIP: tensor} of all blocks, and post_layernorm.weight and .bias
+    config  VisionConfig of that tower, `depth` counting all blocks
+    """
+    side = {"height": preprocess.size, "width": preprocess.size}
+    processor = {
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
+        "size": {"shortest_edge": preprocess.size}, "resample": 3, "do_center_crop": True, "crop_size": side,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
+    values = {
+        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": config.width,
+        "intermediate_size": config.hidden, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
+        "num_channels": 3, "image_size": config.image_size, "patch_size": config.patch, "hidden_act": "quick_gelu",
+        "layer_norm_eps": config.eps, "torch_dtype": dtype_name(state)}
+    with written(folder) as new:
+        write_tensors(new, {"vision_model." + re.sub(r"^layers", "encoder.layers", n): t for n, t in state.items()})
+        write_json(os.path.join(new, "preprocessor_config.json"), processor)
+        write_json(os.path.join(new, "config.json"), values)
+
+
+def write_llama(folder, state, config, tokenizer, bos, eos):
+    """Write a Llama in Hugging Face's layout, for `llama_config` or transformers' LlamaForCausalLM to read.
+
+    state     {name in model.Llama: tensor}
+    bos, eos  ids of the tokens that begin and end a text
+    """
+    values = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": config.width,
+        "intermediate_size": config.hidden, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads, "head_dim": config.width // config.heads, "vocab_size": config.vocab,
+        "max_position_embeddings": config.context, "rms_norm_eps": config.eps, "rope_theta": config.theta,
+        "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "tie_word_embeddings": config.tied, "bos_token_id": bos, "eos_token_id": eos, "torch_dtype": dtype_name(state)}
+    with written(folder) as new:
+        write_tensors(new, {n if n.startswith("lm_head") else f"model.{n}": t for n, t in state.items()})
+        tokenizer.save(new)
+        write_json(os.path.join(new, "config.json"), values)
+
+
+# ---- Checkpoints of ours
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A model, and what it takes to talk to it as it was trained."""
+    model: VLM
+    tokenizer: Tokenizer
+    preprocess: Preprocess
+    system: str   # the system prompt
+    config: dict  # the whole of config.json
+
+
+def source(name, checkpoint):
+    """What a checkpoint in the folder `checkpoint` notes of the model `name`, a folder or a hub id, that it needs.
+
+    A folder is noted relative to the checkpoint, so that both may move together.
+    """
+    local = os.path.exists(name)
+    path = os.path.relpath(os.path.realpath(name), os.path.realpath(checkpoint)) if local else name
+    return {"path": path, "fingerprint": fingerprint(resolve(name))}
+
+
+def source_folder(noted, checkpoint):
+    """The folder of a model that `source` noted; UserError if it is gone or is another by now."""
+    path = os.path.join(os.path.realpath(checkpoint), noted["path"])
+    try:
+        folder = os.path.normpath(path) if os.path.exists(path) else resolve(noted["path"])
+    except UserError as error:
+        raise UserError(f"{checkpoint} needs the model that it was trained on: {error}") from None
+    if fingerprint(folder) != noted["fingerprint"]:
+        raise UserError(f"{folder}: its weights are not those that {checkpoint} was trained on (fingerprints differ)")
+    return folder
+
+
+def save(folder, model_config, state, tokenizer, preprocess, system, stage, sources, training):
+    """Write a checkpoint of ours, whole or not at all (see `written`).
+
+    state     {name in VLM: plain CPU tensor}; in stage 1 those that were trained
+    sources   {"vision": source(...), "llm": source(...)} if the frozen rest is to be found there; {}: `state` is all
+    training  dict of the options that made it
+    Raises OSError or UserError if it cannot be written; what was there before is then still there.
+    """
+    config = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(model_config),
+              "preprocess": dataclasses.asdict(preprocess), "template": {"system": system}, "stage": stage,
+              "sources": sources, "training": training}
+    with written(folder) as new:
+        write_tensors(new, state)
+        tokenizer.save(new)
+        write_json(os.path.join(new, "config.json"), config)
+
+
+def expect_keys(values, keys, label):
+    """UserError naming a key that is unknown or lacking."""
+    if not isinstance(values, dict):
+        raise UserError(f"{label}: expected an object with {', '.join(sorted(keys))}")
+    for key in values.keys() - keys:
+        raise UserError(f"{label}: unknown key {key!r}, expected {', '.join(sorted(keys))}")
+    for key in keys - values.keys():
+        raise UserError(f"{label}: no {key!r}")
+
+
+def build(kind, values, label):
+    """The dataclass `kind` of exactly the fields in `values`; UserError names what is unknown or lacking."""
+    expect_keys(values, {f.name for f in dataclasses.fields(kind)}, label)
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def build_config(values, label):
+    """VLMConfig of its nested dict."""
+    expect_keys(values, {f.name for f in dataclasses.fields(VLMConfig)}, label)
+    vision = build(VisionConfig, values["vision"], f"{label}.vision")
+    llm = build(LlamaConfig, values["llm"], f"{label}.llm")
+    return VLMConfig(**{**values, "vision": vision, "llm": llm})
+
+
+def with_experts(cfg, experts, label):
+    """`cfg` with experts added where it has none; UserError if those that it has are not the ones asked for."""
+    grown = dataclasses.replace(cfg, **experts)
+    held = ["visual_expert"] if cfg.visual_expert != "none" else []
+    held += ["language_expert", "guidance_after"] if cfg.language_expert != "none" else []
+    held += ["expert_embed", "expert_rank"] if held else []
+    for field in held:
+        was, asked = getattr(cfg, field), getattr(grown, field)
+        if was != asked:
+            raise UserError(f"{label}: {field} is {was} there, not {asked}; trained experts keep their form: say --{field} {was}")
+    return grown
+
+
+def load_ours(folder, config, dtype, seed, experts):
+    path = os.path.join(folder, "config.json")
+    keys = {"format", "version", "model", "preprocess", "template", "stage", "sources", "training"}
+    expect_keys(config, keys, path)
+    if config["version"] != VERSION:
+        raise UserError(f"{path}: version {config['version']}, this code reads {VERSION}")
+    cfg = build_config(config["model"], f"{path}: model")
+    preprocess = build(Preprocess, config["preprocess"], f"{path}: preprocess")
+    expect_keys(config["template"], {"system"}, f"{path}: template")
+    parts = [(folder, OURS)]
+    if config["sources"]:
+        expect_keys(config["sources"], {"vision", "llm"}, f"{path}: sources")
+        rules = {"vision": clip_rules(cfg.vision.depth), "llm": llama_rules(cfg.llm.tied)}
+        parts += [(source_folder(noted, folder), rules[part]) for part, noted in config["sources"].items()]
+        dtype = dtype or next(tensors(folder))[1].dtype  # that of the trained part for the frozen ones, too
+    grown = cfg if experts is None else with_experts(cfg, experts, path)
+    model = without_storage(grown)
+    fill(model, parts, dtype, names_of(grown) - names_of(cfg))
+    initialise(model, seed, dtype)
+    return Checkpoint(model, Tokenizer.load(folder), preprocess, config["template"]["system"], config)
+
+
+LOADERS = {FORMAT: load_ours}  # by "format" in config.json, or the "model_type" of foreign ones
+
+
+def load(name, dtype=None, experts=None, seed=0):
+    """The `Checkpoint` in a folder or under a hub id.
+
+    dtype    of all parameters; None: as stored
+    experts  dict of the fields of VLMConfig that choose the experts, to add those that the checkpoint has not
+    seed     of the experts that are added
+    Falls back to `name`.old where a save was killed. Raises UserError: no checkpoint, another format, an unknown key, a
+    tensor that is missing, left over or mis-shaped, a frozen part that is not the one it was trained on.
+    """
+    real = os.path.realpath(name)
+    killed = not os.path.exists(os.path.join(real, "config.json")) and os.path.exists(f"{real}.old/config.json")
+    folder = f"{real}.old" if killed else resolve(name)
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: a file, expected the folder of a checkpoint")
+    config = read_json(os.path.join(folder, "config.json"))
+    kind = config.get("format", config.get("model_type"))
+    if kind not in LOADERS:
+        raise UserError(f"{folder}/config.json: {kind!r} is no format that can be opened, expected {', '.join(LOADERS)}")
+    return LOADERS[kind](folder, config, dtype, seed, experts)
