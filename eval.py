@@ -1,0 +1,221 @@
+"""Tasks and their scorers: `python eval.py --model out/toy/stage2 --task toy`.
+
+The toy's task asks every question of the held-out splits as a single turn, greedily, through the `generate` of sample.py, and counts
+exact matches. It writes scores.json and gallery.png beside the checkpoint's folder, and prints a table.
+"""
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import weights
+import world
+from cli import UserError, main, parse
+from data import Layout, collate, encode_prompt, load_records, open_image, pixels
+from hypernet import Expert, HyperNetwork
+from model import generate
+
+BATCH = 128  # questions answered at once
+
+
+@dataclass
+class Options:
+    """Score a checkpoint."""
+    model: str = "out/toy/stage2"     # checkpoint
+    task: Literal["toy"] = "toy"      # what to score it on
+    data: str | None = None           # folder of the task's data; none: `world` beside the checkpoint
+    out: str | None = None            # folder for scores.json and gallery.png; none: the one that holds the checkpoint
+
+
+@dataclass
+class Question:
+    """One question of a test split, as a single turn about one picture."""
+    family: str
+    template: str
+    text: str
+    answer: str
+    image: str
+
+
+def questions_of(folder, split):
+    """The questions of folder/SPLIT.json."""
+    return [Question(r["family"], r["template"], r["conversations"][0]["value"], r["conversations"][1]["value"],
+                     os.path.join(folder, "images", r["image"]))
+            for r in load_records(os.path.join(folder, f"{split}.json"))]
+
+
+class Answerer:
+    """A checkpoint that answers questions about pictures; each picture goes through the tower once."""
+
+    def __init__(self, checkpoint, max_new_tokens=72):
+        self.model, self.tokenizer, self.preprocess = checkpoint.model.eval(), checkpoint.tokenizer, checkpoint.preprocess
+        cfg = self.model.cfg
+        self.layout = Layout("v1", checkpoint.system, cfg.vision.tokens, cfg.llm.context)
+        self.max_new_tokens, self.features = max_new_tokens, {}
+
+    @torch.no_grad()
+    def look(self, paths):
+        """Features float[N, C] of each picture, made for those not seen before."""
+        new = [p for p in dict.fromkeys(paths) if p not in self.features]
+        if new:
+            dtype = self.model.projector.linear_1.weight.dtype
+            seen = torch.stack([pixels(open_image(p, p), self.preprocess) for p in new]).to(dtype)
+            self.features |= zip(new, self.model.features(seen))
+        return [self.features[p] for p in paths]
+
+    def __call__(self, questions, name):
+        """The answers, list[str], in order."""
+        answers = []
+        for i in tqdm(range(0, len(questions), BATCH), name, mininterval=5):
+            some = questions[i:i + BATCH]
+            samples = [encode_prompt([], q.text, self.tokenizer, self.layout, q.image) for q in some]
+            batch = collate(samples, self.look([q.image for q in some]), None)
+            ids = generate(self.model, batch, self.max_new_tokens, self.tokenizer.eos)
+            answers += [self.tokenizer.decode(row).strip() for row in ids]
+        return answers
+
+
+# ---- What the experts contribute: two ways to take it away
+
+
+@contextlib.contextmanager
+def experts_off(model):
+    """Within this context every generated shift is exactly zero: no up-projection is left."""
+    ups = [m.up.weight if isinstance(m, HyperNetwork) else m.up
+           for m in model.modules() if isinstance(m, (HyperNetwork, Expert))]
+    kept = [up.detach().clone() for up in ups]
+    for up in ups:
+        up.data.zero_()
+    yield
+    for up, old in zip(ups, kept):
+        up.data.copy_(old)
+
+
+@contextlib.contextmanager
+def experts_swapped(model):
+    """Within this context each row runs with the weights generated for another row, half a batch away."""
+    swap = lambda module, inputs: (inputs[0].roll(max(1, len(inputs[0]) // 2), 0),)
+    handles = [m.register_forward_pre_hook(swap) for m in model.modules() if isinstance(m, HyperNetwork)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+# ---- Scores
+
+
+def exact(questions, answers):
+    """{"n", "mean", "families": {family: accuracy}}; the mean is over families, of exact matches."""
+    right = collections.defaultdict(list)
+    for q, a in zip(questions, answers):
+        right[q.family].append(a == q.answer)
+    families = {f: sum(right[f]) / len(right[f]) for f in world.FAMILIES if right[f]}
+    return {"n": len(questions), "mean": sum(families.values()) / len(families), "families": families}
+
+
+def majority(questions):
+    """The commonest answer to each question's template: the best that a constant answer could do on this very split."""
+    answers = collections.defaultdict(collections.Counter)
+    for q in questions:
+        answers[q.template][q.answer] += 1
+    return [answers[q.template].most_common(1)[0][0] for q in questions]
+
+
+def exchanged(questions):
+    """The same questions about another picture: each picture's questions go to the next one."""
+    images = list(dict.fromkeys(q.image for q in questions))
+    after = dict(zip(images, images[1:] + images[:1]))
+    return [dataclasses.replace(q, image=after[q.image]) for q in questions]
+
+
+def object_f1(questions, answers):
+    """F1 of the (size, colour, shape) that captions name, over all captions together."""
+    hit = told = true = 0
+    for q, a in zip(questions, answers):
+        said, there = world.objects_in(a), world.objects_in(q.answer)
+        hit, told, true = hit + (said & there).total(), told + said.total(), true + there.total()
+    return 2 * hit / max(1, told + true)
+
+
+def toy_scores(model, folder, out, began):
+    """Score a toy checkpoint on all splits; write out/scores.json and out/gallery.png; print the table.
+
+    began  time.perf_counter() when the run that "seconds" counts began
+    """
+    checkpoint = weights.load(model)
+    answer = Answerer(checkpoint)
+    asked = {split: questions_of(folder, split) for split in ("heldout", "combination")}
+    captions = [q for q in asked["heldout"] if q.family == "caption"]
+    asked = {split: [q for q in questions if q.family != "caption"] for split, questions in asked.items()}
+    held = asked["heldout"]
+
+    answers = answer(held, "heldout")
+    splits = {"heldout": exact(held, answers),
+              "combination": exact(asked["combination"], answer(asked["combination"], "combination")),
+              "shuffled": exact(held, answer(exchanged(held), "shuffled")),
+              "majority": exact(held, majority(held))}
+    with experts_off(checkpoint.model):
+        splits["experts_off"] = exact(held, answer(held, "experts off"))
+    with experts_swapped(checkpoint.model):
+        splits["experts_swapped"] = exact(held, answer(held, "experts swapped"))
+    f1 = object_f1(captions, answer(captions, "captions"))
+    gallery(held, answers, os.path.join(out, "gallery.png"))
+    scores = {"seconds": round(time.perf_counter() - began, 1), "splits": splits, "captions": {"object_f1": f1}}
+    path = os.path.join(out, "scores.json")
+    with open(path + ".tmp", "w") as f:
+        json.dump(scores, f, indent=2)
+    os.replace(path + ".tmp", path)
+    print(table(scores))
+
+
+def table(scores):
+    """The scores as aligned text, in per cent."""
+    lines = [f"{'split':16s}" + "".join(f"{f:>9s}" for f in world.FAMILIES) + f"{'mean':>9s}{'n':>7s}"]
+    for name, s in scores["splits"].items():
+        cells = "".join(f"{100 * s['families'].get(f, float('nan')):9.1f}" for f in world.FAMILIES)
+        lines.append(f"{name:16s}{cells}{100 * s['mean']:9.1f}{s['n']:7d}")
+    lines.append(f"captions: object F1 {100 * scores['captions']['object_f1']:.1f}    {scores['seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+def gallery(questions, answers, path, columns=4, rows=3, scale=4):
+    """A sheet of pictures, each with three of its questions, the answer in green if right and in red, with the truth, if not."""
+    shown = collections.defaultdict(list)
+    for q, a in zip(questions, answers):
+        shown[q.image].append((q, a))
+    images = list(shown)[::max(1, len(shown) // (columns * rows))][:columns * rows]
+    font, wide, high = ImageFont.load_default(13), 400, 60 * scale + 120
+    sheet = Image.new("RGB", (columns * wide, rows * high), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = i % columns * wide + 10, i // columns * high + 10
+        picture = open_image(image, image)
+        sheet.paste(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST), (x, y))
+        for j, (q, a) in enumerate(shown[image][i % 3::3][:3]):
+            text, top = q.text.removeprefix("<image>\n"), y + 60 * scale + 5 + 34 * j
+            pen.text((x, top), text, "black", font)
+            right = a == q.answer
+            pen.text((x, top + 15), a if right else f"{a}   (truth: {q.answer})", "green" if right else "red", font)
+    sheet.save(path)
+
+
+TASKS = {"toy": toy_scores}
+
+
+def run():
+    o = Options(**parse(Options))
+    parent = os.path.dirname(os.path.abspath(o.model))
+    TASKS[o.task](o.model, o.data or os.path.join(parent, "world"), o.out or parent, time.perf_counter())
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,58 @@
+"""Muon: momentum whose update, for each weight matrix, is made (nearly) orthogonal. An alternative to AdamW in train.py.
+
+After Keller Jordan's https://kellerjordan.github.io/posts/muon/; `torch.optim.Muon` does the same one matrix at a time. Here
+matrices of one shape go through the iteration as a stack, and the matrices may be sharded (DTensor): a rank gathers the
+whole update, orthogonalises it, and keeps its own rows.
+"""
+from collections import defaultdict
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of a quintic that drives singular values into 0.7 .. 1.2 within five steps
+
+
+def orthogonalise(g, steps=5):
+    """float[n, rows, columns] -> the same with singular values near 1, by Newton-Schulz iteration in bf16."""
+    a, b, c = COEFFICIENTS
+    x = g.bfloat16()
+    x = x.mT if g.shape[-2] > g.shape[-1] else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return (x.mT if g.shape[-2] > g.shape[-1] else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """For 2-D weights inside blocks; embeddings, heads, norms and biases belong to AdamW. lr is about 10 x an AdamW lr."""
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.shape].append(p)
+            for shape, params in alike.items():
+                updates = orthogonalise(torch.stack([self.momentum(p, group["momentum"]) for p in params]))
+                scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                for p, update in zip(params, updates):
+                    if isinstance(p, DTensor):  # every rank has the whole update and keeps its own rows
+                        whole = DTensor.from_local(update, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
+                        p.to_local().sub_(whole.redistribute(placements=p.placements).to_local(), alpha=scale)
+                    else:
+                        p.sub_(update, alpha=scale)
+
+    def momentum(self, p, decay):
+        """The whole (unsharded) Nesterov momentum float[rows, columns] of a parameter, after taking in its gradient."""
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        mean, grad = state["momentum"], p.grad
+        mean.lerp_(grad, 1 - decay)
+        ahead = grad.lerp(mean, decay)
+        return ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
