@@ -46,12 +46,12 @@ class HyperNetwork(nn.Module):
     weight by up to lr * sum|a|, which grows with E; a learning rate that suits the static layers would rewrite the adapter.
 
     e        float[B, U, E]  embedding of the guidance at one site
-    returns  float[B, U, 2R, inputs], float[B, U, R, outputs]  the generated parts of W_d and W_u
+    returns  float[B, U, 2R * inputs], float[B, U, R * outputs]  the generated parts of W_d and W_u, as they are written
     """
 
     def __init__(self, inputs, outputs, embed, rank):
         super().__init__()
-        self.inputs, self.outputs, self.rank = inputs, outputs, rank
+        self.inputs = inputs
         self.trunk = nn.Linear(embed, embed)                         # W_1, B_1
         self.down = nn.Linear(embed, 2 * rank * inputs, bias=False)  # W_2, the rows that write W_d
         self.up = nn.Linear(embed, rank * outputs, bias=False)       # W_2, the rows that write W_u
@@ -63,11 +63,8 @@ class HyperNetwork(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, e):
-        B, U, E = e.shape
-        a = F.silu(self.trunk(e)) * E ** -0.5                        # Eq. 4, inner part
-        down = self.down(a).view(B, U, 2 * self.rank, self.inputs)   # Eq. 4, outer part
-        up = self.up(a).view(B, U, self.rank, self.outputs)
-        return down, up
+        a = F.silu(self.trunk(e)) * e.shape[-1] ** -0.5              # (B, U, E)  Eq. 4, the inner layer
+        return self.down(a), self.up(a)                              # Eq. 4, the outer layer
 
 
 class Expert(nn.Module):
@@ -91,9 +88,10 @@ class Expert(nn.Module):
 
     def weights(self, guidance, hypernet):
         """W_d float[B, U, 2R, inputs] and W_u float[B, U, R, outputs] for guidance float[B, U, G]."""
-        e = self.encoder(rms(guidance))       # (B, U, E)  Eq. 3
+        e = self.encoder(rms(guidance))                              # (B, U, E)  Eq. 3
         down, up = hypernet(e)
-        return self.down + down, self.up + up  # K = w + b^(n)  Eq. 4
+        return (self.down + down.unflatten(-1, self.down.shape),     # K = w + b^(n)  Eq. 4
+                self.up + up.unflatten(-1, self.up.shape))
 
     def forward(self, x, weights, use_id=None):
         """Eq. 5: the shift that each token gets from the weights of its turn.

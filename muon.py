@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):  # the signature that torch.distributed.checkpoint calls
         for group in self.param_groups:
             alike = defaultdict(list)
             for p in group["params"]:

@@ -18,7 +18,7 @@ from model import CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
 
 VISION = VisionConfig(image_size=60, patch=10, width=128, depth=4, heads=2, hidden=512)
 LLAMA = LlamaConfig(width=192, depth=4, heads=3, kv_heads=3, hidden=512, vocab=640, context=256)
-CAPTION = LlamaConfig(width=128, depth=2, heads=2, kv_heads=2, hidden=256, vocab=640)  # CLIP's other tower
+CAPTION = LlamaConfig(width=128, depth=2, heads=2, kv_heads=2, hidden=256, vocab=640, tied=True)  # CLIP's other tower
 PREPROCESS = Preprocess(size=VISION.image_size)
 STATIC = VLMConfig(llm=LLAMA, visual_expert="none", language_expert="none")
 

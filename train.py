@@ -82,6 +82,7 @@ class Options:
     init: str | None = None          # stage 2: checkpoint to start from (OUT/stage1)
     resume: bool = False             # go on from the newest saved state of this stage
     overwrite: bool = False          # train a finished stage anew
+    pictures: int = 16000            # the toy's training pictures, and as many texts
     seed: int = 0                    # of new weights and of the order of the data
     steps: int | None = None         # optimiser steps; from epochs if not given
     epochs: float | None = None      # passes over the data
@@ -329,8 +330,11 @@ def train(job, o, mesh):
     opts = optimisers(model, o)
 
     states, log_path = os.path.join(out, "state"), os.path.join(out, "log.jsonl")
-    start = saved_steps(states)[-1] if o.resume else 0
+    start = 0
     if o.resume:
+        if not saved_steps(states):
+            raise UserError(f"--resume: no saved state in {states}")
+        start = saved_steps(states)[-1]
         load_state(states, start, model, opts)
     if rank == 0:
         cut_log(log_path, start)
@@ -460,6 +464,10 @@ def complete(given, stage):
     if stage == 2:
         preset |= {"init": os.path.join(o.out, "stage1")}
     o = Options(**{**preset, **given, "stage": stage})
+    needed = {0: (), 1: ("vision", "llm", "data", "images"), 2: ("init", "data", "images")}[stage]
+    missing = [f"--{name}" for name in needed if getattr(o, name) is None]
+    if missing:
+        raise UserError(f"stage {stage} with preset {o.preset} needs {', '.join(missing)}")
     o.device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
     o.dtype = o.dtype or weights.fast_dtype(o.device)
     return o
@@ -498,10 +506,12 @@ def run():
     o = Options(**given)
     began = time.perf_counter()
     mesh = start_world(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if o.stage not in (None, 0, 1, 2) or (o.preset != "toy" and o.stage not in (1, 2)):
+        raise UserError(f"--stage {o.stage} with preset {o.preset}: expected 1 or 2; the toy also has 0, or none for all")
     if o.stage is not None and finished(o.out, o.stage) and not o.overwrite:
         raise UserError(f"{os.path.join(o.out, f'stage{o.stage}')} is finished: --overwrite trains it anew")
     if o.preset == "toy" and dist.get_rank() == 0:
-        world.write_world(os.path.join(o.out, "world"))
+        world.write_world(os.path.join(o.out, "world"), o.pictures, texts=o.pictures, test_pictures=min(250, o.pictures))
     dist.barrier()
     needed = [0, 1, 2] if o.stage is None else [0] * (o.preset == "toy" and o.stage > 0) + [o.stage]
     for stage in needed:
@@ -513,5 +523,14 @@ def run():
         eval.toy_scores(os.path.join(o.out, "stage2"), os.path.join(o.out, "world"), o.out, began)
 
 
+def leave():
+    """End the process. gloo's threads may abort an ordinary exit after all work is done (torch 2.13), so skip it."""
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     main(run)
+    leave()
