@@ -34,14 +34,15 @@ def usage(options):
 
 def convert(name, kind, text):
     """`text` as the annotated type of option `name`; UserError if it is not one."""
-    choices = [k for k in (typing.get_args(kind) or (kind,)) if k is not type(None)]
+    inner = typing.get_args(kind)
+    if type(None) in inner:  # of "float | None" the float
+        return convert(name, next(k for k in inner if k is not type(None)), text)
     if typing.get_origin(kind) is typing.Literal:
-        if text not in choices:
-            raise UserError(f"--{name} {text}: expected one of {', '.join(map(str, choices))}")
+        if text not in inner:
+            raise UserError(f"--{name} {text}: expected one of {', '.join(inner)}")
         return text
-    kind = choices[0]
     if typing.get_origin(kind) is list:
-        return [convert(name, typing.get_args(kind)[0], text)]
+        return [convert(name, inner[0], text)]
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UserError(f"--{name} {text}: expected true or false")

@@ -63,14 +63,16 @@ class Answerer:
         self.max_new_tokens, self.features = max_new_tokens, {}
 
     @torch.no_grad()
-    def look(self, paths):
-        """Features float[N, C] of each picture, made for those not seen before."""
-        new = [p for p in dict.fromkeys(paths) if p not in self.features]
-        if new:
-            dtype = self.model.projector.linear_1.weight.dtype
-            seen = torch.stack([pixels(open_image(p, p), self.preprocess) for p in new]).to(dtype)
-            self.features |= zip(new, self.model.features(seen))
-        return [self.features[p] for p in paths]
+    def show(self, name, image):
+        """Let the tower see a PIL image, which questions then call by `name`."""
+        seen = pixels(image, self.preprocess)[None].to(self.model.projector.linear_1.weight.dtype)
+        self.features[name] = self.model.features(seen)[0]  # (N, C)
+
+    def look(self, name):
+        """Features float[N, C] of a picture; one not shown before is opened by its path."""
+        if name not in self.features:
+            self.show(name, open_image(name, name))
+        return self.features[name]
 
     def __call__(self, questions, name):
         """The answers, list[str], in order."""
@@ -78,7 +80,7 @@ class Answerer:
         for i in tqdm(range(0, len(questions), BATCH), name, mininterval=5):
             some = questions[i:i + BATCH]
             samples = [encode_prompt([], q.text, self.tokenizer, self.layout, q.image) for q in some]
-            batch = collate(samples, self.look([q.image for q in some]), None)
+            batch = collate(samples, [self.look(q.image) for q in some], None)
             ids = generate(self.model, batch, self.max_new_tokens, self.tokenizer.eos)
             answers += [self.tokenizer.decode(row).strip() for row in ids]
         return answers
@@ -95,9 +97,11 @@ def experts_off(model):
     kept = [up.detach().clone() for up in ups]
     for up in ups:
         up.data.zero_()
-    yield
-    for up, old in zip(ups, kept):
-        up.data.copy_(old)
+    try:
+        yield
+    finally:
+        for up, old in zip(ups, kept):
+            up.data.copy_(old)
 
 
 @contextlib.contextmanager
@@ -105,9 +109,11 @@ def experts_swapped(model):
     """Within this context each row runs with the weights generated for another row, half a batch away."""
     swap = lambda module, inputs: (inputs[0].roll(max(1, len(inputs[0]) // 2), 0),)
     handles = [m.register_forward_pre_hook(swap) for m in model.modules() if isinstance(m, HyperNetwork)]
-    yield
-    for handle in handles:
-        handle.remove()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ---- Scores

@@ -27,7 +27,7 @@ class Options:
     top_p: float = 1.0                  # draw from the smallest set of tokens that has this probability
     max_new_tokens: int = 256           # longest answer
     seed: int = 0                       # of the draw
-    device: str | None = None           # cuda, mps or cpu; none: the first of them that there is
+    device: Literal["cuda", "mps", "cpu"] | None = None  # none: the first of them that there is
     dtype: Literal["bfloat16", "float32"] | None = None  # of the computation; none: bfloat16 where it is fast
 
     def __post_init__(self):
@@ -67,16 +67,16 @@ def answer(checkpoint, batch, o):
         if token.item() != checkpoint.tokenizer.eos:
             ids.append(token.item())
         text = checkpoint.tokenizer.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[len(shown):]
             shown = text
-    yield checkpoint.tokenizer.decode(ids)[len(shown):]
+    yield text[len(shown):]
 
 
 def run():
     o = Options(**parse(Options))
     image = open_image(o.image, o.image) if o.image else None  # before the weights: mistakes show at once
-    device = o.device or weights.best_device()
+    device = weights.pick_device(o.device)
     name = o.model or newest()
     checkpoint = weights.load(name, getattr(torch, o.dtype or weights.fast_dtype(device)))
     checkpoint.model.to(device)

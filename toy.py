@@ -1,10 +1,12 @@
 """Stage 0 of the toy: a CLIP and a Llama in miniature, trained on the toy world and written as Hugging Face would.
 
 Nothing can be downloaded on a fresh machine, so the default run makes its own stand-ins for CLIP-L and Vicuna: a vision tower
-by contrast with captions, a Llama by conversations over scenes told in words. Both come out as the folders that `CLIPVisionModel`
+by contrast with the phrases of captions, a Llama by conversations over scenes told in words. Both come out as the folders that `CLIPVisionModel`
 and `LlamaForCausalLM` write, and stages 1 and 2 read them like any other. The world itself is in world.py; train.py trains.
 """
+import itertools
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,40 +41,49 @@ class StandIns(nn.Module):
                 nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
 
     def forward(self, batch):
-        """Logits float[P, V] of the Llama, and similarities float[M, M] of pictures (rows) with captions (columns)."""
+        """Logits float[P, V] of the Llama, and how well each picture fits each phrase, float32[M, Q]."""
         x = self.llm(self.llm.embed_tokens(batch.text.ids))
         logits = self.llm.head(x.flatten(0, 1)[batch.text.at])
-        picture = F.normalize(self.post_layernorm(self.vision(batch.pixels)[:, 0]), dim=-1)
-        states = self.caption(self.caption.embed_tokens(batch.captions)).flatten(0, 1)[batch.ends]
-        caption = F.normalize(self.caption_projection(states), dim=-1)
-        return logits, self.logit_scale.exp().to(picture.dtype) * picture @ caption.mT
+        patches = F.normalize(self.post_layernorm(self.vision(batch.pixels)[:, 1:]), dim=-1)            # (M, N, C)
+        states = self.caption(self.caption.embed_tokens(batch.phrases)).flatten(0, 1)[batch.ends]       # (Q, width)
+        phrases = F.normalize(self.caption_projection(states), dim=-1)                                  # (Q, C)
+        similarity = self.logit_scale.exp() * (patches @ phrases.mT).float()                            # (M, N, Q)
+        return logits, similarity.logsumexp(1)
 
 
-def contrast(similarity):
-    """CLIP's loss: each picture finds its caption among all, each caption its picture. float[M, M] -> scalar, a mean."""
-    own = torch.arange(len(similarity), device=similarity.device)
-    similarity = similarity.float()
-    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.mT, own)) / 2
+def contrast(fit, own):
+    """Each phrase must fit its own pictures better than any other picture, and each picture its own phrases.
+
+    fit  float32[M, Q]; own bool[M, Q]: the phrase is in the picture's caption. Returns a scalar, a mean over own pairs.
+
+    CLIP's loss, but a picture has several phrases and a phrase several pictures, so a pair competes with the foreign ones
+    only. A smooth maximum over the patches finds where the phrase is seen, as in FILIP (arXiv 2111.07783): patches learn
+    ten times faster what they show than by one vector a picture, and patches are what LLaVA reads.
+    """
+    foreign = fit.masked_fill(own, -1e4)
+    return sum(F.softplus(foreign.logsumexp(dim, keepdim=True) - fit)[own].mean() for dim in (0, 1)) / 2
 
 
 def loss(model, batch):
     """Summed next-token loss of the Llama, plus the contrast weighted like as many tokens, as train.py expects sums."""
-    logits, similarity = model(batch)
+    logits, fit = model(batch)
     language = F.cross_entropy(logits.float(), batch.text.target, reduction="sum")
-    return language + contrast(similarity) * len(batch.text.target)
+    return language + contrast(fit, batch.own) * len(batch.text.target)
 
 
 @dataclass
 class StandInBatch:
-    """Conversations for the Llama, and pictures with their captions for CLIP, each an edit of its neighbour."""
+    """Conversations for the Llama; pictures, in pairs that differ in one thing, and all phrases of their captions for CLIP."""
     text: Batch
-    pixels: torch.Tensor    # float[M, 3, S, S]
-    captions: torch.Tensor  # int64[M, T]
-    ends: torch.Tensor      # int64[M], flat positions of the captions' last tokens
+    pixels: torch.Tensor   # float[M, 3, S, S]
+    phrases: torch.Tensor  # int64[Q, T]
+    ends: torch.Tensor     # int64[Q], flat positions of the phrases' last tokens
+    own: torch.Tensor      # bool[M, Q], which picture's caption has which phrase
     records: list[str]
 
     def to(self, device):
-        return StandInBatch(self.text.to(device), *(x.to(device) for x in (self.pixels, self.captions, self.ends)), self.records)
+        tensors = (x.to(device) for x in (self.pixels, self.phrases, self.ends, self.own))
+        return StandInBatch(self.text.to(device), *tensors, self.records)
 
 
 class StandInData:
@@ -83,22 +94,26 @@ class StandInData:
     """
     PAIRS = 2
 
-    def __init__(self, folder, tokenizer, system):
+    def __init__(self, folder, texts, captions, tokenizer, system):
         layout = Layout("v1", system, VISION.tokens, LLAMA.context)
-        self.texts = Conversations(os.path.join(folder, "text.json"), folder, tokenizer, layout)
-        records = load_records(os.path.join(folder, "captions.json"))
+        self.texts = Conversations(os.path.join(folder, texts), folder, tokenizer, layout)
+        records = load_records(os.path.join(folder, captions))
         files = (os.path.join(folder, "images", r["image"]) for r in records)
         # kept in bf16, half the size of fp32: 16,000 pictures are 350 MB
         self.pixels = torch.stack([pixels(open_image(f, f), PREPROCESS).bfloat16() for f in files])
-        self.captions = [tokenizer.encode(r["conversations"][1]["value"]) + [tokenizer.eos] for r in records]
+        self.phrases = [re.split(", | and ", r["conversations"][1]["value"].rstrip(".")) for r in records]
+        self.ids = {p: np.array(tokenizer.encode(p) + [tokenizer.eos]) for p in set(itertools.chain(*self.phrases))}
 
     def batch(self, rows):
         text = collate([self.texts[i] for i in rows], [], (VISION.tokens, VISION.width))
         pictures = [j % len(self.pixels) for i in rows for j in range(2 * self.PAIRS * i, 2 * self.PAIRS * (i + 1))]
-        captions = [np.array(self.captions[j]) for j in pictures]
-        ids = pad_right(captions, 0)
-        ends = torch.tensor([m * ids.shape[1] + len(c) - 1 for m, c in enumerate(captions)])
-        return StandInBatch(text, self.pixels[pictures].float(), ids, ends, text.records)
+        column = {p: q for q, p in enumerate(dict.fromkeys(p for j in pictures for p in self.phrases[j]))}
+        ids = pad_right([self.ids[p] for p in column], 0)
+        ends = torch.tensor([q * ids.shape[1] + len(self.ids[p]) - 1 for p, q in column.items()])
+        own = torch.zeros(len(pictures), len(column), dtype=torch.bool)
+        for m, j in enumerate(pictures):
+            own[m, [column[p] for p in self.phrases[j]]] = True
+        return StandInBatch(text, self.pixels[pictures].float(), ids, ends, own, text.records)
 
 
 def words(folder):

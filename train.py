@@ -109,7 +109,7 @@ class Options:
     cache_features: bool = False     # run the frozen tower once per picture, before training; kept in memory
     attention: Literal["fused", "plain"] = "fused"  # plain is faster in bf16 on a CPU
     dtype: Literal["bfloat16", "float32"] | None = None  # of the computation; none: bf16 where it is fast
-    device: str | None = None        # cuda or cpu; none: cuda if there is one
+    device: Literal["cuda", "cpu"] | None = None  # none: cuda if there is one
     workers: int = 0                 # processes that prepare batches
     log_every: int = 1               # steps between printed lines; log.jsonl gets every step
     val_every: int = 100             # steps between held-out losses
@@ -390,8 +390,10 @@ def stage_0(o):
     """The toy's CLIP and Llama, from the toy world; see toy.py."""
     folder = os.path.join(o.out, "world")
     tokenizer = train_tokenizer(toy.words(folder), toy.LLAMA.vocab)
-    data = toy.StandInData(folder, tokenizer, o.system)
-    return Job(toy.StandIns(), data.texts.lengths, data.batch, [], toy.loss, lambda b: len(b.text.at),
+    data = toy.StandInData(folder, "text.json", "captions.json", tokenizer, o.system)
+    val = toy.StandInData(folder, "validation_text.json", "validation_captions.json", tokenizer, o.system)
+    held_out = [val.batch(range(i, min(i + o.batch_size, len(val.texts)))) for i in range(0, len(val.texts), o.batch_size)]
+    return Job(toy.StandIns(), data.texts.lengths, data.batch, held_out, toy.loss, lambda b: len(b.text.at),
                lambda tensors: toy.finish(tensors, tokenizer, stage_folder(o)))
 
 
@@ -468,7 +470,7 @@ def complete(given, stage):
     missing = [f"--{name}" for name in needed if getattr(o, name) is None]
     if missing:
         raise UserError(f"stage {stage} with preset {o.preset} needs {', '.join(missing)}")
-    o.device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    o.device = weights.pick_device(o.device)
     o.dtype = o.dtype or weights.fast_dtype(o.device)
     return o
 
@@ -505,7 +507,7 @@ def run():
     given = parse(Options)
     o = Options(**given)
     began = time.perf_counter()
-    mesh = start_world(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    mesh = start_world(weights.pick_device(o.device))
     if o.stage not in (None, 0, 1, 2) or (o.preset != "toy" and o.stage not in (1, 2)):
         raise UserError(f"--stage {o.stage} with preset {o.preset}: expected 1 or 2; the toy also has 0, or none for all")
     if o.stage is not None and finished(o.out, o.stage) and not o.overwrite:

@@ -41,9 +41,12 @@ REMAP = 2**27      # bytes read before a file is mapped anew
 # ---- Device and precision
 
 
-def best_device():
-    """cuda or mps where there is one, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def pick_device(wanted=None):
+    """The device asked for, or the first of cuda, mps and cpu that there is; UserError if it is not there."""
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if wanted is not None and wanted not in there:
+        raise UserError(f"--device {wanted}: this machine has {', '.join(there)}")
+    return wanted or there[0]
 
 
 def fast_dtype(device):

@@ -265,7 +265,7 @@ def centre_of(rng, cell, extent, width, height):
 
 def draw_thing(pen, rng, thing, colour, width, height):
     """Draw one thing of RGB `colour` into its cell of a (width, height) canvas."""
-    low, high = (0.78, 0.98) if thing.size == "large" else (0.46, 0.62)
+    low, high = (0.86, 1.0) if thing.size == "large" else (0.56, 0.68)
     extent = rng.uniform(low, high) * min(width, height) / 3
     turn = math.radians(rng.uniform(-10, 10))
     x, y = centre_of(rng, thing.cell, extent, width, height)
@@ -569,15 +569,15 @@ def write_training(folder, rng, pictures, side):
     return seen
 
 
-def write_texts(folder, rng, texts, seen):
-    """Write text.json: conversations over descriptions of training scenes which are not in `seen`."""
+def write_texts(folder, file, rng, split, texts, seen):
+    """Write conversations over descriptions of scenes of `split` which are not in `seen`."""
     rows = []
     while len(rows) < texts:
-        scene = sample_scene(rng, "train")
+        scene = sample_scene(rng, split)
         if scene not in seen:
             turns = pairs_of(training_turns(scene, rng, 1 / 6))
             rows.append(record(f"text_{len(rows):06d}", None, turns, describe(scene, rng) + "\n"))
-    write_json(folder / "text.json", rows)
+    write_json(folder / file, rows)
 
 
 def write_test(folder, rng, split, pictures, side):
@@ -612,7 +612,8 @@ def write_world(folder, pictures=16000, seed=0, side=60, texts=16000, test_pictu
     (folder / "world.json").unlink(missing_ok=True)  # from here on the folder is a mixture, until the stamp is back
     train, text, *tests = (np.random.default_rng([seed, i]) for i in range(5))
     seen = write_training(folder, train, pictures, side)
-    write_texts(folder, text, texts, seen)
+    write_texts(folder, "text.json", text, "train", texts, seen)
+    write_texts(folder, "validation_text.json", text, "validation", test_pictures, ())
     for rng, split in zip(tests, SPLITS[1:]):
         write_test(folder, rng, split, test_pictures, side)
     write_json(folder / "world.json", stamp)

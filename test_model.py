@@ -1,0 +1,894 @@
+"""What hypernet.py, projector.py, model.py, eval.py and sample.py claim, one test per sentence. CPU, no network.
+
+Up-projections start at zero, where leaks, mixed rows and stale caches all go unseen: `trained` draws them at random.
+"""
+import dataclasses
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import cli
+import data
+import eval
+import sample
+import weights
+from data import IGNORE, Layout, Preprocess, check_causal, collate, encode, encode_prompt
+from hypernet import Expert, HyperNetwork, pool, rms
+from model import CLIP, VLM, Attention, Cache, LlamaConfig, VisionConfig, VLMConfig, attend, choose, generate, stream
+from projector import Projector
+
+torch.set_num_threads(1)  # tiny matrices: more only get in each other's way
+
+TURNS = [("<image>\nWhat colour is the circle?", "a red one."), ("Is there a square?", "yes, two of them."),
+         ("How many?", "three.")]
+TEXTS = [f"USER: {q} ASSISTANT: {a}" for q, a in TURNS] * 2
+TOKENIZER = data.train_tokenizer(TEXTS, 400)
+LAYOUT = Layout(system="A chat.", image_tokens=4, context=200)
+VISION = VisionConfig(image_size=28, patch=14, width=16, depth=2, heads=2, hidden=24)
+LLAMA = LlamaConfig(width=32, depth=4, heads=4, kv_heads=2, hidden=48, vocab=TOKENIZER.vocab, context=200)
+EVERY = dict(visual_expert="both", language_expert="all")
+KINDS = {  # the fields of VLMConfig that say where experts sit and where guidance is taken
+    "posterior": dict(visual_expert="1"), "posterior, block 1": dict(visual_expert="both", guidance_after=1),
+    "posterior, block 3": dict(visual_expert="2", guidance_after=3), "posterior, embeddings": dict(guidance_after=0),
+    "all": EVERY, "anterior": dict(visual_expert="none", language_expert="anterior"),
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def config(**kind):
+    return VLMConfig(VISION, LLAMA, **{"expert_embed": 8, "expert_rank": 4, **kind})
+
+
+def trained(dtype=torch.float64, seed=0, **kind):
+    """A random VLM in which every part matters: attention looks about, experts add as much as the FFN does."""
+    torch.manual_seed(seed)
+    model = VLM(config(**kind)).to(dtype).eval()
+    for block in [*model.vision.layers, *model.llm.layers]:
+        for part in block.self_attn.children():
+            torch.nn.init.normal_(part.weight, std=(2 / part.in_features) ** 0.5)
+    for part in model.modules():
+        if isinstance(part, (HyperNetwork, Expert)):
+            up = part.up.weight if isinstance(part, HyperNetwork) else part.up
+            torch.nn.init.normal_(up, std=1.0 if isinstance(part, HyperNetwork) else 0.5)
+    return model
+
+
+def pictures(n, dtype=torch.float64, seed=1):
+    return list(torch.randn(n, 3, 28, 28, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
+def conversations(layout=LAYOUT):
+    """Three turns about a picture, two turns of text alone, one turn about another picture."""
+    text = [("How many?", "two."), ("What colour is there?", "a red one, a circle.")]
+    return [encode(TURNS, TOKENIZER, layout, "three turns", "a.png"), encode(text, TOKENIZER, layout, "text"),
+            encode([("<image>\nIs there a circle?", "yes.")], TOKENIZER, layout, "one turn", "b.png")]
+
+
+def batch_of(samples, visual, dtype=torch.float64):
+    batch = collate(samples, visual, (3, 28, 28))
+    batch.visual = batch.visual.to(dtype)
+    return batch
+
+
+def whole_batch(**layout):
+    return batch_of(conversations(dataclasses.replace(LAYOUT, **layout)), pictures(2))
+
+
+def logits_of(model, batch):
+    return model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns)
+
+
+def close(a, b, tolerance=1e-6):
+    """Within a fraction of the range of b. Guidance is pooled in fp32 in any model, so 1e-6 is what fp64 can give."""
+    return a.shape == b.shape and (a - b).abs().max() <= tolerance * (b.max() - b.min())
+
+
+def new_weights(model):
+    """{name: parameter} of all that experts add to LLaVA."""
+    return {n: p for n, p in model.named_parameters() if "expert" in n or "hypernet" in n or "guidance" in n}
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---- hypernet.py
+
+
+def test_guidance_is_the_mean_of_each_turns_own_tokens_and_zero_without_any():
+    torch.manual_seed(0)
+    x, ids = torch.randn(3, 9, 5), torch.randint(-1, 3, (3, 9))
+    ids[1], ids[2, 4:] = -1, -1
+    ids[0, :3] = torch.arange(3)
+    found = pool(x.bfloat16(), ids, 4)
+    assert found.dtype == torch.float32 and found.shape == (3, 4, 5)
+    for b in range(3):
+        for u in range(4):
+            own = [x[b, i].bfloat16().float() for i in range(9) if ids[b, i] == u]
+            expected = sum(own) / len(own) if own else torch.zeros(5)
+            assert torch.allclose(found[b, u], expected, atol=1e-6)
+    assert not found[1].any() and not found[:, 3].any() and found[0, :3].abs().min() > 0
+
+
+def test_generated_weights_are_a_two_layer_mlp_scaled_by_one_over_the_root_of_E():
+    torch.manual_seed(0)
+    net, e = HyperNetwork(inputs=5, outputs=7, embed=9, rank=3).double(), torch.randn(2, 4, 9).double()
+    torch.nn.init.normal_(net.up.weight)
+    down, up = net(e)
+    for b in range(2):
+        for u in range(4):
+            a = net.trunk.weight @ e[b, u] + net.trunk.bias
+            a = a * torch.sigmoid(a) / 3  # 3 is the root of 9
+            assert torch.allclose(down[b, u].flatten(), net.down.weight @ a)
+            assert torch.allclose(up[b, u].flatten(), net.up.weight @ a)
+
+
+def by_hand(x, expert, hypernet, guidance):
+    """Eqs. 3 to 5 for one token float[inputs] and one guidance float[G], with the modules' weights."""
+    g = guidance / (guidance.square().mean() + 1e-6).sqrt()
+    e = expert.encoder.weight @ g + expert.encoder.bias
+    a = F.silu(hypernet.trunk.weight @ e + hypernet.trunk.bias) / len(e) ** 0.5
+    down = (hypernet.down.weight @ a).view_as(expert.down) + expert.down
+    up = (hypernet.up.weight @ a).view_as(expert.up) + expert.up
+    both = down @ x
+    gate, value = both[:len(up)], both[len(up):]
+    return (gate * torch.sigmoid(gate) * value) @ up
+
+
+def expert_with(inputs, outputs, guide, embed=6, rank=3):
+    torch.manual_seed(0)
+    net = HyperNetwork(inputs, outputs, embed, rank).double()
+    expert = Expert(guide, inputs, outputs, embed, rank).double()
+    torch.nn.init.normal_(net.up.weight)
+    torch.nn.init.normal_(expert.up)
+    return expert, net
+
+
+def test_every_token_runs_with_the_weights_of_its_own_turn_and_without_a_turn_gets_exactly_zero():
+    expert, net = expert_with(inputs=5, outputs=7, guide=4)
+    x, guidance, use_id = torch.randn(2, 11, 5).double(), torch.randn(2, 3, 4).double(), torch.randint(-1, 3, (2, 11))
+    use_id[0, :4], use_id[1, -2:] = torch.tensor([2, -1, 0, 1]), -1
+    shift = expert(x, expert.weights(guidance, net), use_id)
+    for b in range(2):
+        for i in range(11):
+            if use_id[b, i] < 0:
+                assert (shift[b, i] == 0).all()
+            else:
+                expected = by_hand(x[b, i], expert, net, guidance[b, use_id[b, i]])
+                assert torch.allclose(shift[b, i], expected) and expected.abs().min() > 0
+
+
+def test_without_use_id_all_tokens_run_with_the_one_turn():
+    expert, net = expert_with(inputs=5, outputs=7, guide=4)
+    x, made = torch.randn(2, 6, 5).double(), expert.weights(torch.randn(2, 1, 4).double(), net)
+    assert torch.allclose(expert(x, made), expert(x, made, torch.zeros(2, 6, dtype=torch.int64)))
+
+
+def test_the_weights_of_two_samples_differ_and_the_size_of_the_guidance_does_not_matter():
+    expert, net = expert_with(inputs=5, outputs=7, guide=4)
+    guidance = torch.randn(2, 1, 4).double()
+    for made, scaled in zip(expert.weights(guidance, net), expert.weights(1000 * guidance, net)):
+        assert (made[0] - made[1]).abs().max() > 0.1 and torch.allclose(made, scaled, rtol=1e-4, atol=1e-4)
+
+
+def test_the_experts_of_a_7b_model_have_the_sizes_that_the_paper_implies():
+    E, R, D, C = 64, 16, 4096, 1024
+    for where, sites, expected in (("posterior", 16, 19_928_128), ("all", 32, 27_269_184)):
+        llm = weights.without_storage(VLMConfig(visual_expert="both", language_expert=where))
+        language = size(llm.llm.hypernet) + sum(size(b.expert) for b in llm.llm.layers if b.expert is not None)
+        assert language == expected
+        assert expected == sites * (D * E + E) + (E * E + E) + E * 3 * R * D + sites * 3 * R * D
+        assert sum(p.numel() for n, p in new_weights(llm.llm).items()) == expected + 4096  # and guidance_norm
+    assert size(llm.projector.expert_1) == 6_459_520 == (C * E + E) + (E * E + E) + (E + 1) * R * (2 * C + D)
+    assert size(llm.projector.expert_2) == 13_045_888
+    assert size(llm.projector.linear_1) + size(llm.projector.linear_2) == 20_979_712
+
+
+# ---- projector.py
+
+
+@pytest.mark.parametrize("variant", ["none", "1", "2", "both"])
+def test_the_projector_is_equation_6_written_out(variant):
+    torch.manual_seed(0)
+    projector, f = Projector(5, 7, variant, embed=6, rank=3).double(), torch.randn(2, 4, 5).double()
+    for part in projector.modules():
+        if isinstance(part, HyperNetwork):
+            torch.nn.init.normal_(part.up.weight)
+    one, two = projector.linear_1, projector.linear_2
+
+    def expert(part, x):
+        return torch.stack([by_hand(token, part.expert, part.hypernet, x.mean(0)) for token in x])
+
+    found = projector(f)
+    for m in range(2):  # picture by picture: none sees the other
+        first = F.gelu(f[m] @ one.weight.T + one.bias)
+        shifted = first + expert(projector.expert_1, f[m]) if variant in ("1", "both") else first
+        expected = shifted @ two.weight.T + two.bias
+        if variant in ("2", "both"):
+            expected = expected + expert(projector.expert_2, first)
+        assert torch.allclose(found[m], expected, atol=1e-5)  # guidance is pooled in fp32
+    assert (projector.expert_1 is not None) == (variant in ("1", "both"))
+    assert (projector.expert_2 is not None) == (variant in ("2", "both"))
+
+
+# ---- Attention and the tower
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("masked", ["not", "causal", "mask"])
+def test_plain_attention_is_the_fused_kernels(kv_heads, masked):
+    torch.manual_seed(0)
+    T, past = 6, 0 if masked != "mask" else 3
+    q, k, v = (torch.randn(2, h, t, 8).double() for h, t in ((4, T), (kv_heads, T + past), (kv_heads, T + past)))
+    mask = torch.rand(2, 1, T, T + past) < 0.5
+    mask[..., 0] = True
+    how = dict(mask=mask if masked == "mask" else None, causal=masked == "causal")
+    plain, fused = attend(q, k, v, plain=True, **how), attend(q, k, v, **how)
+    assert plain.shape == (2, 4, T, 8) and torch.allclose(plain, fused, atol=1e-12)
+    all_of_them = torch.ones(T, T, dtype=torch.bool)
+    allowed = {"not": all_of_them, "causal": all_of_them.tril(), "mask": mask}[masked]
+    k, v = (x[:, torch.arange(4) // (4 // kv_heads)] for x in (k, v))  # query head h reads head h // (H / kv_heads)
+    scores = (torch.einsum("bhik,bhjk->bhij", q, k) / 8 ** 0.5).where(allowed, torch.tensor(-torch.inf))
+    assert torch.allclose(fused, scores.softmax(-1) @ v, atol=1e-12)
+
+
+def test_a_model_gives_the_same_logits_with_plain_attention():
+    model, batch = trained(**EVERY), whole_batch()
+    fused = logits_of(model, batch)
+    for part in model.modules():
+        if hasattr(part, "plain"):
+            part.plain = True
+    assert close(logits_of(model, batch), fused, 1e-6)
+    assert sum(isinstance(part, Attention) and part.plain for part in model.modules()) == LLAMA.depth
+
+
+def test_the_tower_is_built_one_block_short_and_its_features_leave_out_cls():
+    torch.manual_seed(0)
+    model, seen = VLM(config()), {}
+    whole = CLIP(dataclasses.replace(VISION, depth=VISION.depth + 1))  # as a checkpoint has it
+    missing = whole.load_state_dict(model.vision.state_dict(), strict=False).missing_keys
+    assert {name.split(".")[1] for name in missing} == {"2"}
+    whole.layers[2].register_forward_pre_hook(lambda part, inputs: seen.update(x=inputs[0]))
+    x = torch.stack(pictures(2, torch.float32))
+    whole(x)
+    features = model.features(x)
+    assert features.shape == (2, VISION.tokens, VISION.width) and torch.equal(features, seen["x"][:, 1:])
+    assert model.features(features) is features
+    assert VisionConfig().depth == 24 - 1  # of CLIP-L
+
+
+@kinds
+@torch.no_grad()
+def test_a_block_with_an_expert_is_equation_7_with_guidance_from_where_the_config_says(kind):
+    model, batch, seen = trained(**kind), whole_batch(), {}
+    torch.nn.init.normal_(model.llm.guidance_norm.weight)
+    for n, block in enumerate(model.llm.layers):
+        block.register_forward_hook(lambda part, inputs, out, n=n: seen.update({n: (inputs[0], out, *inputs[1:3])}))
+    logits_of(model, batch)
+    where, k = model.cfg.language_expert, model.cfg.guidance_after
+    sites = [n for n, block in enumerate(model.llm.layers) if block.expert is not None]
+    assert sites == list(range(0, 2) if where == "anterior" else range(0, 4) if where == "all" else range(k, 4))
+    normed = rms(seen[k][0], LLAMA.eps) * model.llm.guidance_norm.weight  # what block k reads is what k blocks wrote
+    block, (x, out, cos, sin) = model.llm.layers[sites[-1]], seen[sites[-1]]
+    h = x + block.self_attn(block.input_layernorm(x), cos, sin)
+    y = block.post_attention_layernorm(h)
+    for b in range(3):
+        for turn in set(batch.use_id[b].tolist()) - {-1}:
+            guidance = normed[b, batch.pool_id[b] == turn].mean(0)
+            i = int((batch.use_id[b] == turn).nonzero()[-1])
+            shift = by_hand(y[b, i], block.expert, model.llm.hypernet, guidance)
+            assert torch.allclose(out[b, i], h[b, i] + block.mlp(y[b, i]) + shift, atol=1e-5)
+            assert shift.abs().max() > 0.01
+
+
+def test_image_tokens_take_the_places_of_their_pictures_in_order():
+    model, batch, seen = trained(**EVERY), whole_batch(), {}
+    model.llm.register_forward_pre_hook(lambda part, inputs: seen.update(x=inputs[0]))
+    logits_of(model, batch)
+    tokens, here = model.projector(model.features(batch.visual)), batch.ids == data.IMAGE
+    assert here.sum(1).tolist() == [4, 0, 4]
+    assert torch.equal(seen["x"][0, here[0]], tokens[0]) and torch.equal(seen["x"][2, here[2]], tokens[1])
+    assert torch.equal(seen["x"][~here], model.llm.embed_tokens(batch.ids[~here]))
+
+
+def test_logits_can_be_had_at_some_positions_only():
+    model, batch = trained(), whole_batch()
+    some = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, batch.at)
+    assert close(some, logits_of(model, batch).flatten(0, 1)[batch.at], 1e-12)
+
+
+def test_a_bf16_model_computes_in_bf16_with_all_experts():
+    model, dtypes = trained(torch.bfloat16, **EVERY), Counter()
+    for part in model.modules():
+        part.register_forward_hook(lambda part, inputs, out: dtypes.update(
+            x.dtype for x in (out if isinstance(out, tuple) else [out])))
+    batch = batch_of(conversations(), pictures(2, torch.bfloat16), torch.bfloat16)
+    logits = logits_of(model, batch)
+    assert set(dtypes) == {torch.bfloat16} and logits.isfinite().all()
+    exact = logits_of(model.double(), whole_batch())
+    assert F.cosine_similarity(logits.double(), exact, dim=-1).mean() > 0.99
+    model.to(torch.bfloat16)
+    loss = F.cross_entropy(logits_of(model, batch).flatten(0, 1)[batch.at].float(), batch.target)
+    loss.backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in new_weights(model).values())
+
+
+# ---- Causality: what teacher forcing gives a trained position is what generation knows
+
+
+def answers(batch):
+    """(row, position) of all tokens of answers, their end tokens included."""
+    places = [(int(p) // batch.ids.shape[1], int(p) % batch.ids.shape[1] + 1) for p in batch.at]
+    assert [int(batch.ids[place]) for place in places] == batch.target.tolist()
+    return places
+
+
+def altered(batch, b, p):
+    """The batch with another token at position p of row b."""
+    ids = batch.ids.clone()
+    ids[b, p] = (ids[b, p] + 7) % TOKENIZER.vocab
+    return dataclasses.replace(batch, ids=ids)
+
+
+def leaks(model, batch):
+    """Tokens of answers that change the logits at a position before their own, or another row's."""
+    found, before = [], logits_of(model, batch)
+    for b, p in answers(batch):
+        moved = (logits_of(model, altered(batch, b, p)) != before).any(-1)  # bool[B, T]
+        assert moved[b, p:batch.lengths[b]].all()  # a token that changes nothing would prove nothing
+        if moved[b, :p].any() or moved[torch.arange(len(moved)) != b].any():
+            found.append((b, p))
+    return found
+
+
+@kinds
+@pytest.mark.parametrize("pool", ["instruction", "prompt"])
+@torch.no_grad()
+def test_a_token_of_an_answer_changes_no_logits_before_it(kind, pool):
+    assert leaks(trained(**kind), whole_batch(pool=pool)) == []
+
+
+@kinds
+@torch.no_grad()
+def test_the_leak_test_finds_every_leak_where_guidance_is_pooled_over_answers_too(kind):
+    batch = whole_batch()
+    batch.pool_id = batch.use_id  # all tokens of a turn: what a mean over the training sequence does
+    assert leaks(trained(**kind), batch) == answers(batch)
+
+
+def test_the_check_of_the_data_alone_tells_good_pooling_from_bad():
+    batch = whole_batch()
+    labels = torch.full_like(batch.ids, IGNORE)
+    for b, p in answers(batch):
+        labels[b, p] = batch.ids[b, p]
+    check_causal(labels, batch.pool_id, batch.use_id)
+    with pytest.raises(AssertionError, match="guidance reaches"):
+        check_causal(labels, batch.use_id, batch.use_id)
+    late = batch.pool_id.clone()
+    late[0, answers(batch)[0][1]] = 0  # a single token of an answer
+    with pytest.raises(AssertionError, match="row 0"):
+        check_causal(labels, late, batch.use_id)
+
+
+def guidance_in(model, batch):
+    """Logits, and the embedding e of the guidance float[B, U, E] at the first site."""
+    seen = []
+    handle = model.llm.hypernet.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0]))
+    logits = logits_of(model, batch)
+    handle.remove()
+    return logits, seen[0]
+
+
+@kinds
+@torch.no_grad()
+def test_a_token_of_an_instruction_changes_its_guidance_and_its_answer_but_no_earlier_turn(kind):
+    model, batch = trained(**kind), whole_batch()
+    before, e = guidance_in(model, batch)
+    for b, p in (batch.pool_id >= 0).nonzero().tolist():
+        turn = int(batch.pool_id[b, p])
+        after, e_after = guidance_in(model, altered(batch, b, p))
+        moved = (after != before).any(-1)
+        start = int((batch.use_id[b] == turn).nonzero()[0])
+        supervised = [q - 1 for row, q in answers(batch) if row == b and batch.use_id[row, q] == turn]
+        assert not moved[b, :start].any() and moved[b, supervised].all()
+        assert not moved[torch.arange(3) != b].any()
+        assert (e_after[b, turn] != e[b, turn]).all() and torch.equal(e_after[b, :turn], e[b, :turn])
+
+
+@torch.no_grad()
+def test_guidance_reaches_the_answer_by_the_generated_weights_too():
+    model, batch = trained(), whole_batch()
+    before = logits_of(model, batch)
+    turn = batch.pool_id[0] == 1
+    pooled = batch.pool_id.clone()
+    pooled[0, turn.nonzero()[0]] = -1  # the same tokens, another mean
+    moved = (logits_of(model, dataclasses.replace(batch, pool_id=pooled)) - before).abs().amax(-1)
+    own = batch.use_id == 1
+    assert moved[0, own[0]].min() > 1e-3 and not moved[0, :own[0].nonzero()[0]].any() and not moved[1:].any()
+
+
+def gradients(model, batch):
+    """For each trained position, (row, position, d its logits / d all input embeddings float[B, T, D])."""
+    seen = {}
+
+    def into_a_leaf(part, inputs):
+        seen["x"] = inputs[0].detach().requires_grad_()
+        return seen["x"], *inputs[1:]
+
+    handle = model.llm.register_forward_pre_hook(into_a_leaf)
+    logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, batch.at)
+    handle.remove()
+    direction = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(2)).double()
+    for (b, p), row in zip(answers(batch), logits):
+        yield b, p - 1, torch.autograd.grad(row @ direction, seen["x"], retain_graph=True)[0]
+
+
+@kinds
+def test_the_derivative_of_a_trained_position_by_any_later_input_is_exactly_zero(kind):
+    model, batch = trained(**kind), whole_batch()
+    for b, i, grad in gradients(model, batch):
+        assert not grad[b, i + 1:].any() and not grad[torch.arange(3) != b].any()
+        assert grad[b, :i + 1].abs().amax(-1).min() > 0
+    batch.pool_id = batch.use_id
+    assert all(grad[b, i + 1].any() for b, i, grad in gradients(model, batch))
+
+
+def segments(found):
+    """(prompt, answer) slices of each turn of a Sample."""
+    for turn in range(found.turns):
+        own = (found.use_id == turn).nonzero()[0]
+        first = own[found.labels[own] != IGNORE][0]
+        yield slice(int(own[0]), int(first)), slice(int(first), int(own[-1]) + 1)
+
+
+def by_steps(model, samples, visual, length):
+    """Logits of samples of equally many turns as generation meets them, row by row float[T_b, V].
+
+    Turn by turn in one cache: a prefill of the prompts, padded on the right, then single tokens, the end token
+    among them; a row whose answer is over waits for the others.
+    """
+    cache = Cache(model.cfg.llm, len(samples), length, "cpu", torch.float64)
+    logits = [[] for _ in samples]
+    for turn, spans in enumerate(zip(*map(segments, samples))):
+        prompts = [torch.from_numpy(s.ids[prompt]) for s, (prompt, _) in zip(samples, spans)]
+        pooled = [torch.from_numpy((s.pool_id[prompt] == turn) - 1) for s, (prompt, _) in zip(samples, spans)]
+        used = [torch.zeros_like(prompt) for prompt in prompts]
+        ids, pool_id, use_id = (torch.nn.utils.rnn.pad_sequence(rows, True, fill)
+                                for rows, fill in ((prompts, 0), (pooled, -1), (used, -1)))
+        new = torch.tensor([len(p) for p in prompts])
+        seen = visual if (ids == data.IMAGE).any() else None
+        out = model(ids, seen, pool_id, use_id, 1, None, cache, new)
+        for row, found, n in zip(logits, out, new):
+            row += found[:n]
+        texts = [torch.from_numpy(s.ids[answer]) for s, (_, answer) in zip(samples, spans)]
+        for step in range(max(map(len, texts))):
+            new = torch.tensor([int(step < len(text)) for text in texts])
+            ids = torch.stack([text[min(step, len(text) - 1)] for text in texts])[:, None]
+            out = model(ids, None, None, None, 1, None, cache, new)
+            for row, found, n in zip(logits, out, new):
+                row += found[:n]
+    return [torch.stack(row) for row in logits]
+
+
+@kinds
+@torch.no_grad()
+def test_a_dialogue_of_three_turns_decoded_with_a_cache_gives_the_logits_of_teacher_forcing(kind):
+    model, samples = trained(**kind), [conversations()[0]]
+    full = logits_of(model, batch_of(samples, pictures(1)))[0]
+    cached = by_steps(model, samples, torch.stack(pictures(1)), len(full))[0]
+    assert close(cached, full)
+    answered = [i for _, answer in segments(samples[0]) for i in range(answer.start, answer.stop)]
+    assert samples[0].ids[answered[-1]] == TOKENIZER.eos  # decoded as a step of the turn that it ends
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_advance_at_their_own_pace():
+    other = [("<image>\nHow many?", "two of them, a red one."),
+             ("What colour is the circle? Is there a square?", "red."), ("Is there?", "yes, three of them.")]
+    samples = [conversations()[0], encode(other, TOKENIZER, LAYOUT, "other", "b.png")]
+    model, batch = trained(**EVERY), batch_of(samples, pictures(2))
+    stepped = by_steps(model, samples, batch.visual, 200)
+    for full, found, length in zip(logits_of(model, batch), stepped, batch.lengths):
+        assert close(found, full[:length])
+
+
+@kinds
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_batch_mates_nor_on_their_order(kind):
+    model, samples, seen = trained(**kind), conversations(), pictures(2)
+    full, visual = logits_of(model, batch_of(samples, seen)), {"a.png": seen[0], "b.png": seen[1]}
+    for order in ((0,), (1,), (2,), (2, 0, 1), (1, 2), (2, 1, 0), (0, 0, 2)):
+        some = [samples[i] for i in order]
+        found = logits_of(model, batch_of(some, [visual[s.image] for s in some if s.image]))
+        for row, s, i in zip(found, some, order):
+            assert close(row[:len(s.ids)], full[i, :len(s.ids)])
+    assert not close(full[0, :20], full[2, :20], 1e-2)
+
+
+@torch.no_grad()
+def test_without_use_id_no_language_expert_takes_part():
+    model, batch = trained(visual_expert="none", language_expert="all"), whole_batch()
+    none = torch.full_like(batch.ids, -1)
+    found = model(batch.ids, batch.visual, none, none, 1)
+    assert torch.equal(found, logits_of(static(model), batch)) and not close(found, logits_of(model, batch), 1e-2)
+
+
+@torch.no_grad()
+def test_a_prompt_ends_where_training_starts_to_predict_the_answer():
+    model = trained()
+    whole = conversations()[0]
+    full = logits_of(model, batch_of([whole], pictures(1)))[0]
+    for turn, (prompt, _) in enumerate(segments(whole)):
+        asked = encode_prompt(TURNS[:turn], TURNS[turn][0], TOKENIZER, LAYOUT, "a.png")
+        n = prompt.stop
+        for name in ("ids", "pool_id", "use_id"):
+            assert getattr(asked, name).tolist() == getattr(whole, name)[:n].tolist()
+        assert close(logits_of(model, batch_of([asked], pictures(1)))[0], full[:n])
+
+
+# ---- The start
+
+
+def static(model):
+    """LLaVA with the weights of `model` and no experts."""
+    plain = VLM(config(visual_expert="none", language_expert="none")).to(model.llm.norm.weight.dtype)
+    state = model.state_dict()
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    return plain.eval()
+
+
+@pytest.mark.parametrize("where", ["posterior", "anterior", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_at_the_start_the_model_is_llava_bit_for_bit(where, dtype):
+    torch.manual_seed(0)
+    model = VLM(config(visual_expert="both", language_expert=where)).to(dtype)
+    batch = batch_of(conversations(), pictures(2, dtype), dtype)
+    assert torch.equal(logits_of(model, batch), logits_of(static(model), batch))
+    model = trained(dtype, language_expert=where)
+    assert not torch.equal(logits_of(model, batch), logits_of(static(model), batch))
+
+
+@kinds
+def test_the_first_step_moves_the_up_projections_alone_and_the_second_every_part_of_every_expert(kind):
+    torch.manual_seed(0)
+    model, batch = VLM(config(**kind)), batch_of(conversations(), pictures(2, torch.float32), torch.float32)
+    experts = new_weights(model)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    moving = []
+    for _ in range(2):
+        optimiser.zero_grad()
+        logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, batch.at)
+        F.cross_entropy(logits, batch.target).backward()
+        moving.append({name for name, p in experts.items() if p.grad is not None and p.grad.any()})
+        optimiser.step()
+    assert moving[0] == {name for name in experts if name.endswith((".up", ".up.weight"))}
+    assert moving[1] == set(experts) and len(experts) > 0
+
+
+# ---- Generation
+
+PROMPTS = [([], TURNS[0][0], "a.png"), ([], "How many?", None), (TURNS[:2], "What colour is the square?", "b.png"),
+           ([], "Is there?", "c.png"), ([("How many?", "two.")], "Is there a red square?", None)]
+
+
+def prompts(chosen=range(len(PROMPTS))):
+    """The generation batch of some of PROMPTS, fp32."""
+    look = dict(zip(("a.png", "b.png", "c.png"), pictures(3, torch.float32)))
+    samples = [encode_prompt(*PROMPTS[i][:2], TOKENIZER, LAYOUT, PROMPTS[i][2]) for i in chosen]
+    return batch_of(samples, [look[s.image] for s in samples if s.image], torch.float32)
+
+
+def talker(**kind):
+    return trained(torch.float32, seed=3, **kind)
+
+
+def first_logits(model, batch, monkeypatch):
+    """What `choose` is given at the first step, float[B, V]."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr("model.choose", lambda logits, *rest: seen.append(logits) or logits.argmax(-1))
+        generate(model, batch, 1, eos=-1)
+    return seen[0]
+
+
+@kinds
+def test_a_batch_of_prompts_gets_the_answers_that_each_gets_alone(kind, monkeypatch):
+    model, batch = talker(**kind), prompts()
+    assert len(set(batch.lengths.tolist())) == len(PROMPTS)
+    together, logits = generate(model, batch, 12, eos=-1), first_logits(model, batch, monkeypatch)
+    assert len({tuple(row) for row in together}) == len(PROMPTS)
+    for i in range(len(PROMPTS)):
+        assert generate(model, prompts([i]), 12, eos=-1) == [together[i]]
+        assert close(first_logits(model, prompts([i]), monkeypatch)[0], logits[i], 1e-5)
+    assert generate(model, prompts([3, 1, 0]), 12, eos=-1) == [together[i] for i in (3, 1, 0)]
+
+
+@kinds
+@torch.no_grad()
+def test_greedy_answers_are_the_likeliest_tokens_of_the_whole_sequence_without_a_cache(kind):
+    model, batch = talker(**kind), prompts()
+    for b, row in enumerate(generate(model, batch, 8, eos=-1)):
+        n, one = int(batch.lengths[b]), prompts([b])
+        ids = torch.cat([one.ids, torch.tensor([row])], 1)
+        pool_id = torch.cat([one.pool_id, torch.full((1, 8), -1)], 1)
+        use_id = torch.cat([one.use_id, one.use_id[:, -1:].expand(1, 8)], 1)
+        logits = model(ids, one.visual, pool_id, use_id, one.turns)[0]
+        assert logits[n - 1:-1].argmax(-1).tolist() == row
+
+
+def test_each_row_stops_at_its_own_end_token():
+    model, batch = talker(), prompts()
+    endless = generate(model, batch, 20, eos=-1)
+    counts = Counter(token for row in endless for token in set(row))
+    places = {t: {row.index(t) for row in endless if t in row} for t in counts}  # where rows would end if t were eos
+    eos = next(t for t, n in counts.most_common() if 1 < n < len(endless) and len(places[t]) > 1)
+    expected = [row[:row.index(eos)] if eos in row else row for row in endless]
+    assert generate(model, batch, 20, eos=eos) == expected and len(set(map(len, expected))) > 2
+    steps = torch.stack(list(stream(model, batch, 20, eos)), 1)
+    assert all((row[len(answer):] == eos).all() for row, answer in zip(steps, expected))
+
+    ending = [i for i, row in enumerate(endless) if eos in row]
+    steps = list(stream(model, prompts(ending), 20, eos))
+    assert len(steps) == 1 + max(len(expected[i]) for i in ending)
+
+
+def test_weights_are_generated_once_for_an_answer_however_long():
+    model, calls = talker(**EVERY), Counter()
+    for name, part in model.named_modules():
+        if isinstance(part, (HyperNetwork, Expert)):
+            part.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    assert len(generate(model, prompts(), 9, eos=-1)[0]) == 9
+    assert calls["llm.hypernet"] == LLAMA.depth  # once for each site, all turns at once
+    assert calls["projector.expert_1.hypernet"] == calls["projector.expert_2.hypernet"] == 1
+    assert all(calls[f"llm.layers.{n}.expert"] == 9 for n in range(LLAMA.depth))
+
+
+def test_another_question_makes_other_weights_and_they_last_for_the_answer():
+    model, batch, used = talker(), prompts([2]), []
+    expert = model.llm.layers[-1].expert
+    expert.register_forward_pre_hook(lambda part, inputs: used.append((inputs[1][0], inputs[2])))
+    generate(model, batch, 4, eos=-1)
+    made = used[0][0]
+    assert made.shape[:2] == (1, 3) and (made[0, 2] - made[0, 1]).abs().max() > 1e-3
+    for kept, use_id in used[1:]:
+        assert torch.equal(kept[0, 0], made[0, 2]) and use_id.tolist() == [[0]]
+
+
+def test_drawing_with_a_seed_can_be_repeated_and_a_nucleus_of_nothing_is_greedy():
+    model, batch = talker(), prompts()
+
+    def drawn(seed, **how):
+        return generate(model, batch, 10, eos=-1, generator=torch.Generator().manual_seed(seed), **how)
+
+    assert drawn(0, temperature=1.5) == drawn(0, temperature=1.5) != drawn(1, temperature=1.5)
+    greedy = generate(model, batch, 10, eos=-1)
+    assert drawn(0, temperature=1.5, top_p=1e-9) == greedy != drawn(0, temperature=1.5)
+    assert drawn(5, temperature=1e-4) == greedy
+
+
+@pytest.mark.parametrize("top_p, kept", [(1.0, (0, 1, 2, 3, 4)), (0.8, (1, 3, 4)), (0.5, (1, 3)), (0.3, (3,))])
+def test_tokens_are_drawn_as_often_as_their_renormalised_probability_in_the_nucleus(top_p, kept):
+    p, temperature, n = torch.tensor([0.06, 0.25, 0.09, 0.4, 0.2]), 0.5, 20_000
+    logits = temperature * p.log() + 3
+    drawn = choose(logits.expand(n, -1), temperature, top_p, torch.Generator().manual_seed(0))
+    expected = torch.tensor([p[i] if i in kept else 0.0 for i in range(5)])
+    expected = expected / expected.sum()
+    found = drawn.bincount(minlength=5) / n
+    assert ((found > 0) == (expected > 0)).all() and (found - expected).abs().max() < 4 * 0.5 / n ** 0.5
+    assert (choose(logits.expand(3, -1), 0, top_p) == 3).all()
+
+
+# ---- eval.py
+
+
+@pytest.mark.parametrize("visual, language", [("both", "none"), ("none", "posterior"), ("both", "all")])
+@torch.no_grad()
+def test_without_experts_the_logits_are_exactly_llavas_and_afterwards_all_is_as_before(visual, language):
+    model, batch = trained(visual_expert=visual, language_expert=language), whole_batch()
+    before, state = logits_of(model, batch), {n: p.clone() for n, p in model.state_dict().items()}
+    with eval.experts_off(model):
+        assert torch.equal(logits_of(model, batch), logits_of(static(model), batch))
+    after = model.state_dict()
+    assert after.keys() == state.keys() and all(torch.equal(after[n], state[n]) for n in state)
+    assert torch.equal(logits_of(model, batch), before) and not close(before, logits_of(static(model), batch), 1e-2)
+
+
+@pytest.mark.parametrize("visual, language", [("both", "none"), ("none", "posterior"), ("both", "all")])
+@torch.no_grad()
+def test_with_swapped_experts_a_row_runs_with_the_weights_made_for_another(visual, language):
+    model = trained(visual_expert=visual, language_expert=language)
+    asked = [encode_prompt([], q, TOKENIZER, LAYOUT, n) for q, n in ((TURNS[0][0], "a"), ("How many?", "b"))]
+    batch = batch_of(asked, pictures(2))
+    before = logits_of(model, batch)
+    with eval.experts_swapped(model):
+        swapped = logits_of(model, batch)
+        twins = logits_of(model, batch_of(asked[:1] * 2, pictures(1) * 2))
+    alone = logits_of(model, batch_of(asked[:1], pictures(1)))
+    for row, n in enumerate(batch.lengths):
+        assert not close(swapped[row, n - 1], before[row, n - 1], 1e-3)
+    assert close(twins[:1], alone)  # weights made for the same input are the same weights
+    assert torch.equal(logits_of(model, batch), before)
+    assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+def question(family, template, answer, image):
+    return eval.Question(family, template, f"<image>\n{template}", answer, image)
+
+
+ASKED = [question("colour", "What colour is the {shape}?", "red", "1.png"),
+         question("colour", "What colour is the {shape}?", "blue", "1.png"),
+         question("colour", "What colour is the {shape}?", "red", "2.png"),
+         question("count", "How many {shapes} are there?", "two", "2.png"),
+         question("count", "How many things are there?", "three", "3.png")]
+
+
+def test_scores_are_the_mean_over_families_of_exact_matches():
+    scores = eval.exact(ASKED, ["red", "red", "red", "two", "Three"])
+    assert scores["n"] == 5 and scores["families"] == {"colour": pytest.approx(2 / 3), "count": 0.5}
+    assert scores["mean"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert eval.exact(ASKED, [q.answer for q in ASKED])["mean"] == 1
+
+
+def test_the_majority_answer_is_the_commonest_of_a_template():
+    assert eval.majority(ASKED) == ["red", "red", "red", "two", "three"]
+
+
+def test_exchanged_questions_are_the_same_questions_about_the_next_picture():
+    other = eval.exchanged(ASKED)
+    assert [q.image for q in other] == ["2.png", "2.png", "3.png", "3.png", "1.png"]
+    assert [dataclasses.replace(q, image=was.image) for q, was in zip(other, ASKED)] == ASKED
+
+
+def test_f1_counts_the_things_that_captions_name_with_their_number():
+    asked = [question("caption", "c", "a large red circle on the left and a large red circle on the right", "1.png"),
+             question("caption", "c", "a small blue ring", "2.png")]
+    assert eval.object_f1(asked, [q.answer for q in asked]) == 1
+    told = ["one large red circle", "a small blue star and a small blue ring"]  # 2 of 3 said, 2 of 3 there
+    assert eval.object_f1(asked, told) == pytest.approx(2 / 3)
+    assert eval.object_f1(asked, ["a large red circle"] * 2) == pytest.approx(2 * 1 / (2 + 3))
+    assert eval.object_f1(asked, ["", "nothing"]) == 0
+
+
+# ---- sample.py
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a checkpoint, pictures good and bad, and a folder that is no checkpoint."""
+    folder = tmp_path_factory.mktemp("place")
+    model = trained(torch.float32, seed=3)
+    model.llm.lm_head.weight.data[:259] = 0  # bytes are never the likeliest: they need not make whole characters
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    weights.save(str(folder / "model"), model.cfg, state, TOKENIZER, Preprocess(28), "A chat.", 2, {}, {})
+    noise = torch.randint(0, 256, (40, 30, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    Image.fromarray(noise.numpy()).save(folder / "x.png")
+    (folder / "empty.png").touch()
+    (folder / "half.png").write_bytes((folder / "x.png").read_bytes()[:1500])
+    (folder / "bare").mkdir()
+    return folder
+
+
+def command(place, **changes):
+    """The arguments of sample.py: by default a question that can be answered."""
+    options = dict(image=place / "x.png", prompt="What colour is the circle?", model=place / "model", device="cpu",
+                   dtype="float32", max_new_tokens=6)
+    return [f"--{name}={value}" for name, value in {**options, **changes}.items()]
+
+
+def spoken(monkeypatch, capsys, *argv):
+    """(exit code or message, stdout, stderr) of sample.py, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
+    code = 0
+    try:
+        cli.main(sample.run)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def expected_answer(place, text, n):
+    """What `generate` gives the checkpoint asked about x.png."""
+    checkpoint = weights.load(str(place / "model"))
+    asked = encode_prompt([], text, TOKENIZER, LAYOUT, "x.png")
+    look = data.pixels(data.open_image(place / "x.png", "x.png"), checkpoint.preprocess)
+    return TOKENIZER.decode(generate(checkpoint.model, batch_of([asked], [look], torch.float32), n, TOKENIZER.eos)[0])
+
+
+def program(*argv):
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, encoding="utf-8",
+                          cwd=os.path.dirname(sample.__file__), env={**os.environ, "PYTHONUTF8": "1"})
+
+
+def test_the_program_prints_the_answer_and_nothing_else(place):
+    done = program("sample.py", *command(place))
+    assert done.returncode == 0
+    answer = expected_answer(place, "What colour is the circle?", 6)
+    assert done.stdout == answer + "\n" and answer
+    assert str(place / "model") in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_program_ends_a_mistake_with_one_line_and_exit_code_1(place):
+    done = program("sample.py", *command(place, image=place / "none.png"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {place / 'none.png'}: there is no such picture\n"
+
+
+MISTAKES = {
+    "missing picture": (dict(image="none.png"), "no such picture"),
+    "zero bytes": (dict(image="empty.png"), "unreadable picture"),
+    "truncated": (dict(image="half.png"), "unreadable picture"),
+    "a folder as picture": (dict(image="bare"), "unreadable picture"),
+    "empty prompt": (dict(prompt=" "), "empty"),
+    "long prompt": (dict(prompt="How many? " * 200), "the context holds 200"),
+    "no config": (dict(model="bare"), "no config.json"),
+    "no folder": (dict(model="nowhere"), "no such folder"),
+    "unknown flag": (dict(max_new_token="3"), "did you mean --max_new_tokens?"),
+    "wrong type": (dict(temperature="warm"), "expected float"),
+    "wrong choice": (dict(dtype="float8"), "expected one of bfloat16, float32"),
+    "no new tokens": (dict(max_new_tokens=0), "at least 1 token"),
+    "cold": (dict(temperature=-1), "at least 0"),
+    "no nucleus": (dict(top_p=0), "above 0"),
+    "unknown device": (dict(device="abacus"), "abacus"),
+}
+
+
+@pytest.mark.parametrize("changes, words", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_mend(place, changes, words, monkeypatch, capsys):
+    paths = {k: place / v for k, v in changes.items() if k in ("image", "model")}
+    code, out, err = spoken(monkeypatch, capsys, *command(place, **{**changes, **paths}))
+    assert isinstance(code, str) and code.startswith("error: ") and words in code  # a str: printed, exit code 1
+    assert "\n" not in code and (out, err) == ("", "")
+
+
+def test_an_answer_longer_than_the_context_is_cut_and_said_to_be(place, monkeypatch, capsys):
+    asked = "How many? " * 50
+    room = LAYOUT.context - len(encode_prompt([], asked, TOKENIZER, LAYOUT, "x.png").ids)
+    assert 0 < room < 100
+    code, out, err = spoken(monkeypatch, capsys, *command(place, prompt=asked, max_new_tokens=100))
+    assert code == 0 and out == expected_answer(place, asked, room) + "\n"
+    assert f"cut at {room} tokens" in err and out.startswith(expected_answer(place, asked, room - 1))
+
+
+def test_a_question_without_a_picture_is_answered_too(place, monkeypatch, capsys):
+    argv = [a for a in command(place) if not a.startswith("--image")]
+    code, out, _ = spoken(monkeypatch, capsys, *argv)
+    assert code == 0 and out != expected_answer(place, "What colour is the circle?", 6) + "\n" and len(out) > 1
+
+
+def test_drawn_answers_depend_on_the_seed_alone(place, monkeypatch, capsys):
+    said = [spoken(monkeypatch, capsys, *command(place, temperature=2, seed=seed))[1] for seed in (0, 0, 1)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_a_piece_of_an_answer_never_ends_within_a_character(place, monkeypatch):
+    whole, word, broken = TOKENIZER.encode("é")[-2:], TOKENIZER.encode("red"), TOKENIZER.encode("日")[-3:-1]
+    ids = whole + word + broken
+    monkeypatch.setattr(sample, "stream", lambda *_: (torch.tensor([i]) for i in ids))
+    checkpoint = weights.load(str(place / "model"))
+    pieces = list(sample.answer(checkpoint, prompts([1]), sample.Options()))
+    assert "".join(pieces) == TOKENIZER.decode(ids) and pieces[0] == "é"
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces[:-1])
+
+
+def test_the_newest_checkpoint_is_taken_where_none_is_named(tmp_path):
+    with pytest.raises(cli.UserError, match="train.py"):
+        sample.newest(str(tmp_path))
+    for age, name in enumerate(("toy/stage1", "toy/stage2", "other/stage1", "toy/stage0")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+        os.utime(tmp_path / name / "config.json", (age, age))
+    (tmp_path / "last" / "stage2").mkdir(parents=True)  # not finished: without a config.json
+    assert sample.newest(str(tmp_path)) == str(tmp_path / "other" / "stage1")
+
+
+def test_training_and_sampling_need_no_library_but_the_few_that_are_stated():
+    unwanted = "transformers deepspeed peft flash_attn wandb torchvision matplotlib sentencepiece".split()
+    done = program("-c", f"import sys, train, sample; print(*set(sys.modules) & set({unwanted}), flush=True)")
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
