@@ -29,12 +29,14 @@ from typing import Literal
 import numpy as np
 import tokenizers
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cli import UserError, main, parse
 from model import IMAGE
 
+MULTIPLE = 16   # what training pads sequences to a multiple of, see `collate`
 IGNORE = -100   # the label of a position that is not trained
 TAG = "<image>"
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -456,8 +458,13 @@ class Batch:
     lengths: torch.Tensor  # int64[B], positions of each row that are no padding
     visual: torch.Tensor   # float[M, 3, S, S] pixels or float[M, N, C] features, in the rows' order
     at: torch.Tensor       # int64[P] flat positions b * T + i whose next token is trained
-    target: torch.Tensor   # int64[P] those next tokens
+    target: torch.Tensor   # int64[P] those next tokens; IGNORE where P was padded
     records: list[str]
+
+    @property
+    def trained(self):
+        """The number of supervised tokens."""
+        return int((self.target != IGNORE).sum())
 
     def to(self, device):
         """The same batch with its tensors on `device`."""
@@ -466,37 +473,40 @@ class Batch:
                         for k, v in fields.items()})
 
 
-def pad_right(rows, value):
-    """int64[B, T] of int64[T_b] arrays."""
-    out = np.full((len(rows), max(map(len, rows))), value, np.int64)
+def pad_right(rows, value, multiple=1):
+    """int64[B, T] of int64[T_b] arrays, T a multiple of `multiple`."""
+    out = np.full((len(rows), -(-max(map(len, rows)) // multiple) * multiple), value, np.int64)
     for row, values in zip(out, rows):
         row[:len(values)] = values
     return torch.from_numpy(out)
 
 
-def collate(samples, visual, blank, pad=0):
+def collate(samples, visual, blank, pad=0, multiple=1):
     """The `Batch` of samples and of the pictures of those that have one, in order.
 
     visual  list of float[3, S, S] pixels or float[N, C] features
     blank   the shape of one of them: a batch without pictures brings one of zeros that no position
             refers to, so that every rank runs every part of a sharded model
+    multiple  T is padded to a multiple of it, and P of four times it (with target IGNORE): kernels are chosen,
+            and on a CPU compiled, for each new shape, which took longer than the products themselves
     """
     named = sum(s.image is not None for s in samples)
     assert len(visual) == named, f"{len(visual)} pictures for {named} samples that name one"
-    ids = pad_right([s.ids for s in samples], pad)
-    labels = pad_right([s.labels for s in samples], IGNORE)
+    ids = pad_right([s.ids for s in samples], pad, multiple)
+    labels = pad_right([s.labels for s in samples], IGNORE, multiple)
     # The label shift, here and nowhere else: position i is trained to say what stands at i + 1.
     # <s> USER: hi ASSISTANT: hello </s>  is trained on  ASSISTANT: -> hello  and  hello -> </s>
     b, i = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    at, target, more = b * ids.shape[1] + i, labels[b, i + 1], -len(b) % (4 * multiple) if multiple > 1 else 0
     return Batch(
         ids=ids,
-        pool_id=pad_right([s.pool_id for s in samples], -1),
-        use_id=pad_right([s.use_id for s in samples], -1),
+        pool_id=pad_right([s.pool_id for s in samples], -1, multiple),
+        use_id=pad_right([s.use_id for s in samples], -1, multiple),
         turns=max(s.turns for s in samples),
         lengths=torch.tensor([len(s.ids) for s in samples]),
         visual=torch.stack(visual) if visual else torch.zeros(1, *blank),
-        at=b * ids.shape[1] + i,
-        target=labels[b, i + 1],
+        at=F.pad(at, (0, more)),
+        target=F.pad(target, (0, more), value=IGNORE),
         records=[s.record for s in samples],
     )
 

@@ -199,7 +199,8 @@ def gallery(questions, answers, path, columns=4, rows=3, scale=4):
     for q, a in zip(questions, answers):
         shown[q.image].append((q, a))
     images = list(shown)[::max(1, len(shown) // (columns * rows))][:columns * rows]
-    font, wide, high = ImageFont.load_default(13), 400, 60 * scale + 120
+    side = max(max(open_image(image, image).size) for image in images) * scale
+    font, wide, high = ImageFont.load_default(13), 400, side + 125
     sheet = Image.new("RGB", (columns * wide, rows * high), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
@@ -207,7 +208,7 @@ def gallery(questions, answers, path, columns=4, rows=3, scale=4):
         picture = open_image(image, image)
         sheet.paste(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST), (x, y))
         for j, (q, a) in enumerate(shown[image][i % 3::3][:3]):
-            text, top = q.text.removeprefix("<image>\n"), y + 60 * scale + 5 + 34 * j
+            text, top = q.text.removeprefix("<image>\n"), y + side + 5 + 34 * j
             pen.text((x, top), text, "black", font)
             right = a == q.answer
             pen.text((x, top + 15), a if right else f"{a}   (truth: {q.answer})", "green" if right else "red", font)

@@ -543,6 +543,21 @@ def test_a_batch_without_pictures_brings_a_blank_one_that_nothing_refers_to(toke
         collate([encode(TURNS, tokenizer, LAYOUT, "r", "x")], [], (9, 32))
 
 
+def test_padding_to_a_multiple_adds_nothing_to_learn(tokenizer):
+    samples = [encode(TURNS, tokenizer, LAYOUT, "one", "x"), encode([("Q", "yes")], tokenizer, LAYOUT, "two")]
+    plain, padded = (collate(samples, [torch.ones(3, 4, 4)], None, multiple=m) for m in (1, 16))
+    T = plain.ids.shape[1]
+    assert T % 16 and padded.ids.shape[1] == -(-T // 16) * 16 and len(padded.at) % 64 == 0
+    assert padded.trained == plain.trained == len(plain.at) and torch.equal(padded.lengths, plain.lengths)
+    real = padded.target != IGNORE
+    assert torch.equal(padded.target[real], plain.target)
+    b, t = padded.at[real] // padded.ids.shape[1], padded.at[real] % padded.ids.shape[1]
+    assert torch.equal(b * T + t, plain.at)
+    for name, value in (("ids", 0), ("pool_id", -1), ("use_id", -1)):
+        wide, narrow = getattr(padded, name), getattr(plain, name)
+        assert torch.equal(wide[:, :T], narrow) and (wide[:, T:] == value).all()
+
+
 @pytest.mark.parametrize("lengths", [None, np.arange(100) % 37])
 def test_the_order_is_a_function_of_seed_and_epoch_alone(lengths):
     order = Order(100, 3, 8, lengths)

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from data import Batch, Conversations, Layout, Preprocess, collate, conversation, load_records, open_image, pad_right, pieces, pixels
+from data import (MULTIPLE, Batch, Conversations, Layout, Preprocess, collate, conversation, load_records, open_image, pad_right,
+                  pieces, pixels)
 from model import CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
 
-VISION = VisionConfig(image_size=60, patch=10, width=128, depth=4, heads=2, hidden=512)
+VISION = VisionConfig(image_size=56, patch=8, width=128, depth=4, heads=2, hidden=512)
 LLAMA = LlamaConfig(width=192, depth=4, heads=3, kv_heads=3, hidden=512, vocab=640, context=256)
 CAPTION = LlamaConfig(width=128, depth=2, heads=2, kv_heads=2, hidden=256, vocab=640, tied=True)  # CLIP's other tower
 PREPROCESS = Preprocess(size=VISION.image_size)
@@ -68,7 +69,7 @@ def loss(model, batch):
     """Summed next-token loss of the Llama, plus the contrast weighted like as many tokens, as train.py expects sums."""
     logits, fit = model(batch)
     language = F.cross_entropy(logits.float(), batch.text.target, reduction="sum")
-    return language + contrast(fit, batch.own) * len(batch.text.target)
+    return language + contrast(fit, batch.own) * batch.text.trained
 
 
 @dataclass
@@ -80,6 +81,10 @@ class StandInBatch:
     ends: torch.Tensor     # int64[Q], flat positions of the phrases' last tokens
     own: torch.Tensor      # bool[M, Q], which picture's caption has which phrase
     records: list[str]
+
+    @property
+    def lengths(self):
+        return self.text.lengths
 
     def to(self, device):
         tensors = (x.to(device) for x in (self.pixels, self.phrases, self.ends, self.own))
@@ -105,12 +110,15 @@ class StandInData:
         self.ids = {p: np.array(tokenizer.encode(p) + [tokenizer.eos]) for p in set(itertools.chain(*self.phrases))}
 
     def batch(self, rows):
-        text = collate([self.texts[i] for i in rows], [], (VISION.tokens, VISION.width))
+        text = collate([self.texts[i] for i in rows], [], (VISION.tokens, VISION.width), multiple=MULTIPLE)
         pictures = [j % len(self.pixels) for i in rows for j in range(2 * self.PAIRS * i, 2 * self.PAIRS * (i + 1))]
+        # in steps of 64 for the sake of fixed shapes, see data.collate: an empty phrase that no picture owns fits none
         column = {p: q for q, p in enumerate(dict.fromkeys(p for j in pictures for p in self.phrases[j]))}
-        ids = pad_right([self.ids[p] for p in column], 0)
-        ends = torch.tensor([q * ids.shape[1] + len(self.ids[p]) - 1 for p, q in column.items()])
-        own = torch.zeros(len(pictures), len(column), dtype=torch.bool)
+        empty = [np.zeros(1, np.int64)] * (-len(column) % 64)
+        ids = pad_right([self.ids[p] for p in column] + empty, 0, 4)
+        ends = torch.tensor([q * ids.shape[1] + len(self.ids[p]) - 1 for p, q in column.items()]
+                            + [q * ids.shape[1] for q in range(len(column), len(ids))])
+        own = torch.zeros(len(pictures), len(ids), dtype=torch.bool)
         for m, j in enumerate(pictures):
             own[m, [column[p] for p in self.phrases[j]]] = True
         return StandInBatch(text, self.pixels[pictures].float(), ids, ends, own, text.records)

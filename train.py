@@ -36,7 +36,7 @@ import toy
 import weights
 import world
 from cli import UserError, main, parse
-from data import SYSTEM, Conversations, Layout, Order, collate, open_image, pixels, train_tokenizer
+from data import MULTIPLE, SYSTEM, Conversations, Layout, Order, collate, open_image, pixels, train_tokenizer
 from hypernet import HyperNetwork
 from model import Attention, Block, CLIP, VisionAttention, VisionBlock
 from muon import Muon
@@ -59,13 +59,13 @@ PRESETS = {
     "7b": LLAVA,
     "13b": LLAVA,
     "toy": {
-        0: dict(batch_size=32, lr=2e-3, muon_lr=4e-3, steps=700, schedule="wsd", clip=1.0),
+        0: dict(batch_size=32, lr=2e-3, muon_lr=1.2e-2, steps=600, schedule="wsd", clip=1.0),
         1: dict(template="plain", batch_size=32, lr=3e-3, steps=200, schedule="wsd", clip=1.0),
-        2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=1000, schedule="wsd", clip=1.0),
+        2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=1200, schedule="wsd", clip=1.0),
     },
 }
 TOY = dict(vision="stage0/clip", llm="stage0/llm", system="", aspect="pad", expert_embed=16, group_by_length=True, cache_features=True,
-           attention="plain", log_every=20)
+           attention="plain", log_every=20, val_every=300)
 
 
 @dataclass
@@ -288,7 +288,7 @@ def evaluate(job, model, mesh):
 
 
 def train_step(job, model, opts, batches, o, mesh):
-    """One optimiser step over this rank's micro-batches: (loss per token, gradient norm, supervised tokens), global.
+    """One optimiser step over this rank's micro-batches: (loss per supervised token, gradient norm, positions), global.
 
     The loss is the sum over supervised tokens divided by their number in the *global* batch, so that accumulation and
     the number of ranks leave the gradients alone. (LLaVA takes the mean of each micro-batch's mean.)
@@ -309,7 +309,7 @@ def train_step(job, model, opts, batches, o, mesh):
     for opt in opts:
         opt.step()
         opt.zero_grad()
-    return loss, norm, tokens
+    return loss, norm, total(sum(b.lengths.sum().item() for b in batches), mesh)
 
 
 def cut_log(path, step):
@@ -328,6 +328,8 @@ def train(job, o, mesh):
     freeze(job.model, TRAINS[o.stage, o.tune], getattr(torch, o.dtype))
     model = shard(job.model, mesh, getattr(torch, o.dtype))
     opts = optimisers(model, o)
+    if rank == 0:
+        print(plan(model, job, o), file=sys.stderr)
 
     states, log_path = os.path.join(out, "state"), os.path.join(out, "log.jsonl")
     start = 0
@@ -350,10 +352,11 @@ def train(job, o, mesh):
             factor = schedule(step, o)
             for opt, lr in zip(opts, (o.lr, o.muon_lr)):
                 opt.param_groups[0]["lr"] = lr * factor
-            loss, norm, tokens = train_step(job, model, opts, batches, o, mesh)
+            loss, norm, positions = train_step(job, model, opts, batches, o, mesh)
 
             now = time.perf_counter()
-            row = {"step": step, "loss": loss, "lr": o.lr * factor, "grad_norm": norm, "tokens_per_s": tokens / (now - began)}
+            row = {"step": step, "loss": loss, "lr": o.lr * factor, "grad_norm": norm,
+                   "tokens_per_s": positions / (now - began)}  # text and image tokens, without padding
             if job.held_out and (step + 1 == o.steps or (step + 1) % o.val_every == 0):
                 row |= evaluate(job, model, mesh)
             began = time.perf_counter()
@@ -369,6 +372,14 @@ def train(job, o, mesh):
         job.finish({k: v.to(dtype) for k, v in tensors.items()})
         shutil.rmtree(states, ignore_errors=True)
     dist.barrier()
+
+
+def plan(model, job, o):
+    """What is about to happen, in a line."""
+    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return (f"stage {o.stage}: {trains:,} parameters train, {frozen:,} are frozen; {len(job.lengths):,} samples, {o.steps:,} steps "
+            f"of {o.batch_size}; {o.dtype} on {dist.get_world_size()} x {o.device}")
 
 
 def line(row, o):
@@ -393,7 +404,7 @@ def stage_0(o):
     data = toy.StandInData(folder, "text.json", "captions.json", tokenizer, o.system)
     val = toy.StandInData(folder, "validation_text.json", "validation_captions.json", tokenizer, o.system)
     held_out = [val.batch(range(i, min(i + o.batch_size, len(val.texts)))) for i in range(0, len(val.texts), o.batch_size)]
-    return Job(toy.StandIns(), data.texts.lengths, data.batch, held_out, toy.loss, lambda b: len(b.text.at),
+    return Job(toy.StandIns(), data.texts.lengths, data.batch, held_out, toy.loss, lambda b: b.text.trained,
                lambda tensors: toy.finish(tensors, tokenizer, stage_folder(o)))
 
 
@@ -440,7 +451,7 @@ def stage_1_or_2(o):
 
     def batch(rows, source=data[0]):
         samples = [source[i] for i in rows]
-        return collate(samples, [picture(s) for s in samples if s.image is not None], blank)
+        return collate(samples, [picture(s) for s in samples if s.image is not None], blank, multiple=MULTIPLE)
 
     held_out = [batch(range(i, min(i + 64, len(d))), d) for d in data[1:] for i in range(0, min(len(d), 512), 64)]
 
@@ -449,7 +460,13 @@ def stage_1_or_2(o):
         weights.save(stage_folder(o), model.cfg, kept, tokenizer, preprocess, o.system, o.stage,
                      sources, dataclasses.asdict(o))
 
-    return Job(model, data[0].lengths, batch, held_out, vlm_loss, lambda b: len(b.at), finish)
+    return Job(model, data[0].lengths, batch, held_out, vlm_loss, lambda b: b.trained, finish)
+
+
+def finished(out, stage):
+    """Whether a stage's checkpoint is there."""
+    part = "llm/config.json" if stage == 0 else "config.json"
+    return os.path.exists(os.path.join(out, f"stage{stage}", part))
 
 
 def complete(given, stage):
@@ -465,6 +482,9 @@ def complete(given, stage):
                        "val": os.path.join(folder, "validation_captions.json" if stage == 1 else "validation.json")}
     if stage == 2:
         preset |= {"init": os.path.join(o.out, "stage1")}
+        if "init" not in given and not finished(o.out, 1):
+            raise UserError(f"stage 2 starts from {preset['init']}, which is not there: "
+                            f"run --stage 1 first, or name a checkpoint with --init")
     o = Options(**{**preset, **given, "stage": stage})
     needed = {0: (), 1: ("vision", "llm", "data", "images"), 2: ("init", "data", "images")}[stage]
     missing = [f"--{name}" for name in needed if getattr(o, name) is None]
@@ -497,12 +517,6 @@ def run_stage(given, stage, mesh):
     train(job, o, mesh)
 
 
-def finished(out, stage):
-    """Whether a stage's checkpoint is there."""
-    part = "llm/config.json" if stage == 0 else "config.json"
-    return os.path.exists(os.path.join(out, f"stage{stage}", part))
-
-
 def run():
     given = parse(Options)
     o = Options(**given)
@@ -513,7 +527,8 @@ def run():
     if o.stage is not None and finished(o.out, o.stage) and not o.overwrite:
         raise UserError(f"{os.path.join(o.out, f'stage{o.stage}')} is finished: --overwrite trains it anew")
     if o.preset == "toy" and dist.get_rank() == 0:
-        world.write_world(os.path.join(o.out, "world"), o.pictures, texts=o.pictures, test_pictures=min(250, o.pictures))
+        world.write_world(os.path.join(o.out, "world"), o.pictures, side=toy.VISION.image_size, texts=o.pictures,
+                          test_pictures=min(250, o.pictures))
     dist.barrier()
     needed = [0, 1, 2] if o.stage is None else [0] * (o.preset == "toy" and o.stage > 0) + [o.stage]
     for stage in needed:

@@ -41,6 +41,9 @@ PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPE
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 COUNT_WEIGHTS = (1.0, 1.3, 3.0, 6.0, 12.0, 24.0)  # the larger a count, the fewer scenes offer it
 
+SHARES = {"colour": 1.3, "shape": 1.3, "count": 1.0, "exist": 1.2, "spatial": 1.0, "where": 1.3, "compare": 0.8,
+          "read": 0.4}  # of the families in training: a letter is soon learnt, and answers of one bit teach little
+
 CAPTION_REQUESTS = ("Describe the image.", "What is in the picture?", "List everything you can see.",
                     "Give a description of the picture.", "What does the image show?")
 TEMPLATES = {
@@ -296,7 +299,7 @@ def draw_letter(pen, rng, letter, cell, light, width, height):
     pen.text((x, y + capital / 2), letter, ink, font, anchor="ms", stroke_width=bold)
 
 
-def draw(scene, rng, side=60):
+def draw(scene, rng, side=56):
     """A picture of `scene`, PIL RGB, its longer side `side` pixels; everything about its look comes from `rng`."""
     width, height = frame(rng, side)
     paints = paint(rng, [t.colour for t in scene.things])
@@ -539,7 +542,7 @@ def write_json(path, value):
 def training_turns(scene, rng, caption_share):
     """Questions for one training record: one in 15 %, else 5-7; `caption_share` of records ask for the caption."""
     turns = 1 if rng.random() < 0.15 else int(rng.integers(5, 8))
-    questions = conversation(scene, rng, turns)
+    questions = conversation(scene, rng, turns, SHARES)
     if rng.random() < caption_share:
         questions[int(rng.integers(len(questions)))] = ask_caption(scene, rng)
     return questions
@@ -563,7 +566,7 @@ def write_training(folder, rng, pictures, side):
         id = f"train_{i:06d}"
         save_picture(folder, f"{id}.png", scene, side)
         captions.append(record(id, f"{id}.png", pairs_of([ask_caption(scene, rng)])))
-        instruct.append(record(id, f"{id}.png", pairs_of(training_turns(scene, rng, 1 / 8))))
+        instruct.append(record(id, f"{id}.png", pairs_of(training_turns(scene, rng, 1 / 10))))
     write_json(folder / "captions.json", captions)
     write_json(folder / "instruct.json", instruct)
     return seen
@@ -575,7 +578,7 @@ def write_texts(folder, file, rng, split, texts, seen):
     while len(rows) < texts:
         scene = sample_scene(rng, split)
         if scene not in seen:
-            turns = pairs_of(training_turns(scene, rng, 1 / 6))
+            turns = pairs_of(training_turns(scene, rng, 1 / 16))
             rows.append(record(f"text_{len(rows):06d}", None, turns, describe(scene, rng) + "\n"))
     write_json(folder / file, rows)
 
@@ -597,7 +600,7 @@ def write_test(folder, rng, split, pictures, side):
     write_json(folder / f"{split}_captions.json", [row for row in rows if row["family"] == "caption"])
 
 
-def write_world(folder, pictures=16000, seed=0, side=60, texts=16000, test_pictures=250):
+def write_world(folder, pictures=16000, seed=0, side=56, texts=16000, test_pictures=250):
     """Write a whole world, the same for the same arguments; returns False if `folder` already holds just that.
 
     Paths in the JSON files are relative to folder/images. world.json, the arguments and a digest of this file,
