@@ -59,9 +59,9 @@ PRESETS = {
     "7b": LLAVA,
     "13b": LLAVA,
     "toy": {
-        0: dict(batch_size=32, lr=2e-3, muon_lr=1.2e-2, steps=600, schedule="wsd", clip=1.0),
-        1: dict(template="plain", batch_size=32, lr=3e-3, steps=200, schedule="wsd", clip=1.0),
-        2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=1200, schedule="wsd", clip=1.0),
+        0: dict(batch_size=32, lr=2e-3, muon_lr=8e-3, steps=600, schedule="wsd", clip=1.0),
+        1: dict(template="plain", batch_size=32, lr=3e-3, steps=250, schedule="wsd", clip=1.0),
+        2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=1100, schedule="wsd", clip=1.0),
     },
 }
 TOY = dict(vision="stage0/clip", llm="stage0/llm", system="", aspect="pad", expert_embed=16, group_by_length=True, cache_features=True,

@@ -566,7 +566,7 @@ def write_training(folder, rng, pictures, side):
         id = f"train_{i:06d}"
         save_picture(folder, f"{id}.png", scene, side)
         captions.append(record(id, f"{id}.png", pairs_of([ask_caption(scene, rng)])))
-        instruct.append(record(id, f"{id}.png", pairs_of(training_turns(scene, rng, 1 / 10))))
+        instruct.append(record(id, f"{id}.png", pairs_of(training_turns(scene, rng, 1 / 6))))
     write_json(folder / "captions.json", captions)
     write_json(folder / "instruct.json", instruct)
     return seen
@@ -578,7 +578,7 @@ def write_texts(folder, file, rng, split, texts, seen):
     while len(rows) < texts:
         scene = sample_scene(rng, split)
         if scene not in seen:
-            turns = pairs_of(training_turns(scene, rng, 1 / 16))
+            turns = pairs_of(training_turns(scene, rng, 1 / 2))
             rows.append(record(f"text_{len(rows):06d}", None, turns, describe(scene, rng) + "\n"))
     write_json(folder / file, rows)
 
