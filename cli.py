@@ -41,8 +41,6 @@ def convert(name, kind, text):
         if text not in inner:
             raise UserError(f"--{name} {text}: expected one of {', '.join(inner)}")
         return text
-    if typing.get_origin(kind) is list:
-        return [convert(name, inner[0], text)]
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UserError(f"--{name} {text}: expected true or false")
@@ -56,7 +54,7 @@ def convert(name, kind, text):
 def parse(options, argv=None):
     """{field: value} of the options named in `argv`, typed; defaults are left to the dataclass.
 
-    An option annotated list[...] may be repeated. Raises UserError on an unknown option (naming the nearest),
+    Raises UserError on an unknown option (naming the nearest),
     a missing value or an ill-typed one; prints the help and exits on --help.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -79,8 +77,7 @@ def parse(options, argv=None):
             continue
         if bare:
             raise UserError(f"--{name} needs a value")
-        value = convert(name, kinds[name], text if equals else argv.pop(0))
-        given[name] = given.get(name, []) + value if isinstance(value, list) else value
+        given[name] = convert(name, kinds[name], text if equals else argv.pop(0))
     return given
 
 

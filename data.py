@@ -133,7 +133,7 @@ class Tokenizer:
         """The tokenizer of a model's folder; UserError if there is none or it cannot be read."""
         path = os.path.join(folder, "tokenizer.json")
         if not os.path.isfile(path):
-            raise UserError(f"no tokenizer in {folder}: looked for tokenizer.json, tokenizer.model")
+            raise UserError(f"no tokenizer.json in {folder}; a tokenizer.model alone is not read yet")
         try:
             inner = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises nothing more specific

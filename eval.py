@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -19,8 +18,8 @@ from tqdm import tqdm
 
 import weights
 import world
-from cli import UserError, main, parse
-from data import Layout, collate, encode_prompt, load_records, open_image, pixels
+from cli import main, parse
+from data import collate, encode_prompt, load_records, open_image, pixels
 from hypernet import Expert, HyperNetwork
 from model import generate
 
@@ -58,8 +57,7 @@ class Answerer:
 
     def __init__(self, checkpoint, max_new_tokens=72):
         self.model, self.tokenizer, self.preprocess = checkpoint.model.eval(), checkpoint.tokenizer, checkpoint.preprocess
-        cfg = self.model.cfg
-        self.layout = Layout("v1", checkpoint.system, cfg.vision.tokens, cfg.llm.context)
+        self.layout = checkpoint.layout()
         self.max_new_tokens, self.features = max_new_tokens, {}
 
     @torch.no_grad()
@@ -128,10 +126,10 @@ def exact(questions, answers):
     return {"n": len(questions), "mean": sum(families.values()) / len(families), "families": families}
 
 
-def majority(questions):
-    """The commonest answer to each question's template: the best that a constant answer could do on this very split."""
+def majority(questions, known):
+    """The answer that is commonest among the `known` questions of the same template: what can be had without looking."""
     answers = collections.defaultdict(collections.Counter)
-    for q in questions:
+    for q in known:
         answers[q.template][q.answer] += 1
     return [answers[q.template].most_common(1)[0][0] for q in questions]
 
@@ -158,6 +156,7 @@ def toy_scores(model, folder, out, began):
     began  time.perf_counter() when the run that "seconds" counts began
     """
     checkpoint = weights.load(model)
+    os.makedirs(out, exist_ok=True)
     answer = Answerer(checkpoint)
     asked = {split: questions_of(folder, split) for split in ("heldout", "combination")}
     captions = [q for q in asked["heldout"] if q.family == "caption"]
@@ -168,7 +167,7 @@ def toy_scores(model, folder, out, began):
     splits = {"heldout": exact(held, answers),
               "combination": exact(asked["combination"], answer(asked["combination"], "combination")),
               "shuffled": exact(held, answer(exchanged(held), "shuffled")),
-              "majority": exact(held, majority(held))}
+              "majority": exact(held, majority(held, questions_of(folder, "validation")))}
     with experts_off(checkpoint.model):
         splits["experts_off"] = exact(held, answer(held, "experts off"))
     with experts_swapped(checkpoint.model):

@@ -5,6 +5,7 @@ anywhere rather than in cells, Pillow's own named colours, saved as JPEG of qual
 """
 import io
 import math
+import os
 import random
 from dataclasses import dataclass
 
@@ -81,6 +82,8 @@ def questions(things, name):
 
 def run():
     o = Options(**parse(Options))
+    if o.out:
+        os.makedirs(o.out, exist_ok=True)
     answer, chance = Answerer(weights.load(o.model)), random.Random(o.seed)
     asked = []
     for i in range(o.pictures):

@@ -13,7 +13,7 @@ import torch
 
 import weights
 from cli import UserError, main, parse
-from data import Layout, collate, encode_prompt, open_image, pixels
+from data import collate, encode_prompt, open_image, pixels
 from model import stream
 
 
@@ -48,7 +48,7 @@ def newest(root="out"):
 def prepare(checkpoint, question, image, o):
     """The batch of one prompt."""
     cfg = checkpoint.model.cfg
-    layout = Layout("v1", checkpoint.system, cfg.vision.tokens, cfg.llm.context)
+    layout = checkpoint.layout()
     sample = encode_prompt([], question, checkpoint.tokenizer, layout, o.image)
     if len(sample.ids) + o.max_new_tokens > cfg.llm.context:
         print(f"the answer is cut at {cfg.llm.context - len(sample.ids)} tokens: the context holds {cfg.llm.context}",
@@ -75,7 +75,7 @@ def answer(checkpoint, batch, o):
 
 def run():
     o = Options(**parse(Options))
-    image = open_image(o.image, o.image) if o.image else None  # before the weights: mistakes show at once
+    image = open_image(o.image, o.image) if o.image is not None else None  # before the weights: mistakes show at once
     device = weights.pick_device(o.device)
     name = o.model or newest()
     checkpoint = weights.load(name, getattr(torch, o.dtype or weights.fast_dtype(device)))

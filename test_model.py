@@ -737,7 +737,9 @@ def test_scores_are_the_mean_over_families_of_exact_matches():
 
 
 def test_the_majority_answer_is_the_commonest_of_a_template():
-    assert eval.majority(ASKED) == ["red", "red", "red", "two", "three"]
+    assert eval.majority(ASKED, ASKED) == ["red", "red", "red", "two", "three"]
+    other = [dataclasses.replace(q, answer="blue") for q in ASKED]
+    assert eval.majority(ASKED, other) == ["blue"] * 5  # of the questions that are known, not of those asked
 
 
 def test_exchanged_questions_are_the_same_questions_about_the_next_picture():

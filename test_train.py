@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-import toy
 import train
 import weights
 import world
@@ -41,7 +40,6 @@ def trained(given, stage, mesh):
     o = train.complete(given, stage)
     os.makedirs(train.stage_folder(o), exist_ok=True)
     job = train.stage_0(o) if stage == 0 else train.stage_1_or_2(o)
-    train.derive(o, len(job.lengths))
     before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
     after = {}
     job.finish = after.update
@@ -132,6 +130,20 @@ def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_run(run, mesh, tmp_p
     assert not os.path.exists(tmp_path / "broken" / f"stage{stage}" / "state")
 
 
+def test_a_new_state_replaces_whatever_an_older_run_left(run, mesh, tmp_path):
+    states = tmp_path / "stage2" / "state"
+    for name in ("step_000900", "step_000950.tmp"):
+        os.makedirs(states / name)
+    seen = []
+    def look(*args, save=train.save_state):
+        save(*args)
+        seen.append(os.listdir(states))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_state", look)
+        trained(stage_2(run, tmp_path, save_every=1, steps=3), 2, mesh)
+    assert seen == [["step_000001"], ["step_000002"]]
+
+
 def test_two_batches_are_learnt_by_heart(run, mesh, tmp_path):
     trained(stage_2(run, tmp_path, steps=60, batch_size=20), 2, mesh)  # 40 conversations
     losses = [row["loss"] for row in log_of(tmp_path, 2)]
@@ -142,9 +154,8 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(run, mesh, tmp
     o = train.complete(stage_2(run, tmp_path), 2)
     os.makedirs(train.stage_folder(o))
     job = train.stage_1_or_2(o)
-    train.derive(o, len(job.lengths))
     job.loss = lambda model, batch: train.vlm_loss(model, batch) * float("nan")
-    with pytest.raises(UserError, match=r"loss nan.*record \d+ \(id train_"):
+    with pytest.raises(UserError, match=r"step 0: loss nan.*record \d+ \(id train_"):
         train.train(job, o, mesh)
 
 
@@ -183,6 +194,9 @@ def test_mistakes_on_the_command_line_end_in_one_line(run, tmp_path, monkeypatch
         (["--stage", "1", "--out", str(tmp_path), "--preset", "7b"], "needs --vision, --llm, --data, --images"),
         (["--stage", "0", "--preset", "7b"], "expected 1 or 2"),
         (["--stage", "3"], "expected 1 or 2"),
+        (["--steps", "0"], "--steps 0: expected more than 0"),
+        (["--overwrite"], "--overwrite goes with --stage"),
+        (["--stage", "2", "--out", str(tmp_path)], "run --stage 1 first"),
         (["--stage", "1", "--out", run, "--overwrite", "--batch_size", "9", "--micro_batch_size", "2", "--pictures", "40"],
          "batch_size 9 is not a multiple"),
         (["--stage", "1", "--out", run, "--overwrite", "--resume", "--pictures", "40"], "--resume: no saved state"),

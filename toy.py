@@ -66,7 +66,10 @@ def contrast(fit, own):
 
 
 def loss(model, batch):
-    """Summed next-token loss of the Llama, plus the contrast weighted like as many tokens, as train.py expects sums."""
+    """Summed next-token loss of the Llama, plus the contrast weighted like as many tokens, as train.py expects sums.
+
+    The contrast is among the pictures of a micro-batch, so that unlike the Llama's loss it depends on how a step is cut.
+    """
     logits, fit = model(batch)
     language = F.cross_entropy(logits.float(), batch.text.target, reduction="sum")
     return language + contrast(fit, batch.own) * batch.text.trained

@@ -44,6 +44,7 @@ from muon import Muon
 # What each stage trains, by prefix of the parameters' names; everything else is frozen (paper §3, "training").
 TRAINS = {
     (0, "full"): ("",),
+    (0, "peft"): ("",),
     (1, "full"): ("projector.",),
     (1, "peft"): ("projector.",),
     (2, "full"): ("projector.", "llm."),
@@ -65,7 +66,7 @@ PRESETS = {
     },
 }
 TOY = dict(vision="stage0/clip", llm="stage0/llm", system="", aspect="pad", expert_embed=16, group_by_length=True, cache_features=True,
-           attention="plain", log_every=20, val_every=300)
+           attention="plain", log_every=20, val_every=300, save_every=200)
 
 
 @dataclass
@@ -115,6 +116,12 @@ class Options:
     val_every: int = 100             # steps between held-out losses
     save_every: int = 1000           # steps between saved states
 
+    def __post_init__(self):
+        for name in ("steps", "epochs", "batch_size", "micro_batch_size", "pictures", "log_every", "val_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name} {value}: expected more than 0")
+
 
 @dataclass
 class Job:
@@ -129,6 +136,11 @@ class Job:
 
 
 # ---- World and precision: the only lines that know where and in what they run
+
+
+def pick_device(o):
+    """cuda or cpu, as asked for or, without a word, cuda if there is one."""
+    return weights.pick_device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def start_world(device):
@@ -233,14 +245,15 @@ def state_of(model, opts):
 
 
 def save_state(folder, step, model, opts):
-    """Write folder/step_NNNNNN whole or not at all, then drop the older ones."""
+    """Write folder/step_NNNNNN whole or not at all, then drop all others."""
     path = os.path.join(folder, f"step_{step:06d}")
     dcp.save(state_of(model, opts), checkpoint_id=path + ".tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(path + ".tmp", path)
-        for old in sorted(os.listdir(folder))[:-1]:
-            shutil.rmtree(os.path.join(folder, old))
+        for other in os.listdir(folder):
+            if other != os.path.basename(path):
+                shutil.rmtree(os.path.join(folder, other))
     dist.barrier()
 
 
@@ -287,7 +300,7 @@ def evaluate(job, model, mesh):
     return found | ({"expert_share": sum(ratios.values()) / len(ratios)} if ratios else {})
 
 
-def train_step(job, model, opts, batches, o, mesh):
+def train_step(job, model, opts, batches, step, o, mesh):
     """One optimiser step over this rank's micro-batches: (loss per supervised token, gradient norm, positions), global.
 
     The loss is the sum over supervised tokens divided by their number in the *global* batch, so that accumulation and
@@ -305,7 +318,8 @@ def train_step(job, model, opts, batches, o, mesh):
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], o.clip or math.inf)
     norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(f"loss {loss}, gradient norm {norm}, with records {', '.join(r for b in batches for r in b.records)}")
+        raise UserError(f"step {step}: loss {loss}, gradient norm {norm}, stopped before the update; "
+                        f"records {', '.join(r for b in batches for r in b.records)}")
     for opt in opts:
         opt.step()
         opt.zero_grad()
@@ -315,13 +329,16 @@ def train_step(job, model, opts, batches, o, mesh):
 def cut_log(path, step):
     """Drop the lines of log.jsonl from `step` on: a resumed run writes them again."""
     lines = open(path).readlines() if os.path.exists(path) else []
-    with open(path, "w") as f:
-        f.writelines(line for line in lines if json.loads(line)["step"] < step)
+    kept = lines[:step] if step else []  # a line a step, the last one perhaps cut off by a kill
+    with open(path + ".tmp", "w") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
 
 
 def train(job, o, mesh):
     """Run a job for o.steps optimiser steps and write its checkpoint."""
     out, rank = stage_folder(o), dist.get_rank()
+    o.steps = o.steps or math.ceil(o.epochs * len(job.lengths) / o.batch_size)
     for module in job.model.modules():
         if isinstance(module, (Attention, VisionAttention)):
             module.plain = o.attention == "plain"
@@ -338,6 +355,8 @@ def train(job, o, mesh):
             raise UserError(f"--resume: no saved state in {states}")
         start = saved_steps(states)[-1]
         load_state(states, start, model, opts)
+    elif rank == 0:
+        shutil.rmtree(states, ignore_errors=True)
     if rank == 0:
         cut_log(log_path, start)
     feed = Feed(job, o)
@@ -352,7 +371,7 @@ def train(job, o, mesh):
             factor = schedule(step, o)
             for opt, lr in zip(opts, (o.lr, o.muon_lr)):
                 opt.param_groups[0]["lr"] = lr * factor
-            loss, norm, positions = train_step(job, model, opts, batches, o, mesh)
+            loss, norm, positions = train_step(job, model, opts, batches, step, o, mesh)
 
             now = time.perf_counter()
             row = {"step": step, "loss": loss, "lr": o.lr * factor, "grad_norm": norm,
@@ -416,17 +435,19 @@ def vlm_loss(model, batch):
 
 def pictures(data, model, preprocess, o):
     """A function from a sample to its picture: pixels float[3, S, S] or, with --cache_features, features float[N, C]."""
-    read = lambda path: pixels(open_image(path, path), preprocess)
+    read = lambda path, name: pixels(open_image(path, name), preprocess)
     if not o.cache_features:
-        return lambda sample: read(sample.image)
+        return lambda sample: read(sample.image, f"{sample.record}: {sample.image}")
     paths = sorted({p for d in data for p in d.pictures()})
-    device, dtype = next(model.vision.parameters()).device, next(model.vision.parameters()).dtype
+    dtype = next(model.vision.parameters()).dtype
     found = {}
+    model.vision.to(o.device)
     with torch.no_grad():
         for i in tqdm(range(0, len(paths), 64), "features", mininterval=5):
             some = paths[i:i + 64]
-            made = model.features(torch.stack([read(p) for p in some]).to(device, dtype)).cpu()
+            made = model.features(torch.stack([read(p, p) for p in some]).to(o.device, dtype)).cpu()
             found |= zip(some, made)
+    model.vision.to("cpu")
     return lambda sample: found[sample.image]
 
 
@@ -485,23 +506,20 @@ def complete(given, stage):
         if "init" not in given and not finished(o.out, 1):
             raise UserError(f"stage 2 starts from {preset['init']}, which is not there: "
                             f"run --stage 1 first, or name a checkpoint with --init")
+    if "epochs" in given and "steps" not in given:
+        preset.pop("steps", None)
     o = Options(**{**preset, **given, "stage": stage})
     needed = {0: (), 1: ("vision", "llm", "data", "images"), 2: ("init", "data", "images")}[stage]
     missing = [f"--{name}" for name in needed if getattr(o, name) is None]
     if missing:
         raise UserError(f"stage {stage} with preset {o.preset} needs {', '.join(missing)}")
-    o.device = weights.pick_device(o.device)
+    o.device = pick_device(o)
     o.dtype = o.dtype or weights.fast_dtype(o.device)
-    return o
-
-
-def derive(o, samples):
-    """Fill in what follows from the data and the world: micro-batch, steps. UserError if the batch does not divide."""
     ranks = dist.get_world_size()
     o.micro_batch_size = min(o.micro_batch_size or o.batch_size, max(1, o.batch_size // ranks))
     if o.batch_size % (o.micro_batch_size * ranks):
         raise UserError(f"batch_size {o.batch_size} is not a multiple of micro_batch_size {o.micro_batch_size} x {ranks} ranks")
-    o.steps = o.steps or math.ceil(o.epochs * samples / o.batch_size)
+    return o
 
 
 def run_stage(given, stage, mesh):
@@ -513,7 +531,6 @@ def run_stage(given, stage, mesh):
     dist.barrier()
     torch.manual_seed(o.seed)
     job = stage_0(o) if stage == 0 else stage_1_or_2(o)
-    derive(o, len(job.lengths))
     train(job, o, mesh)
 
 
@@ -521,22 +538,28 @@ def run():
     given = parse(Options)
     o = Options(**given)
     began = time.perf_counter()
-    mesh = start_world(weights.pick_device(o.device))
+    mesh = start_world(pick_device(o))
     if o.stage not in (None, 0, 1, 2) or (o.preset != "toy" and o.stage not in (1, 2)):
         raise UserError(f"--stage {o.stage} with preset {o.preset}: expected 1 or 2; the toy also has 0, or none for all")
     if o.stage is not None and finished(o.out, o.stage) and not o.overwrite:
         raise UserError(f"{os.path.join(o.out, f'stage{o.stage}')} is finished: --overwrite trains it anew")
+    if o.stage is None and o.overwrite:
+        raise UserError("--overwrite goes with --stage; to train all anew, name another folder with --out")
+    if o.stage is not None:
+        complete(given, o.stage)  # mistakes show before any work
     if o.preset == "toy" and dist.get_rank() == 0:
         world.write_world(os.path.join(o.out, "world"), o.pictures, side=toy.VISION.image_size, texts=o.pictures,
                           test_pictures=min(250, o.pictures))
     dist.barrier()
-    needed = [0, 1, 2] if o.stage is None else [0] * (o.preset == "toy" and o.stage > 0) + [o.stage]
+    needed = [0, 1, 2] if o.stage is None else [0] * (o.preset == "toy" and o.stage == 1) + [o.stage]
     for stage in needed:
         if stage != o.stage and finished(o.out, stage):
-            print(f"stage {stage} is finished, skipped", file=sys.stderr)
+            if dist.get_rank() == 0:
+                print(f"stage {stage} is finished, skipped", file=sys.stderr)
             continue
-        run_stage(given, stage, mesh)
-    if o.stage is None:
+        begun = saved_steps(os.path.join(o.out, f"stage{stage}", "state"))
+        run_stage(given | {"resume": o.resume and (stage == o.stage or bool(begun))}, stage, mesh)
+    if o.stage is None and dist.get_rank() == 0:
         eval.toy_scores(os.path.join(o.out, "stage2"), os.path.join(o.out, "world"), o.out, began)
 
 
@@ -549,5 +572,11 @@ def leave():
 
 
 if __name__ == "__main__":
-    main(run)
+    try:
+        main(run)
+    except SystemExit as end:  # a user's error or Ctrl-C: say so, and leave without waiting for the other ranks
+        if not dist.is_initialized():
+            raise
+        print(end.code if isinstance(end.code, str) else "", file=sys.stderr, flush=True)
+        os._exit(end.code if isinstance(end.code, int) else 1)
     leave()

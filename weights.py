@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cli import UserError
-from data import Preprocess, Tokenizer
+from data import Layout, Preprocess, Tokenizer
 from model import LlamaConfig, VisionConfig, VLM, VLMConfig
 
 FORMAT, VERSION = "hyperllava", 1
@@ -566,6 +566,11 @@ class Checkpoint:
     preprocess: Preprocess
     system: str   # the system prompt
     config: dict  # the whole of config.json
+
+    def layout(self):
+        """How to lay out a conversation with it: as in training, guidance included."""
+        cfg, pool = self.model.cfg, self.config["training"].get("guidance_pool", "instruction")
+        return Layout("v1", self.system, cfg.vision.tokens, cfg.llm.context, pool)
 
 
 def source(name, checkpoint):
