@@ -47,19 +47,18 @@ def newest(root="out"):
 
 def prepare(checkpoint, question, image, o):
     """The batch of one prompt."""
-    cfg = checkpoint.model.cfg
-    layout = checkpoint.layout()
-    sample = encode_prompt([], question, checkpoint.tokenizer, layout, o.image)
-    if len(sample.ids) + o.max_new_tokens > cfg.llm.context:
-        print(f"the answer is cut at {cfg.llm.context - len(sample.ids)} tokens: the context holds {cfg.llm.context}",
-              file=sys.stderr)
+    sample = encode_prompt([], question, checkpoint.tokenizer, checkpoint.layout(), o.image)
+    context = checkpoint.model.cfg.llm.context
+    if len(sample.ids) == context:
+        raise UserError(f"the prompt fills the context of {context} positions: there is no room for an answer")
     return collate([sample], [] if image is None else [pixels(image, checkpoint.preprocess)],
                    (3, checkpoint.preprocess.size, checkpoint.preprocess.size))
 
 
 def answer(checkpoint, batch, o):
     """Yield the answer piece by piece. A character of several tokens is held back until it is whole."""
-    room = checkpoint.model.cfg.llm.context - batch.ids.shape[1]
+    context = checkpoint.model.cfg.llm.context
+    room = context - batch.ids.shape[1]
     generator = torch.Generator(batch.ids.device).manual_seed(o.seed)
     ids, shown = [], ""
     for token in stream(checkpoint.model, batch, min(o.max_new_tokens, room), checkpoint.tokenizer.eos,
@@ -71,6 +70,8 @@ def answer(checkpoint, batch, o):
             yield text[len(shown):]
             shown = text
     yield text[len(shown):]
+    if len(ids) == room < o.max_new_tokens:
+        print(f"\nthe answer is cut at {room} tokens: the context holds {context} positions", file=sys.stderr)
 
 
 def run():

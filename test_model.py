@@ -855,7 +855,17 @@ def test_an_answer_longer_than_the_context_is_cut_and_said_to_be(place, monkeypa
     assert 0 < room < 100
     code, out, err = spoken(monkeypatch, capsys, *command(place, prompt=asked, max_new_tokens=100))
     assert code == 0 and out == expected_answer(place, asked, room) + "\n"
-    assert f"cut at {room} tokens" in err and out.startswith(expected_answer(place, asked, room - 1))
+    assert f"cut at {room} tokens" in err
+    assert "cut at" not in spoken(monkeypatch, capsys, *command(place, prompt=asked, max_new_tokens=room))[2]
+    assert out.startswith(expected_answer(place, asked, room - 1))
+
+
+def test_a_prompt_that_fills_the_context_leaves_no_room_for_an_answer(place, monkeypatch, capsys):
+    length = lambda text: len(encode_prompt([], text, TOKENIZER, LAYOUT, "x.png").ids)
+    full = "a" + "\n" * (LAYOUT.context - length("a\nb") + 1) + "b"
+    assert length(full) == LAYOUT.context
+    code, out, _ = spoken(monkeypatch, capsys, *command(place, prompt=full))
+    assert "no room for an answer" in code and out == ""
 
 
 def test_a_question_without_a_picture_is_answered_too(place, monkeypatch, capsys):
