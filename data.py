@@ -488,7 +488,7 @@ def collate(samples, visual, blank, pad=0, multiple=1):
     blank   the shape of one of them: a batch without pictures brings one of zeros that no position
             refers to, so that every rank runs every part of a sharded model
     multiple  T is padded to a multiple of it, and P of four times it (with target IGNORE): kernels are chosen,
-            and on a CPU compiled, for each new shape, which took longer than the products themselves
+            and on a CPU compiled, for each new shape, which may cost more than the padding
     """
     named = sum(s.image is not None for s in samples)
     assert len(visual) == named, f"{len(visual)} pictures for {named} samples that name one"

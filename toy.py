@@ -58,8 +58,8 @@ def contrast(fit, own):
     fit  float32[M, Q]; own bool[M, Q]: the phrase is in the picture's caption. Returns a scalar, a mean over own pairs.
 
     CLIP's loss, but a picture has several phrases and a phrase several pictures, so a pair competes with the foreign ones
-    only. A smooth maximum over the patches finds where the phrase is seen, as in FILIP (arXiv 2111.07783): patches learn
-    ten times faster what they show than by one vector a picture, and patches are what LLaVA reads.
+    only. A smooth maximum over the patches finds where the phrase is seen, as in FILIP (arXiv 2111.07783): patches then
+    learn for themselves what they show, and patches are what LLaVA reads.
     """
     foreign = fit.masked_fill(own, -1e4)
     return sum(F.softplus(foreign.logsumexp(dim, keepdim=True) - fit)[own].mean() for dim in (0, 1)) / 2
