@@ -16,12 +16,17 @@ training saw.
 `python data.py --check` looks for bad records and pictures, `python data.py --show 3` prints what the
 model reads. Next: model.py.
 """
+import codecs
+import collections
 import dataclasses
 import functools
 import itertools
 import json
 import os
 import re
+import struct
+import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -32,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from cli import UserError, main, parse
 from model import IMAGE
@@ -41,6 +47,7 @@ IGNORE = -100   # the label of a position that is not trained
 TAG = "<image>"
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+warnings.filterwarnings("ignore", module=r"PIL\.")  # `open_image` judges by itself, in one line
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -58,8 +65,8 @@ class Preprocess:
 def open_image(file, name):
     """The first frame of a picture (a path or an open file) as a PIL image in RGB, loaded in full.
 
-    Like LLaVA, does not turn the picture as its EXIF data may ask, and drops transparency rather than
-    laying it over white.
+    Like LLaVA, does not turn the picture as its EXIF data may ask, and drops transparency rather than laying it over
+    white. Of 16 bits it takes the upper 8, in grey too, where LLaVA has all that is above 255 white.
     Raises UserError with `name` if it is missing, no picture, damaged, or absurdly large.
     """
     # Pillow meets a damaged file with OSError, SyntaxError, ValueError, struct.error and more
@@ -68,6 +75,13 @@ def open_image(file, name):
             # past this size Pillow only warns; it raises on its own at twice as much
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            if image.mode.startswith("I"):  # I;16, I;16B, or I: grey of more than 8 bits
+                grey = np.asarray(image)
+                if grey.min() < 0 or grey.max() > 65535:
+                    raise ValueError(f"grey from {grey.min()} to {grey.max()}, expected at most 16 bits")
+                image = Image.fromarray((grey >> 8).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("its pixels are fractions, which have no certain white: save it with 8 bits")
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such picture") from None
@@ -127,13 +141,26 @@ class Tokenizer:
         # Without added tokens, text cannot be taken for them; a flag would be lost in a worker's pickle
         spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
         self.inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        first = spec["pre_tokenizer"] or {}
+        if first.get("type") == "Metaspace" and first["prepend_scheme"] != "never" and not first["split"]:
+            # Newer files of transformers: a text that begins with a space gets no other. With sentencepiece it does
+            self.inner.pre_tokenizer, self.inner.normalizer = None, spaces_of_llama()
+        probe = "  A b\n\U000f0000"
+        if spec["model"]["type"] != "BPE" or self.decode(self.encode(probe)) != probe:
+            raise UserError("the tokenizer is not one of Llama's kind: a BPE, ▁ for spaces, bytes for the unknown")
 
     @classmethod
     def load(cls, folder):
-        """The tokenizer of a model's folder; UserError if there is none or it cannot be read."""
-        path = os.path.join(folder, "tokenizer.json")
+        """The tokenizer of a model's folder; UserError if there is none or it cannot be read.
+
+        Reads tokenizer.json if there is one, else tokenizer.model. The first knows of more: llava-hf's adds <image> and
+        <pad>, which tokenizer.model lacks, to the ids. On text the two agree.
+        """
+        path, model = os.path.join(folder, "tokenizer.json"), os.path.join(folder, "tokenizer.model")
         if not os.path.isfile(path):
-            raise UserError(f"no tokenizer.json in {folder}; a tokenizer.model alone is not read yet")
+            if not os.path.isfile(model):
+                raise UserError(f"neither tokenizer.json nor tokenizer.model in {folder}")
+            return cls(of_sentencepiece(model))
         try:
             inner = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises nothing more specific
@@ -151,17 +178,158 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of ids; control and added tokens are skipped, and so is the space in front."""
-        return self.inner.decode([int(i) for i in ids if int(i) not in self.added])
+        stream = self.streaming()
+        return "".join(stream.add(i) for i in ids) + stream.end()
+
+    def streaming(self):
+        """A `Streaming` for the ids of a text that is yet to come."""
+        return Streaming(self)
+
+
+class Streaming:
+    """The text of ids that come one by one: all that `add` and `end` return, in a row, is `decode` of the ids.
+
+    A character of several ids comes when it is whole; a byte that belongs to no character is one U+FFFD, as in
+    sentencepiece. Each id costs its own piece only.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.begun = tokenizer, False
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+
+    def add(self, id):
+        """str that is certain now, possibly empty, of one more id (int, or a tensor or array of one)."""
+        id = int(id)
+        piece = "" if id in self.tokenizer.added else self.tokenizer.inner.id_to_token(id) or ""
+        if piece and not self.begun:  # the space that Llama puts before any text
+            self.begun, piece = True, piece.removeprefix("▁")
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        return self.text(bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode())
+
+    def end(self):
+        """str that was held back: what is left of a character that never became whole."""
+        return self.text(b"", final=True)
+
+    def text(self, raw, final=False):
+        """str of the next bytes, as far as they are whole characters."""
+        return re.sub("[\udc80-\udcff]", "\ufffd", self.utf8.decode(raw, final))
+
+
+def spaces_of_llama():
+    """The normalizer that puts a space before any text, and writes spaces as "▁"."""
+    return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
 def layout_of_llama(vocab, merges):
     """A BPE `tokenizers.Tokenizer` with Llama's surroundings: "▁" for spaces, bytes for the unknown."""
     bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     inner = tokenizers.Tokenizer(bpe)
-    inner.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.normalizer = spaces_of_llama()
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                        decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return inner
+
+
+# sentencepiece's messages, {field number: (name, wire type)}, and what a setting that is left out means. See
+# https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+MODEL = {1: ("pieces", 2), 2: ("trainer", 2), 3: ("normalizer", 2), 5: ("denormalizer", 2)}
+PIECE = {1: ("text", 2), 2: ("score", 5), 3: ("type", 0)}
+SETTINGS = {
+    "trainer": {3: ("model_type", 0), 24: ("treat_whitespace_as_suffix", 0), 35: ("byte_fallback", 0)},
+    "normalizer": {2: ("precompiled_charsmap", 2), 3: ("add_dummy_prefix", 0), 4: ("remove_extra_whitespaces", 0),
+                   5: ("escape_whitespaces", 0)},
+    "denormalizer": {2: ("precompiled_charsmap", 2)}}
+DEFAULTS = {"model_type": 1, "treat_whitespace_as_suffix": 0, "byte_fallback": 0, "precompiled_charsmap": b"",
+            "add_dummy_prefix": 1, "remove_extra_whitespaces": 1, "escape_whitespaces": 1}
+LLAMA = DEFAULTS | {"model_type": 2, "byte_fallback": 1, "remove_extra_whitespaces": 0}  # type 2 is BPE
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of pieces; 4 is user-defined, 5 unused
+
+
+def wire(message, fields):
+    """Yield (name, value) of those fields of a protobuf message that `fields` lists; ValueError if it is damaged.
+
+    A value is an int where the wire type is 0, else bytes. See https://protobuf.dev/programming-guides/encoding
+    """
+    at = 0
+
+    def take(size):
+        nonlocal at
+        at += size
+        if at > len(message):
+            raise ValueError("it ends too early")
+        return message[at - size:at]
+
+    def varint():
+        value = 0
+        for shift in range(0, 64, 7):
+            byte = take(1)[0]
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("a number has no end")
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        name, due = fields.get(number, (None, kind))
+        if kind not in (0, 1, 2, 5) or kind != due:
+            raise ValueError(f"field {number} has wire type {kind}")
+        value = varint() if kind == 0 else take({1: 8, 5: 4}.get(kind) or varint())
+        if name is not None:
+            yield name, value
+
+
+def read_sentencepiece(path):
+    """[(text, score, type), ...] of the pieces of a sentencepiece model, in the order of their ids.
+
+    Raises UserError if the file is damaged, and if a setting is not as in Llama's, which it names.
+    """
+    with open(path, "rb") as f:
+        model = f.read()
+    pieces, settings = [], dict(DEFAULTS)
+    try:
+        for part, message in wire(model, MODEL):
+            if part == "pieces":
+                piece = {"text": b"", "score": bytes(4), "type": NORMAL} | dict(wire(message, PIECE))
+                pieces.append((piece["text"].decode(), struct.unpack("<f", piece["score"])[0], piece["type"]))
+            else:
+                settings |= wire(message, SETTINGS[part])
+        texts = {text for text, _, _ in pieces}
+        if not texts or "" in texts or len(texts) < len(pieces):
+            raise ValueError("pieces are missing, empty or there twice")
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, or no sentencepiece model ({error})") from None
+    differs = [name for name, value in LLAMA.items() if settings[name] != value]
+    if differs:
+        raise UserError(f"{path}: not a model of Llama's kind, which alone is read; it differs in {', '.join(differs)}")
+    return pieces
+
+
+def of_sentencepiece(path):
+    """The `tokenizers.Tokenizer` that gives the ids of a sentencepiece model like Llama's tokenizer.model.
+
+    Sentencepiece joins, again and again, the two neighbours that make the piece of the highest score, and of equals the
+    first in the text. So the merges of a piece are all its cuts in two, and those of a higher score go first.
+    Raises UserError if the file is damaged, and if it holds pieces for which this does not give the same ids.
+    """
+    pieces = read_sentencepiece(path)
+    scores = {text: score for text, score, kind in pieces if kind == NORMAL}
+    longer = [text for text in scores if len(text) > 1]
+    longer.sort(key=lambda text: (scores[text], len(text)), reverse=True)
+    # Llama's runs of spaces share a score. The longest first: so a run grows from the left, like sentencepiece's
+    fits = lambda a, b: scores[a] > scores[b] or (scores[a] == scores[b] and set(a) == set(b) == {a[0]})
+    bytes_ = {text for text, _, kind in pieces if kind == BYTE}
+    for odd, found in (
+            ("is user-defined or unused", (t for t, _, kind in pieces if kind not in (NORMAL, UNKNOWN, CONTROL, BYTE))),
+            ("has the score of another", (a for a, b in itertools.pairwise(longer) if not fits(a, b))),
+            ("has a character that is no piece", (text for text in longer if not set(text) <= scores.keys())),
+            ("is missing", (name for name in (f"<0x{b:02X}>" for b in range(256)) if name not in bytes_))):
+        if (text := next(found, None)) is not None:
+            raise UserError(f"{path}: not a model of Llama's kind, which alone is read: the piece {text!r} {odd}")
+    # The order among one piece's cuts is free: as long as nothing crosses its ends, its text is joined alike everywhere
+    merges = [(text[:i], text[i:]) for text in longer for i in range(1, len(text))
+              if text[:i] in scores and text[i:] in scores]
+    inner = layout_of_llama({text: i for i, (text, _, _) in enumerate(pieces)}, merges)
+    inner.add_special_tokens([text for text, _, kind in pieces if kind in (UNKNOWN, CONTROL)])
     return inner
 
 
@@ -243,16 +411,22 @@ def front_tag(text):
     return f"{TAG}\n{text.replace(TAG, '').strip()}".strip()
 
 
+def wants_picture(question):
+    """Whether a tag stands at an end of the question, where LLaVA's data has it: not one that is talked about."""
+    return question.strip().startswith(TAG) or question.strip().endswith(TAG)
+
+
 def check_messages(messages, name):
-    """UserError unless `messages` is a list of texts from human and gpt in turn."""
+    """UserError unless `messages` is a list of texts from human and gpt, or gpt and human, in turn."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{name}: expected a non-empty list `conversations`")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             raise UserError(f'{name}: message {i} is not of the form {{"from": role, "value": text}}')
-        role, due = message.get("from"), ("human", "gpt")[i % 2]
+        role = message.get("from")
         if role not in ("human", "gpt"):
             raise UserError(f"{name}: message {i} has the role {role!r}, expected human or gpt")
+        due = {"human": "gpt", "gpt": "human"}[messages[i - 1]["from"]] if i else role
         if role != due:
             raise UserError(f"{name}: message {i} is from {role}, expected {due}: roles take turns")
         if re.search("[\ud800-\udfff]", message["value"]):
@@ -262,8 +436,9 @@ def check_messages(messages, name):
 def conversation(record, name):
     """The turns [(question, answer), ...] of a LLaVA record, "<image>\\n" before the picture's.
 
-    A last question without an answer is left out. Raises UserError with `name` on a malformed record,
-    and where LLaVA goes on: a picture that no position refers to, a tag that has no picture.
+    An answer before the first question is left out, and so is a last question without an answer. A tag in an answer is
+    just text, and so is one inside a question where there is no picture. Raises UserError with `name` on a malformed
+    record, and where LLaVA goes on: a picture that no position refers to, a tag that has no picture.
     """
     if not isinstance(record, dict):
         raise UserError(f"{name}: expected an object, found {type(record).__name__}")
@@ -271,38 +446,39 @@ def conversation(record, name):
     if image is not None and not (isinstance(image, str) and image):
         raise UserError(f"{name}: `image` is {image!r}, expected the path of one picture")
     check_messages(messages, name)
-    texts = [m["value"] for m in messages[:len(messages) // 2 * 2]]
-    if not texts:
+    texts = [m["value"] for m in messages[messages[0]["from"] == "gpt":]]
+    questions, answers = texts[::2], texts[1::2]
+    questions = questions[:len(answers)]
+    if not answers:
         raise UserError(f"{name}: no answer to learn from")
-    tagged = [i for i, text in enumerate(texts) if TAG in text]
-    if tagged and image is None:
-        raise UserError(f"{name}: {TAG} in message {tagged[0]}, but no picture")
-    if image is not None and not tagged:
-        raise UserError(f"{name}: a picture, but no {TAG} in any answered question")
-    if len(tagged) > 1:
-        raise UserError(f"{name}: {TAG} in messages {', '.join(map(str, tagged))}, but one picture")
-    if tagged and tagged[0] % 2:
-        raise UserError(f"{name}: {TAG} in message {tagged[0]}, which is an answer")
-    texts = [front_tag(text) if TAG in text else text for text in texts]
-    return list(zip(texts[::2], texts[1::2]))
+    if image is None:
+        if any(map(wants_picture, questions)):
+            raise UserError(f"{name}: {TAG} in a question, but no picture")
+        return list(zip(questions, answers))
+    tagged = sum(TAG in question for question in questions)
+    if tagged != 1:
+        raise UserError(f"{name}: one picture, but {TAG} in {tagged or 'none'} of the answered questions")
+    return [(front_tag(q) if TAG in q else q, a) for q, a in zip(questions, answers)]
 
 
-def pieces(turns, layout, name):
+def pieces(turns, layout, name, picture=True):
     """[(text, part, turn), ...] in reading order: the one place that knows the templates.
 
-    `part` is "system", "prompt" or "answer"; a text of None is the picture, an answer of None is still
-    to come. Pieces are encoded apart, each with the space before it. Raises UserError if `plain` is
-    given anything but a picture and its caption.
+    `part` is "system", "prompt" or "answer"; a text of None is the picture, an answer of None is still to come. Pieces
+    are encoded apart, each with the space before it: "USER:" after </s>, too, reads as at the start, and so does what
+    stands behind a picture. Without a picture, tags are text.
+    Raises UserError if `plain` is given anything but a picture and its caption.
     """
     if layout.template == "plain":
-        if len(turns) != 1 or TAG not in turns[0][0]:
+        if len(turns) != 1 or TAG not in turns[0][0] or not picture:
             raise UserError(f"{name}: the template plain takes one picture and its caption")
         caption = turns[0][1]
         # The question is dropped, and there is no eos: the newline ends a caption
         return [(None, "prompt", 0)] + ([] if caption is None else [(caption + "\n", "answer", 0)])
     found = [(layout.system, "system", 0)] if layout.system else []
     for turn, (question, answer) in enumerate(turns):
-        before, tag, after = f"USER: {question} ASSISTANT:".partition(TAG)
+        asked = f"USER: {question} ASSISTANT:"
+        before, tag, after = asked.partition(TAG) if picture else (asked, "", "")
         found.append((before, "prompt", turn))
         if tag:
             found += [(None, "prompt", turn), (after, "prompt", turn)]
@@ -314,7 +490,7 @@ def pieces(turns, layout, name):
 def lay_out(turns, tokenizer, layout, record, image=None):
     """The whole `Sample` of turns, of any length; an answer of None ends it where the answer begins."""
     ids, answer, pooled, use = [tokenizer.bos], [False], [layout.pool == "prompt"], [0]
-    for text, part, turn in pieces(turns, layout, record):
+    for text, part, turn in pieces(turns, layout, record, image is not None):
         new = [IMAGE] * layout.image_tokens if text is None else tokenizer.encode(text)
         if part == "answer" and layout.template == "v1":
             new = new + [tokenizer.eos]
@@ -331,41 +507,44 @@ def lay_out(turns, tokenizer, layout, record, image=None):
     return Sample(ids, np.where(answer, ids, IGNORE), pool, use, max(len(turns), 1), image, record)
 
 
-def encode(turns, tokenizer, layout, record, image=None):
-    """The `Sample` to train on of turns [(question, answer), ...], cut to the context on the right.
+def cut(whole, context):
+    """The first `context` positions of a `Sample`, or those before its picture if they would end within it.
 
-    Raises UserError naming `record` if the cut goes through the picture or leaves nothing to learn.
+    A picture that is cut away is not shown either. Where no answer begins early enough, nothing is left to learn.
+    Raises UserError naming the record if not even a picture in the first turn has room.
     """
-    whole = lay_out(turns, tokenizer, layout, record, image)
-    cut = [a[:layout.context] for a in (whole.ids, whole.labels, whole.pool_id, whole.use_id)]
-    kept, due = (cut[0] == IMAGE).sum(), (whole.ids == IMAGE).sum()
-    if 0 < kept < due:
-        raise UserError(f"{record}: the context of {layout.context} ends within the picture, "
-                        f"after {kept} of {due} positions")
-    if (cut[1] == IGNORE).all():
-        raise UserError(f"{record}: no answer within the context of {layout.context}")
-    # A picture whose turn was cut away is not shown either; one that takes no positions is
-    return Sample(*cut, max(int(cut[3].max()) + 1, 1), image if kept == due else None, record)
+    picture, end, image = np.flatnonzero(whole.ids == IMAGE), context, whole.image
+    if len(picture) and picture[-1] >= context:
+        if whole.use_id[picture[0]] <= 0:
+            raise UserError(f"{whole.record}: the context of {context} ends before the picture does, which takes the "
+                            f"positions {picture[0]} to {picture[-1]}")
+        end, image = min(context, picture[0]), None
+    ids, labels, pool_id, use_id = (a[:end] for a in (whole.ids, whole.labels, whole.pool_id, whole.use_id))
+    return Sample(ids, labels, pool_id, use_id, max(int(use_id.max()) + 1, 1), image, whole.record)
+
+
+def encode(turns, tokenizer, layout, record, image=None):
+    """The `Sample` to train on of turns [(question, answer), ...], `cut` to the context, with its errors."""
+    return cut(lay_out(turns, tokenizer, layout, record, image), layout.context)
 
 
 def encode_prompt(turns, question, tokenizer, layout, image=None, record="the prompt"):
     """The `Sample` of answered turns and a question, up to where its answer begins; nothing is trained.
 
     The picture, of path `image`, stands where a question says <image>, else before the first one. The
-    ids are a prefix of those that `encode` gives the same turns with the answer. Raises UserError on an
-    empty question (but for `plain`, which has none), a tag without a picture, and a prompt beyond the
-    context.
+    ids are a prefix of those that `encode` gives the same turns with the answer. Raises UserError on an empty question
+    (but for `plain`, which has none), a tag at an end of a question without a picture, and a prompt beyond the context.
     """
     if layout.template == "v1" and not question.replace(TAG, "").strip():
         raise UserError(f"{record} is empty")
     questions, answers = [q for q, _ in turns] + [question], [a for _, a in turns] + [None]
-    tagged = [i for i, text in enumerate(questions) if TAG in text] or [0] * (image is not None)
-    if tagged and image is None:
+    if image is None and any(map(wants_picture, questions)):
         raise UserError(f"{record}: {TAG}, but no picture")
-    if len(tagged) > 1:
-        raise UserError(f"{record}: {TAG} in {len(tagged)} questions, but one picture")
-    for i in tagged:
-        questions[i] = front_tag(questions[i])
+    if image is not None:
+        tagged = [i for i, text in enumerate(questions) if TAG in text] or [0]
+        if len(tagged) > 1:
+            raise UserError(f"{record}: {TAG} in {len(tagged)} questions, but one picture")
+        questions[tagged[0]] = front_tag(questions[tagged[0]])
     sample = lay_out(list(zip(questions, answers)), tokenizer, layout, record, image)
     if len(sample.ids) > layout.context:
         raise UserError(f"{record} takes {len(sample.ids)} positions, "
@@ -400,6 +579,15 @@ def image_path(images, image, name):
     return os.path.join(images, image)
 
 
+def read_record(record, index, images, layout):
+    """(name, turns, path of the picture or None) of a record; UserError if it is malformed, or unfit for the layout."""
+    name = record_name(record, index)
+    turns = conversation(record, name)
+    image = record.get("image")
+    pieces(turns, layout, name, image is not None)  # refuses what the template cannot take
+    return name, turns, None if image is None else image_path(images, image, name)
+
+
 class Conversations:
     """The conversations of a LLaVA JSON file, encoded when asked for: `len(c)`, `c[i]` -> `Sample`.
 
@@ -411,7 +599,7 @@ class Conversations:
     def __init__(self, json_path, images, tokenizer, layout=Layout()):
         records = load_records(json_path)
         for i, record in enumerate(records):
-            conversation(record, record_name(record, i))
+            read_record(record, i, images, layout)
         lines = [json.dumps(record).encode() for record in records]
         self.ends = np.cumsum([len(line) for line in lines])
         self.bytes = np.frombuffer(b"".join(lines), np.uint8)
@@ -425,11 +613,6 @@ class Conversations:
         start = self.ends[i - 1] if i else 0
         return json.loads(self.bytes[start:self.ends[i]].tobytes())
 
-    def image_path(self, record, name):
-        """Where the record's picture lies, or None if it has none; UserError if outside the folder."""
-        image = record.get("image")
-        return None if image is None else image_path(self.images, image, name)
-
     @property
     def lengths(self):
         """int64[n], the size of each record in bytes: close enough to its tokens to group samples by."""
@@ -437,15 +620,13 @@ class Conversations:
 
     def pictures(self):
         """Paths of all pictures, each once, in the order of the file."""
-        found = (self.image_path(self.record(i), f"record {i}") for i in range(len(self)))
+        found = (read_record(self.record(i), i, self.images, self.layout)[2] for i in range(len(self)))
         return list(dict.fromkeys(path for path in found if path is not None))
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
-        record = self.record(i)
-        name = record_name(record, i)
-        turns, image = conversation(record, name), self.image_path(record, name)
+        name, turns, image = read_record(self.record(i), i, self.images, self.layout)
         return encode(turns, self.tokenizer, self.layout, name, image)
 
 
@@ -567,8 +748,8 @@ class Options:
     """Look at training data: --check finds what is bad in it, --show N prints what the model reads."""
     data: str = ""            # LLaVA's JSON file
     images: str = ""          # folder that its pictures' paths start from
-    llm: str = ""             # folder with the tokenizer, for --show
-    check: bool = False       # list malformed records, missing and unreadable pictures; exit 1 if any
+    llm: str = ""             # folder with the tokenizer: for --show, and for --check to count what the context cuts
+    check: bool = False       # list malformed records, missing and unreadable pictures; exit 1 if any; count the rest
     show: int = 0             # how many conversations to print, the trained part in [[ ]]
     json: bool = False        # with --show: ids, labels, pool_id and use_id as JSON lines
     template: Literal["plain", "v1"] = "v1"  # plain for stage 1, v1 for stage 2
@@ -577,33 +758,72 @@ class Options:
     context: int = 2048       # positions of a sample
     guidance_pool: Literal["instruction", "prompt"] = "instruction"  # what guidance is averaged over
 
-
-def fault(images, index, record):
-    """What is wrong with a record or its picture, in one line, or None."""
-    name = record_name(record, index)
-    try:
-        conversation(record, name)
-        if record.get("image") is not None:
-            open_image(image_path(images, record["image"], name), f"{name}: {record['image']}")
-    except UserError as error:
-        return str(error)
+    def layout(self):
+        return Layout(self.template, self.system, self.image_tokens, self.context, self.guidance_pool)
 
 
-def check(path, images):
-    """Print a line for every fault in a data set; UserError with their number if there is one."""
-    records = load_records(path)
-    faults = 0
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+def kinds(record):
+    """What `check` counts a well-formed record as. Of the last three kinds LLaVA learns nothing, without a word."""
+    said = {who: [m["value"] for m in record["conversations"] if m["from"] == who] for who in ("human", "gpt")}
+    questions, answers = said["human"], said["gpt"]
+    texts, pictured = questions + answers, record.get("image") is not None
+    found = {
+        "with a picture": pictured,
+        "of text only": not pictured,
+        f"with {TAG} as text: there is no picture for it": any(TAG in t for t in (answers if pictured else texts)),
+        f"with several {TAG} in a question: one picture": pictured and any(text.count(TAG) > 1 for text in questions),
+        "beginning with an answer: left out": record["conversations"][0]["from"] == "gpt",
+        "ending with a question: left out": record["conversations"][-1]["from"] == "human",
+        "with an empty message: kept": "" in texts,
+        "with </s>, <unk> or ASSISTANT: in a message: text": re.search("</s>|<unk>| ASSISTANT: ", "\n".join(texts))}
+    return [kind for kind, true in found.items() if true]
+
+
+def cut_kinds(turns, tokenizer, layout, name, image):
+    """The kinds of a record that the context cuts."""
+    whole = lay_out(turns, tokenizer, layout, name, image)
+    due = (whole.labels != IGNORE).sum()
+    kept = (cut(whole, layout.context).labels != IGNORE).sum()
+    lost = "cut by the context: its last answers are learned in part or not at all"
+    return [lost if kept else "with no answer within the context: nothing to learn"] if kept < due else []
+
+
+def check(o):
+    """Print a line for every fault in a data set and how many records are of which kind; UserError if one is faulty."""
+    records, layout, counts = load_records(o.data), o.layout(), collections.Counter()
+    tokenizer = Tokenizer.load(o.llm) if o.llm else None
+
+    @functools.cache  # a picture may have many records
+    def unreadable(path):
+        try:
+            open_image(path, path)
+        except UserError as error:
+            return str(error)
+
+    def look(i):
+        """(the fault of record i or None, its kinds)"""
+        try:
+            name, turns, image = read_record(records[i], i, o.images, layout)
+            if image is not None and unreadable(image):
+                return f"{name}: {unreadable(image)}", []
+            return None, kinds(records[i]) + (cut_kinds(turns, tokenizer, layout, name, image) if tokenizer else [])
+        except UserError as error:
+            return str(error), []
+
+    # Pillow decodes outside the interpreter's lock
+    with ThreadPoolExecutor() as pool, tqdm(total=len(records), unit=" records", disable=None) as bar:
         for start in range(0, len(records), 256):  # in slices: Ctrl-C waits for what was handed over
             part = range(start, min(start + 256, len(records)))
-            for line in pool.map(lambda i: fault(images, i, records[i]), part):
-                if line:
-                    print(line, flush=True)
-                    faults += 1
-    if faults:
-        raise UserError(f"{faults} of {len(records)} records cannot be used")
-    pictures = sum(record.get("image") is not None for record in records)
-    print(f"{len(records)} records, {pictures} with a picture: all readable")
+            for fault, found in pool.map(look, part):
+                if fault:
+                    bar.write(fault, file=sys.stdout)
+                counts.update(["that cannot be used"] if fault else found)
+            bar.update(len(part))
+    print(f"{len(records)} records")
+    for kind, count in counts.most_common():
+        print(f"{count:>10} {kind}")
+    if counts["that cannot be used"]:
+        raise UserError(f"{counts['that cannot be used']} of {len(records)} records cannot be used")
 
 
 def readable(sample, tokenizer):
@@ -620,9 +840,7 @@ def readable(sample, tokenizer):
 
 def show(options):
     """Print the first samples of a data set, as text or as JSON lines."""
-    layout = Layout(options.template, options.system, options.image_tokens, options.context,
-                    options.guidance_pool)
-    data = Conversations(options.data, options.images, Tokenizer.load(options.llm), layout)
+    data = Conversations(options.data, options.images, Tokenizer.load(options.llm), options.layout())
     for i in range(min(options.show, len(data))):
         sample = data[i]
         if options.json:
@@ -643,7 +861,7 @@ def run():
         raise UserError(f"say --check or --show N, with --data and --images (and --llm to show); "
                         f"missing: {', '.join(missing) or '--check or --show'}")
     if options.check:
-        check(options.data, options.images)
+        check(options)
     if options.show > 0:
         show(options)
 
