@@ -139,11 +139,11 @@ def hf_llava(clip, llama, model):
     return llava.eval()
 
 
-def theirs_generate(llava, rows, visual, steps):
-    """Their greedy tokens, a row at a time without padding, cut at the end token."""
+def theirs_generate(llava, rows, visual, steps, image=299):
+    """Their greedy tokens, a row at a time without padding, cut at the end token; `image` is their id of it."""
     answers = []
     for row, picture in zip(rows, visual):
-        ids = torch.tensor([[299 if i == IMAGE else i for i in row]])
+        ids = torch.tensor([[image if i == IMAGE else i for i in row]])
         out = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=picture[None],
                              max_new_tokens=steps, do_sample=False, eos_token_id=2, pad_token_id=0)[0, len(row):].tolist()
         answers.append(out[:out.index(2)] if 2 in out else out)
@@ -197,8 +197,8 @@ class Spoilt:
         self.file = os.path.join(folder, "model.safetensors")
         self.state = load_file(self.file)
 
-    def load(self):
-        return weights.assemble(self.clip, self.folder, STATIC)[0]
+    def load(self, dtype=torch.float32):
+        return weights.assemble(self.clip, self.folder, STATIC, dtype)[0]
 
     def refused(self, *words):
         """Assembling fails with a message of one line that says all of `words`."""
@@ -240,12 +240,17 @@ def to_bin(s, **kind):
 @pytest.mark.parametrize("rewrite", [
     to_bin, lambda s: to_bin(s, _use_new_zipfile_serialization=False),
     lambda s: s.shard("safetensors"), lambda s: s.shard("bin")], ids=["bin", "old bin", "shards", "bin shards"])
-@pytest.mark.parametrize("remap", [2**30, 1])  # mapped once, or anew for every tensor
-def test_every_file_format_gives_the_same_model(spoilt, pair, rewrite, remap, monkeypatch):
-    monkeypatch.setattr(weights, "REMAP", remap)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # as stored and mapped once; cast and mapped anew for each
+def test_every_file_format_gives_the_same_model(spoilt, pair, rewrite, dtype, monkeypatch):
+    maps, open_shard = [], weights.open_shard
+    monkeypatch.setattr(weights, "open_shard", lambda path: maps.append(path) or open_shard(path))
+    monkeypatch.setattr(weights, "REMAP", 0)
     rewrite(spoilt)
     expected = weights.assemble(*pair, STATIC)[0]
-    assert equal(state_of(spoilt.load()), state_of(expected))
+    maps.clear()
+    model = spoilt.load(dtype)
+    assert (len(maps) > 20) == (dtype == torch.bfloat16)
+    assert equal(state_of(model), state_of(expected.to(dtype)))
 
 
 def test_weights_that_need_no_cast_are_not_copied(pair):

@@ -1,11 +1,14 @@
-"""Checkpoints: reading CLIP and Llama folders in Hugging Face's layout, reading and writing our own.
+"""Checkpoints: reading CLIP, Llama and LLaVA-1.5 as they are published, reading and writing our own.
 
 A foreign checkpoint becomes ours by a table of (pattern, replacement) over its tensors' names. The model is built
 without storage and filled tensor by tensor from mapped files; each parameter is filled exactly once and each tensor
 used once or skipped by a rule. Anything else is a UserError that names the tensor and the file.
 
-    assemble(clip, llama)  a VLM of two pretrained parts, with a new projector and new experts
-    load(folder)           a checkpoint of ours; save(folder, ...) writes one, whole or not at all
+    assemble(clip, llama)     a VLM of two pretrained parts, with a new projector and new experts
+    load(folder)              a checkpoint of ours, or LLaVA-1.5 in its own layout or in that of transformers
+    save(folder, ...)         writes one of ours, whole or not at all
+    write_llava(folder, ...)  writes a model without experts for transformers to open:
+                              python weights.py --model CHECKPOINT --export FOLDER
 
 A checkpoint of ours is config.json, tokenizer.json and model.safetensors (or shards with an index). One of stage 1
 holds what was trained, and where the frozen rest came from. Next: train.py.
@@ -22,20 +25,23 @@ import zipfile
 import zlib
 
 import huggingface_hub
+import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from cli import UserError
-from data import Layout, Preprocess, Tokenizer
-from model import LlamaConfig, VisionConfig, VLM, VLMConfig
+from cli import UserError, main, parse
+from data import SYSTEM, TAG, Layout, Preprocess, Tokenizer
+from model import LlamaConfig, VisionBlock, VisionConfig, VLM, VLMConfig
 
 FORMAT, VERSION = "hyperllava", 1
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")  # in order of preference
+PROJECTOR = "mm_projector.bin"  # all that LLaVA's stage 1 writes
 SHARD = 5 * 10**9  # bytes of a weight file that we write, at most
-REMAP = 2**27      # bytes read before a file is mapped anew
+REMAP = 2**27      # bytes read and cast before a file is mapped anew
 
 
 # ---- Device and precision
@@ -71,7 +77,7 @@ def resolve(name):
     try:  # what a repository holds in both formats is fetched in one
         folder = huggingface_hub.snapshot_download(name, allow_patterns=["model*.safetensors", *small])
         if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
-            folder = huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin", *small])
+            folder = huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin", PROJECTOR, *small])
     except Exception as error:  # the library's own, its HTTP client's, the system's
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{name}: no such folder, and not to be had from Hugging Face: {reason[0]}") from None
@@ -114,7 +120,9 @@ def shards_of(index):
 
 
 def weight_files(folder):
-    """[(path, names it should hold, None if nothing says so)]; UserError if the folder has no weights."""
+    """[(path, names it should hold, None if nothing says so)] of a folder, or of a file itself; UserError if there are none."""
+    if os.path.isfile(folder):
+        return [(folder, None)]
     for layout in LAYOUTS:
         path = os.path.join(folder, layout)
         if os.path.isfile(path):
@@ -152,11 +160,16 @@ def check_shard(path, names, expected, seen):
         raise UserError(f"{path}: lacks tensor {min(expected - set(names))}, which the index says it holds")
 
 
-def tensors(folder):
+def names_in(folder):
+    """Names of all tensors in a folder, as its index has them or else its one file."""
+    return [name for path, listed in weight_files(folder) for name in listed or open_shard(path)[0]]
+
+
+def tensors(folder, dtype=None):
     """Yield (name, tensor, file) of all weights in a folder, shard by shard, mapped rather than read.
 
     Pages that were read stay in memory as long as their map; mapping anew now and then lets go of those whose tensors
-    were cast, so that a whole model is never in memory twice.
+    were cast, to `dtype`, so that a whole model is never in memory twice.
     Raises UserError naming the file or tensor: no weights, a missing or damaged shard, a tensor in two shards.
     """
     seen = {}
@@ -169,7 +182,7 @@ def tensors(folder):
                 get = None
                 get, read = open_shard(path)[1], 0
             tensor = get(name)
-            read += tensor.nbytes
+            read += tensor.nbytes if dtype not in (None, tensor.dtype) else 0
             yield name, tensor, path
 
 
@@ -206,39 +219,35 @@ def numbers(values, path, **defaults):
     return found
 
 
-def preprocessing(folder, image_size):
-    """`Preprocess` from preprocessor_config.json, CLIP's defaults where it or a field is absent."""
-    path = os.path.join(folder, "preprocessor_config.json")
-    values = read_json(path) if os.path.exists(path) else {}
-    crop = values.get("crop_size", image_size)
-    crop = crop.get("height") if isinstance(crop, dict) else crop
-    if crop != image_size:
-        raise UserError(f"{path}: crop_size {crop}, but config.json says that the tower reads {image_size} px")
+def preprocessing(folder, image_size, aspect="pad"):
+    """`Preprocess` from preprocessor_config.json, CLIP's defaults where it or a field is absent.
+
+    transformers 5 keeps the same fields inside processor_config.json.
+    """
+    paths = [os.path.join(folder, f"{name}_config.json") for name in ("preprocessor", "processor")]
+    path = next(filter(os.path.exists, paths), None)
+    values = read_json(path) if path else {}
+    values = values.get("image_processor", values)
+    for key in ("size", "crop_size"):
+        side = values.get(key, image_size)
+        sides = list(side.values()) if isinstance(side, dict) else [side]  # {"shortest_edge": S} or {"height": S, "width": S}
+        if any(s != image_size for s in sides):
+            raise UserError(f"{path}: {key} {side}, but config.json says that the tower reads {image_size} px")
     demand(values, path, resample=3, do_rescale=True, do_normalize=True)  # 3: bicubic
     names = {"image_mean": "mean", "image_std": "std"}
-    return Preprocess(image_size, **{names[k]: tuple(values[k]) for k in names if k in values})
+    return Preprocess(image_size, **{names[k]: tuple(values[k]) for k in names if k in values}, aspect=aspect)
 
 
-def vision_config(folder):
-    """(VisionConfig, Preprocess) of a CLIPVisionModel or a whole CLIPModel, the last block left out.
-
-    Raises UserError naming the field that says this is another kind of tower.
-    """
-    path = os.path.join(folder, "config.json")
-    values = read_json(path)
-    if values.get("model_type") not in ("clip", "clip_vision_model", None):
-        raise UserError(f"{path}: model_type {values['model_type']!r}, expected clip or clip_vision_model")
-    if values.keys() & {"vision_config", "vision_config_dict"}:  # old files have both; the second is what counts
-        values = {**(values.get("vision_config") or {}), **(values.get("vision_config_dict") or {})}
+def tower_config(values, path):
+    """VisionConfig of the fields of a CLIPVisionConfig, the last block left out; UserError as for `vision_config`."""
     demand(values, path, hidden_act="quick_gelu", num_channels=3)
     n = numbers(values, path, image_size=224, patch_size=32, hidden_size=768, num_hidden_layers=12,
                 num_attention_heads=12, intermediate_size=3072, layer_norm_eps=1e-5)
     if n["hidden_size"] % n["num_attention_heads"]:
         raise UserError(f"{path}: hidden_size {n['hidden_size']} does not divide by num_attention_heads "
                         f"{n['num_attention_heads']}")
-    cfg = VisionConfig(n["image_size"], n["patch_size"], n["hidden_size"], n["num_hidden_layers"] - 1,
-                       n["num_attention_heads"], n["intermediate_size"], n["layer_norm_eps"])
-    return cfg, preprocessing(folder, cfg.image_size)
+    return VisionConfig(n["image_size"], n["patch_size"], n["hidden_size"], n["num_hidden_layers"] - 1,
+                        n["num_attention_heads"], n["intermediate_size"], n["layer_norm_eps"])
 
 
 def rope_theta(values, path):
@@ -254,10 +263,8 @@ def rope_theta(values, path):
     return float(numbers({"rope_theta": theta}, path, rope_theta=10000.0)["rope_theta"])
 
 
-def llama_config(folder):
-    """LlamaConfig of a Llama 1 or 2 (Vicuna); UserError naming the field that says it is something else."""
-    path = os.path.join(folder, "config.json")
-    values = read_json(path)
+def text_config(values, path):
+    """LlamaConfig of the fields of a Llama's config; UserError as for `llama_config`."""
     if values.get("model_type") != "llama":
         raise UserError(f"{path}: model_type {values.get('model_type')!r}, expected 'llama'")
     demand(values, path, hidden_act="silu", attention_bias=False, mlp_bias=False, sliding_window=None)
@@ -276,16 +283,41 @@ def llama_config(folder):
                        bool(values.get("tie_word_embeddings", False)))
 
 
+def vision_config(folder):
+    """(VisionConfig, Preprocess) of a CLIPVisionModel or a whole CLIPModel, the last block left out.
+
+    Raises UserError naming the field that says this is another kind of tower.
+    """
+    path = os.path.join(folder, "config.json")
+    values = read_json(path)
+    if values.get("model_type") not in ("clip", "clip_vision_model", None):
+        raise UserError(f"{path}: model_type {values['model_type']!r}, expected clip or clip_vision_model")
+    if values.keys() & {"vision_config", "vision_config_dict"}:  # old files have both; the second is what counts
+        values = {**(values.get("vision_config") or {}), **(values.get("vision_config_dict") or {})}
+    cfg = tower_config(values, path)
+    return cfg, preprocessing(folder, cfg.image_size)
+
+
+def llama_config(folder):
+    """LlamaConfig of a Llama 1 or 2 (Vicuna); UserError naming the field that says it is something else."""
+    path = os.path.join(folder, "config.json")
+    return text_config(read_json(path), path)
+
+
 # ---- Other people's names: (pattern of the whole name, ours). The first that matches counts; SKIP: knowingly unused
 
 SKIP = ""
 OURS = [(r"(vision|projector|llm)\..+", r"\g<0>")]
 
 
-def clip_rules(depth):
-    """Names of a CLIPVisionModel or CLIPModel -> ours, for a tower of which `depth` blocks are built."""
+def under(prefix, rules):
+    """The same rules for names with something before them: `prefix`, a pattern without groups."""
+    return [(f"{prefix}(?:{pattern})", replacement) for pattern, replacement in rules]
+
+
+def tower_rules(depth):
+    """Names of a CLIPVisionModel -> ours, for a tower of which `depth` blocks are built."""
     return [
-        (r"text_model\..+|(text|visual)_projection\..+|text_projection|logit_scale", SKIP),
         (r"(vision_model\.)?(post_layernorm\..+|embeddings\.position_ids)", SKIP),
         (rf"(vision_model\.)?encoder\.layers\.{depth}\..+", SKIP),  # the block whose output nobody reads
         (r"(vision_model\.)?encoder\.(layers\..+)", r"vision.\2"),
@@ -293,13 +325,45 @@ def clip_rules(depth):
     ]
 
 
-def llama_rules(tied):
-    """Names of a LlamaForCausalLM -> ours."""
+def clip_rules(depth):
+    """Names of a CLIPVisionModel or of a CLIPModel, which has a text tower beside it, -> ours."""
+    return [(r"text_model\..+|(text|visual)_projection\..+|text_projection|logit_scale", SKIP)] + tower_rules(depth)
+
+
+def llama_rules(tied, body=r"model\.", head=""):
+    """Names of a LlamaForCausalLM -> ours. `body`, `head`: patterns of what stands before those of the blocks and the head."""
     return [
-        (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", SKIP),  # a buffer of old versions
-        (r"lm_head\.weight", SKIP if tied else r"llm.\g<0>"),
-        (r"model\.((layers|embed_tokens|norm)\..+)", r"llm.\1"),
+        (rf"{body}layers\.\d+\.self_attn\.rotary_emb\.inv_freq", SKIP),  # a buffer of old versions
+        (rf"{head}lm_head\.weight", SKIP if tied else r"llm.lm_head.weight"),
+        (rf"{body}((layers|embed_tokens|norm)\..+)", r"llm.\1"),
     ]
+
+
+def llava_rules(depth, tied):
+    """Names of transformers' LlavaForConditionalGeneration -> ours.
+
+    Its versions disagree: model. stands before the parts' names since 4.52, the Llama was language_model.model. until then,
+    the tower lost its vision_model. in 5.6, and `save_pretrained` writes some of the old names to this day.
+    """
+    return [
+        *under(r"(?:model\.)?vision_tower\.", tower_rules(depth)),
+        (r"(?:model\.)?multi_modal_projector\.(linear_[12]\.(weight|bias))", r"projector.\1"),
+        *llama_rules(tied, r"(?:language_model\.model|model\.language_model)\.", r"(?:language_model\.)?"),
+    ]
+
+
+# LLaVA's own names: a Llama's, and these. The projector's are all that mm_projector.bin has; the tower may be left out
+ORIGINAL_PROJECTOR = [(r"model\.mm_projector\.0\.(weight|bias)", r"projector.linear_1.\1"),  # 1 is the GELU
+                      (r"model\.mm_projector\.2\.(weight|bias)", r"projector.linear_2.\1")]
+ORIGINAL_TOWER = "model.vision_tower.vision_tower."
+
+TO_LLAVA = [  # ours -> transformers' before 4.52, which every version opens
+    (r"vision\.(layers\..+)", r"vision_tower.vision_model.encoder.\1"),
+    (r"vision\.(.+)", r"vision_tower.vision_model.\1"),
+    (r"projector\.(.+)", r"multi_modal_projector.\1"),
+    (r"llm\.(lm_head\.weight)", r"language_model.\1"),
+    (r"llm\.(.+)", r"language_model.model.\1"),
+]
 
 
 def rename(name, rules):
@@ -327,18 +391,22 @@ def put(model, target, tensor):
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
-def fill(model, sources, dtype=None, new=()):
+BY_ID = ("llm.embed_tokens.weight", "llm.lm_head.weight")  # a row per id
+
+
+def fill(model, sources, dtype=None, new=(), added=0):
     """Fill a model that was built without storage (on the meta device).
 
     sources  [(folder, rules)], see `tensors` and `rename`
     dtype    what all tensors are cast to; None: each keeps its own. What needs no cast stays mapped from its file
     new      names of the parameters that no source holds; they stay without storage, for `initialise`
+    added    rows of embedding and head, the last ones, that `write_llava` added; they are left out
     Raises UserError on a tensor that is missing, left over, mis-shaped or there twice.
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
     origin = {}
     for folder, rules in sources:
-        for name, tensor, file in tensors(folder):
+        for name, tensor, file in tensors(folder, dtype):
             target = rename(name, rules)
             if target == SKIP:
                 continue
@@ -347,6 +415,7 @@ def fill(model, sources, dtype=None, new=()):
                 raise UserError(f"{label} has no place in the model")
             if target in origin:
                 raise UserError(f"{label} fills {target}, but so does {origin[target]}")
+            tensor = tensor[:-added] if added and target in BY_ID else tensor
             check_fit(target, tensor, shapes[target], label)
             put(model, target, tensor.to(dtype or tensor.dtype).contiguous())
             origin[target] = label
@@ -375,8 +444,17 @@ def initialise(module, seed, dtype=None, name=""):
     module.to(dtype or torch.float32)
 
 
+class Undrawn(TorchFunctionMode):
+    """No first values for parameters: on the meta device there is nothing to draw, but trying costs a second of imports."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.mul or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else None
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+
+
 def without_storage(cfg):
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         return VLM(cfg)
 
 
@@ -384,28 +462,37 @@ def names_of(cfg):
     return {name for name, _ in without_storage(cfg).named_parameters()}
 
 
-def assemble(vision_folder, llm_folder, options, dtype=torch.float32, seed=0):
+def tokenizer_of(folder, llm):
+    """The tokenizer in a folder; UserError if it has ids that the Llama has no embedding for."""
+    tokenizer = Tokenizer.load(folder)
+    ids = tokenizer.inner.get_vocab_size()
+    if ids > llm.vocab:
+        raise UserError(f"{folder}: the tokenizer has {ids} ids, but the model only {llm.vocab}")
+    return tokenizer
+
+
+def assemble(vision_folder, llm_folder, options, dtype=torch.float32, seed=0, projector=None):
     """(VLM, Tokenizer, Preprocess) of a CLIP and a Llama in Hugging Face's layout; what is new starts from `seed`.
 
-    options  dict of the fields of VLMConfig that choose the experts
+    options    dict of the fields of VLMConfig that choose the experts
+    projector  path of an mm_projector.bin for the projector's static part, see `projector_file`
     """
     vision, preprocess = vision_config(vision_folder)
     llm = llama_config(llm_folder)
-    tokenizer = Tokenizer.load(llm_folder)
-    ids = tokenizer.inner.get_vocab_size()
-    if ids > llm.vocab:
-        raise UserError(f"{llm_folder}: the tokenizer has {ids} ids, but the model only {llm.vocab}")
+    tokenizer = tokenizer_of(llm_folder, llm)
     model = without_storage(VLMConfig(vision, llm, **options))
     parts = [(vision_folder, clip_rules(vision.depth)), (llm_folder, llama_rules(llm.tied))]
-    static = names_of(VLMConfig(vision, llm, "none", "none"))
-    fill(model, parts, dtype, {n for n in names_of(model.cfg) if n not in static or n.startswith("projector.")})
+    parts += [(projector, ORIGINAL_PROJECTOR)] if projector else []
+    held = {n for n in names_of(VLMConfig(vision, llm, "none", "none")) if projector or not n.startswith("projector.")}
+    fill(model, parts, dtype, names_of(model.cfg) - held)
     initialise(model, seed, dtype)
     return model, tokenizer, preprocess
 
 
 # ---- Writing a folder whole or not at all
 
-WRITTEN = re.compile(r"(preprocessor_)?config\.json|tokenizer\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+WRITTEN = re.compile(r"((pre)?processor_|tokenizer_|generation_)?config\.json|tokenizer\.json|chat_template\.jinja"
+                     r"|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 NOTE = "replaced.txt"  # in a .old folder that a save made
 
@@ -513,26 +600,43 @@ def dtype_name(state):
     return str(next(iter(state.values())).dtype).removeprefix("torch.")
 
 
+def vision_values(config, blocks):
+    """The fields of transformers' CLIPVisionConfig for a tower of that many blocks."""
+    return {"model_type": "clip_vision_model", "hidden_size": config.width, "intermediate_size": config.hidden,
+            "num_hidden_layers": blocks, "num_attention_heads": config.heads, "num_channels": 3,
+            "image_size": config.image_size, "patch_size": config.patch, "hidden_act": "quick_gelu",
+            "layer_norm_eps": config.eps}
+
+
+def text_values(config, bos, eos):
+    """The fields of transformers' LlamaConfig."""
+    return {"model_type": "llama", "hidden_size": config.width, "intermediate_size": config.hidden,
+            "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads, "head_dim": config.width // config.heads,
+            "vocab_size": config.vocab, "max_position_embeddings": config.context, "rms_norm_eps": config.eps,
+            "rope_theta": config.theta, "rope_scaling": None, "hidden_act": "silu", "attention_bias": False,
+            "mlp_bias": False, "tie_word_embeddings": config.tied, "bos_token_id": bos, "eos_token_id": eos}
+
+
+def image_values(preprocess, kind):
+    """The fields of one of transformers' image processors that treats pictures as `preprocess` does, padding aside."""
+    side = {"height": preprocess.size, "width": preprocess.size}
+    return {"image_processor_type": kind, "do_convert_rgb": True, "do_resize": True,
+            "size": {"shortest_edge": preprocess.size}, "resample": 3, "do_center_crop": True, "crop_size": side,
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
+
+
 def write_vision(folder, state, config, preprocess):
     """Write a CLIP tower in Hugging Face's layout, for `vision_config` or transformers' CLIPVisionModel to read.
 
     state   {name in model.CLIP: tensor} of all blocks, and post_layernorm.weight and .bias
     config  VisionConfig of that tower, `depth` counting all blocks
     """
-    side = {"height": preprocess.size, "width": preprocess.size}
-    processor = {
-        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
-        "size": {"shortest_edge": preprocess.size}, "resample": 3, "do_center_crop": True, "crop_size": side,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
-    values = {
-        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": config.width,
-        "intermediate_size": config.hidden, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
-        "num_channels": 3, "image_size": config.image_size, "patch_size": config.patch, "hidden_act": "quick_gelu",
-        "layer_norm_eps": config.eps, "torch_dtype": dtype_name(state)}
+    values = {"architectures": ["CLIPVisionModel"], **vision_values(config, config.depth), "torch_dtype": dtype_name(state)}
     with written(folder) as new:
         write_tensors(new, {"vision_model." + re.sub(r"^layers", "encoder.layers", n): t for n, t in state.items()})
-        write_json(os.path.join(new, "preprocessor_config.json"), processor)
+        write_json(os.path.join(new, "preprocessor_config.json"), image_values(preprocess, "CLIPImageProcessor"))
         write_json(os.path.join(new, "config.json"), values)
 
 
@@ -542,17 +646,105 @@ def write_llama(folder, state, config, tokenizer, bos, eos):
     state     {name in model.Llama: tensor}
     bos, eos  ids of the tokens that begin and end a text
     """
-    values = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": config.width,
-        "intermediate_size": config.hidden, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads, "head_dim": config.width // config.heads, "vocab_size": config.vocab,
-        "max_position_embeddings": config.context, "rms_norm_eps": config.eps, "rope_theta": config.theta,
-        "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "tie_word_embeddings": config.tied, "bos_token_id": bos, "eos_token_id": eos, "torch_dtype": dtype_name(state)}
+    values = {"architectures": ["LlamaForCausalLM"], **text_values(config, bos, eos), "torch_dtype": dtype_name(state)}
     with written(folder) as new:
         write_tensors(new, {n if n.startswith("lm_head") else f"model.{n}": t for n, t in state.items()})
         tokenizer.save(new)
         write_json(os.path.join(new, "config.json"), values)
+
+
+# ---- A static model for transformers
+
+
+def llava_state(model, vocab):
+    """{name in transformers' LLaVA: tensor} of a model without experts, and what LLaVA has beyond it.
+
+    The tower's last block and last norm, which no feature runs through, are zeros. The rows of embedding and head up to
+    `vocab` are the mean of the others: their logit is the mean of the logits, and so never the greatest.
+    """
+    state = {}
+    for name, p in model.named_parameters():
+        t = p.detach()
+        if name in BY_ID:
+            mean = t.float().mean(0, keepdim=True).to(t.dtype)
+            t = torch.cat([t, mean.expand(vocab - len(t), -1)]) if vocab > len(t) else t
+        state[rename(name, TO_LLAVA)] = t
+    norm, depth = model.vision.pre_layrnorm.weight, model.cfg.vision.depth
+    with torch.device("meta"):
+        shapes = {f"vision.layers.{depth}.{n}": p.shape for n, p in VisionBlock(model.cfg.vision).named_parameters()}
+    shapes |= {f"vision.post_layernorm.{n}": norm.shape for n in ("weight", "bias")}
+    return state | {rename(n, TO_LLAVA): torch.zeros(shape, dtype=norm.dtype) for n, shape in shapes.items()}
+
+
+def write_llava_tokenizer(folder, tokenizer, context):
+    """Write the tokenizer with <image> and <pad> among its tokens and <s> before every text; the two ids, and their end."""
+    path = os.path.join(folder, "tokenizer.json")
+    tokenizer.save(folder)
+    inner = tokenizers.Tokenizer.from_file(path)
+    inner.add_special_tokens([TAG, "<pad>"])  # those that it has already keep their ids
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos)])
+    inner.save(path)
+    write_json(os.path.join(folder, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", "bos_token": "<s>",
+        "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "padding_side": "left",
+        "model_max_length": context, "clean_up_tokenization_spaces": False})
+    ids = inner.token_to_id(TAG), inner.token_to_id("<pad>")
+    return *ids, max(*ids, inner.get_vocab_size() - 1) + 1
+
+
+# How `data.pieces` lays out a conversation, for transformers' processor
+CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for c in content if c.type == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
+{%- for c in content if c.type == 'text' -%}{{ c.text }}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{{ SYSTEM }}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}{{ 'USER: ' + text(message.content) + ' ASSISTANT:' }}
+{%- else -%}{{ ' ' + text(message.content) + '</s>' }}{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def write_llava(folder, model, tokenizer, preprocess, system, write=write_tensors):
+    """Write a model without experts for transformers' LlavaForConditionalGeneration and AutoProcessor, whole or not at all.
+
+    The vocabulary grows by <image> and <pad> where there is no room for them yet, to a multiple of 64. `load` gives the same
+    model back, bit for bit.
+    write  (folder, {name: tensor}) -> writes these
+    Raises UserError if the model has experts: their weights depend on the input, and that layout has no place for them.
+    """
+    cfg = model.cfg
+    if (cfg.visual_expert, cfg.language_expert) != ("none", "none"):
+        raise UserError(f"visual_expert {cfg.visual_expert}, language_expert {cfg.language_expert}: a model with experts does not "
+                        f"fit into LLaVA's layout, only one trained with --visual_expert none --language_expert none")
+    with written(folder) as new:
+        image, pad, ids = write_llava_tokenizer(new, tokenizer, cfg.llm.context)
+        vocab = cfg.llm.vocab if ids <= cfg.llm.vocab else -(-ids // 64) * 64
+        state = llava_state(model, vocab)
+        write(new, state)
+        write_json(os.path.join(new, "preprocessor_config.json"), {
+            **image_values(preprocess, "LlavaImageProcessor"), "do_pad": preprocess.aspect == "pad",
+            "processor_class": "LlavaProcessor"})
+        write_json(os.path.join(new, "processor_config.json"), {
+            "processor_class": "LlavaProcessor", "patch_size": cfg.vision.patch, "image_token": TAG,
+            "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"})  # 1: CLS, which this strategy drops
+        with open(os.path.join(new, "chat_template.jinja"), "w", encoding="utf-8") as f:
+            f.write(CHAT_TEMPLATE.replace("SYSTEM", json.dumps(system and system + " ")))
+        ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": pad}
+        write_json(os.path.join(new, "generation_config.json"), ends)
+        write_json(os.path.join(new, "config.json"), {
+            "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": image,
+            "image_seq_length": cfg.vision.tokens, "pad_token_id": pad, "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": True, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": cfg.llm.tied, "torch_dtype": dtype_name(state),
+            "vision_config": vision_values(cfg.vision, cfg.vision.depth + 1),
+            "text_config": text_values(dataclasses.replace(cfg.llm, vocab=vocab), tokenizer.bos, tokenizer.eos),
+            "image_aspect_ratio": {"pad": "pad", "crop": "square"}[preprocess.aspect],  # this and the rest is for `load`
+            "system_prompt": system, "added_rows": vocab - cfg.llm.vocab})
 
 
 # ---- Checkpoints of ours
@@ -569,7 +761,7 @@ class Checkpoint:
 
     def layout(self):
         """How to lay out a conversation with it: as in training, guidance included."""
-        cfg, pool = self.model.cfg, self.config["training"].get("guidance_pool", "instruction")
+        cfg, pool = self.model.cfg, self.config.get("training", {}).get("guidance_pool", "instruction")
         return Layout("v1", self.system, cfg.vision.tokens, cfg.llm.context, pool)
 
 
@@ -649,6 +841,16 @@ def with_experts(cfg, experts, label):
     return grown
 
 
+def filled(cfg, sources, dtype, seed, experts, label, added=0):
+    """The VLM of `cfg` with what `sources` hold, see `fill`, and the experts that `experts` adds, new from `seed`."""
+    grown = cfg if experts is None else with_experts(cfg, experts, label)
+    model = without_storage(grown)
+    new = names_of(grown) - names_of(cfg) if experts else ()
+    fill(model, sources, dtype, new, added)
+    initialise(model, seed, dtype)
+    return model
+
+
 def load_ours(folder, config, dtype, seed, experts):
     path = os.path.join(folder, "config.json")
     keys = {"format", "version", "model", "preprocess", "template", "stage", "sources", "training"}
@@ -664,18 +866,122 @@ def load_ours(folder, config, dtype, seed, experts):
         rules = {"vision": clip_rules(cfg.vision.depth), "llm": llama_rules(cfg.llm.tied)}
         parts += [(source_folder(noted, folder), rules[part]) for part, noted in config["sources"].items()]
         dtype = dtype or next(tensors(folder))[1].dtype  # that of the trained part for the frozen ones, too
-    grown = cfg if experts is None else with_experts(cfg, experts, path)
-    model = without_storage(grown)
-    fill(model, parts, dtype, names_of(grown) - names_of(cfg))
-    initialise(model, seed, dtype)
+    model = filled(cfg, parts, dtype, seed, experts, path)
     return Checkpoint(model, Tokenizer.load(folder), preprocess, config["template"]["system"], config)
 
 
-LOADERS = {FORMAT: load_ours}  # by "format" in config.json, or the "model_type" of foreign ones
+# ---- LLaVA-1.5, in its own layout and in that of transformers
+
+# Towers by the name that LLaVA gives to CLIP's folder: one that lies inside a checkpoint comes without its config
+TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig(),
+          "openai/clip-vit-large-patch14": VisionConfig(image_size=224)}
+
+
+def nested(config, key, path):
+    """An object inside a config file; UserError if it is not there."""
+    if not isinstance(config.get(key), dict):
+        raise UserError(f"{path}: no {key}, which LLaVA in the layout of transformers has")
+    return config[key]
+
+
+def aspect_of(config, path):
+    """How pictures are made square: by padding, as for LLaVA-1.5, unless the config says that it was trained otherwise."""
+    aspect = config.get("image_aspect_ratio", "pad")
+    if aspect not in ("pad", "square"):
+        raise UserError(f"{path}: image_aspect_ratio {aspect!r} is not supported, only 'pad' and 'square'")
+    return "crop" if aspect == "square" else "pad"
+
+
+def read_llava(folder, config, path):
+    """(VisionConfig, LlamaConfig, Preprocess, sources to `fill` from) of a LLaVA in the layout of transformers."""
+    demand(config, path, vision_feature_layer=-2, vision_feature_select_strategy="default", projector_hidden_act="gelu",
+           multimodal_projector_bias=True)
+    vision, text = nested(config, "vision_config", path), nested(config, "text_config", path)
+    demand(vision, f"{path}: vision_config", model_type="clip_vision_model")
+    vision = tower_config(vision, f"{path}: vision_config")
+    tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
+    llm = text_config({"model_type": "llama", **text, "tie_word_embeddings": tied}, f"{path}: text_config")
+    preprocess = preprocessing(folder, vision.image_size, aspect_of(config, path))
+    return vision, llm, preprocess, [(folder, llava_rules(vision.depth, llm.tied))]
+
+
+def check_original(config, path):
+    """UserError naming the field by which a config with LLaVA's own fields describes something else than LLaVA-1.5."""
+    demand(config, path, mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-2, mm_vision_select_feature="patch",
+           mm_patch_merge_type="flat", mm_use_im_start_end=False, mm_use_im_patch_token=False)
+
+
+def tower_folder(name, folder, path):
+    """The folder of the CLIP that `mm_vision_tower` names: a path as it is, inside `folder` or beside it, or a hub id."""
+    for place in ("", folder, os.path.dirname(os.path.realpath(folder))):
+        if os.path.isdir(os.path.join(place, name)):
+            return os.path.join(place, name)
+    try:
+        return resolve(name)
+    except UserError as error:
+        raise UserError(f"{path}: mm_vision_tower: {error}") from None
+
+
+def read_original(folder, config, path):
+    """What `read_llava` returns, of a LLaVA in its authors' layout. It says nothing of its tower but the name."""
+    check_original(config, path)
+    name, inside = config["mm_vision_tower"], any(n.startswith(ORIGINAL_TOWER) for n in names_in(folder))
+    llm = text_config({**config, "model_type": "llama"}, path)
+    rules, aspect = ORIGINAL_PROJECTOR + llama_rules(llm.tied), aspect_of(config, path)
+    if inside and name in TOWERS and not os.path.isdir(name):
+        vision = TOWERS[name]
+        preprocess = preprocessing(folder, vision.image_size, aspect)
+    else:
+        clip = tower_folder(name, folder, path)
+        vision, preprocess = vision_config(clip)
+        preprocess = dataclasses.replace(preprocess, aspect=aspect)
+    demand(config, path, mm_hidden_size=vision.width)
+    if inside:
+        return vision, llm, preprocess, [(folder, under(re.escape(ORIGINAL_TOWER), tower_rules(vision.depth)) + rules)]
+    return vision, llm, preprocess, [(folder, rules), (clip, clip_rules(vision.depth))]
+
+
+def load_llava(folder, config, dtype, seed, experts):
+    path = os.path.join(folder, "config.json")
+    read = read_original if "mm_vision_tower" in config else read_llava
+    vision, llm, preprocess, sources = read(folder, config, path)
+    added = config.get("added_rows", 0)
+    llm = dataclasses.replace(llm, vocab=llm.vocab - added)
+    tokenizer = tokenizer_of(folder, llm)
+    dtype = dtype or (next(tensors(folder))[1].dtype if sources[1:] else None)  # that of the Llama for a tower apart, too
+    model = filled(VLMConfig(vision, llm, "none", "none"), sources, dtype, seed, experts, path, added)
+    return Checkpoint(model, tokenizer, preprocess, config.get("system_prompt", SYSTEM), config)
+
+
+# By "format" in config.json, or the "model_type" of foreign ones; LLaVA's authors say llava in old files, llava_llama in new
+LOADERS = {FORMAT: load_ours, "llava": load_llava, "llava_llama": load_llava}
+
+
+def locate(name):
+    """The folder of a checkpoint: `resolve`d, or `name`.old where a save was killed before the new one was whole."""
+    real = os.path.realpath(name)
+    killed = not os.path.exists(os.path.join(real, "config.json")) and os.path.exists(f"{real}.old/config.json")
+    return f"{real}.old" if killed else resolve(name)
+
+
+def projector_file(name):
+    """The mm_projector.bin of LLaVA's stage 1 that `name` (a file, a folder, a hub id) is or holds instead of a whole model.
+
+    None if it is something else. Raises UserError if the config.json beside it describes another projector.
+    """
+    is_file = name.endswith(".bin") and os.path.isfile(name)
+    folder = os.path.dirname(name) if is_file else locate(name)
+    file, config = name if is_file else os.path.join(folder, PROJECTOR), os.path.join(folder, "config.json")
+    whole = any(os.path.exists(os.path.join(folder, layout)) for layout in LAYOUTS)
+    if not is_file and (whole or not os.path.exists(file)):
+        return None
+    if os.path.exists(config):
+        check_original(read_json(config), config)
+    return file
 
 
 def load(name, dtype=None, experts=None, seed=0):
-    """The `Checkpoint` in a folder or under a hub id.
+    """The `Checkpoint` in a folder or under a hub id: ours, or LLaVA-1.5 as its authors or transformers write it.
 
     dtype    of all parameters; None: as stored
     experts  dict of the fields of VLMConfig that choose the experts, to add those that the checkpoint has not
@@ -683,9 +989,7 @@ def load(name, dtype=None, experts=None, seed=0):
     Falls back to `name`.old where a save was killed. Raises UserError: no checkpoint, another format, an unknown key, a
     tensor that is missing, left over or mis-shaped, a frozen part that is not the one it was trained on.
     """
-    real = os.path.realpath(name)
-    killed = not os.path.exists(os.path.join(real, "config.json")) and os.path.exists(f"{real}.old/config.json")
-    folder = f"{real}.old" if killed else resolve(name)
+    folder = locate(name)
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: a file, expected the folder of a checkpoint")
     config = read_json(os.path.join(folder, "config.json"))
@@ -693,3 +997,29 @@ def load(name, dtype=None, experts=None, seed=0):
     if kind not in LOADERS:
         raise UserError(f"{folder}/config.json: {kind!r} is no format that can be opened, expected {', '.join(LOADERS)}")
     return LOADERS[kind](folder, config, dtype, seed, experts)
+
+
+# ---- python weights.py
+
+
+@dataclasses.dataclass
+class Options:
+    """Write a model without experts in the layout of llava-hf, for transformers to open."""
+    model: str | None = None     # checkpoint: a folder or hub name
+    export: str | None = None    # folder to write
+
+    def __post_init__(self):
+        if not self.model or not self.export:
+            raise UserError("say --model CHECKPOINT --export FOLDER")
+        if os.path.exists(os.path.join(self.export, "config.json")):
+            raise UserError(f"--export {self.export}: holds a checkpoint already")
+
+
+def run():
+    o = Options(**parse(Options))
+    point = load(o.model)
+    write_llava(o.export, point.model, point.tokenizer, point.preprocess, point.system)
+
+
+if __name__ == "__main__":
+    main(run)
