@@ -1,7 +1,8 @@
 """From a flat dataclass of options to a command line, and the one way in which our programs end.
 
-`parse(Options)` reads `--name value`, `--name=value` and bare `--flag` for booleans (`--no_flag` turns one off);
-the help text is the comment behind each field. `main(run)` turns a user's mistake into one line and exit code 1.
+`parse(Options)` reads `--name value`, `--name=value` and bare `--flag` for booleans (`--no_flag` turns one off); one of
+type `list[str]` may be repeated. The help text is the comment behind each field. `main(run)` turns a user's mistake
+into one line and exit code 1.
 """
 import dataclasses
 import difflib
@@ -37,6 +38,8 @@ def convert(name, kind, text):
     inner = typing.get_args(kind)
     if type(None) in inner:  # of "float | None" the float
         return convert(name, next(k for k in inner if k is not type(None)), text)
+    if typing.get_origin(kind) is list:
+        return [convert(name, inner[0], text)]
     if typing.get_origin(kind) is typing.Literal:
         if text not in inner:
             raise UserError(f"--{name} {text}: expected one of {', '.join(inner)}")
@@ -54,6 +57,7 @@ def convert(name, kind, text):
 def parse(options, argv=None):
     """{field: value} of the options named in `argv`, typed; defaults are left to the dataclass.
 
+    Of an option that is repeated the last value counts, but for a list, which collects them.
     Raises UserError on an unknown option (naming the nearest),
     a missing value or an ill-typed one; prints the help and exits on --help.
     """
@@ -77,14 +81,23 @@ def parse(options, argv=None):
             continue
         if bare:
             raise UserError(f"--{name} needs a value")
-        given[name] = convert(name, kinds[name], text if equals else argv.pop(0))
+        value = convert(name, kinds[name], text if equals else argv.pop(0))
+        given[name] = given.get(name, []) + value if isinstance(value, list) else value
     return given
 
 
 def main(run):
-    """Run the program: exit code 0 on success, 1 with one line on a user's error, 130 on Ctrl-C."""
+    """Run the program: exit code 0 on success, 1 with one line on a user's error, 130 on Ctrl-C.
+
+    Output is UTF-8 whatever the locale. Where its reader goes away, as `| head -1` does, the program ends without a
+    word and with 141, what a shell says of a program that SIGPIPE ended.
+    """
+    sys.stdout.reconfigure(encoding="utf-8")
     try:
         run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(141)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -302,8 +302,8 @@ class BlockMemory:
 class Cache:
     """Keys, values and generated weights of all blocks. Rows advance at their own pace: `lengths` tokens each.
 
-    Sizes are fixed at the start. Positions of a row past its length hold rubbish (padding of a shorter prompt), which the
-    mask hides until real tokens overwrite it.
+    Room is preallocated, by `reserve` before a turn. Positions of a row past its length hold rubbish (padding of a
+    shorter prompt), which the mask hides until real tokens overwrite it; so lowering `lengths` takes tokens back.
     """
 
     def __init__(self, cfg, batch, length, device, dtype):
@@ -312,6 +312,15 @@ class Cache:
         self.blocks = [BlockMemory(zeros(), zeros()) for _ in range(cfg.depth)]
         self.slots = torch.arange(length, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def reserve(self, more):
+        """Make room for `more` further tokens a row; what there is stays."""
+        length = int(self.lengths.max()) + more
+        if length > len(self.slots):
+            for memory in self.blocks:
+                memory.keys = F.pad(memory.keys, (0, 0, 0, length - memory.keys.shape[2]))
+                memory.values = F.pad(memory.values, (0, 0, 0, length - memory.values.shape[2]))
+            self.slots = torch.arange(length, device=self.slots.device)
 
     def advance(self, T, new):
         """Positions int64[B, T] of T further tokens a row, of which `new` int64[B] are real (the others padding)."""
@@ -404,25 +413,41 @@ def choose(logits, temperature, top_p, generator=None):
 
 
 @torch.no_grad()
-def stream(model, batch, max_new_tokens, eos, temperature=0.0, top_p=1.0, generator=None):
+def end_turn(model, ids, lengths, cache):
+    """Run what `stream` yielded last, and the end token of a row that was cut, before the next turn begins.
+
+    ids int64[B, T], padded on the right, lengths int64[B]: they belong to the turn in progress and run with its weights.
+    """
+    cache.reserve(ids.shape[1])
+    model(ids, None, None, None, 1, torch.zeros_like(lengths[:1]), cache, lengths)
+
+
+@torch.no_grad()
+def stream(model, batch, max_new_tokens, eos, temperature=0.0, top_p=1.0, generator=None, cache=None, vocab=None):
     """Answer a batch of prompts, one token a row at a time.
 
     batch    ids, pool_id, use_id int64[B, T] padded on the right, lengths int64[B], visual, turns (see data.Batch)
-    yields   int64[B] for each step; eos for a row that has ended. Ends when all rows have, or at max_new_tokens.
+    cache    of the same rows after `end_turn`: the batch holds what is new in the next turn; None: a first turn
+    vocab    ids from here on are never drawn (rows of the embedding beyond the tokenizer's); None: all may be
+    yields   int64[B] for each step; eos for a row that has ended. Ends when all rows have, or at max_new_tokens. What a
+             row yields last, its end token if it ended, is not run any more: `cache` lacks it.
     """
     B, T = batch.ids.shape
     weight = model.llm.embed_tokens.weight
-    cache = Cache(model.cfg.llm, B, T + max_new_tokens, weight.device, weight.dtype)
+    cache = cache or Cache(model.cfg.llm, B, 0, weight.device, weight.dtype)
+    cache.reserve(T + max_new_tokens)
     last = torch.arange(B, device=batch.ids.device) * T + batch.lengths - 1
     logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, last, cache, batch.lengths)
     ended = torch.zeros_like(batch.lengths, dtype=torch.bool)
     for step in range(max_new_tokens):
+        # Only what is drawn at random can be such an id by mere chance; greedily, the model would have to mean it
+        logits = logits[:, :vocab] if temperature else logits
         token = choose(logits, temperature, top_p, generator).masked_fill(ended, eos)
         yield token
         ended |= token == eos
         if ended.all() or step == max_new_tokens - 1:
             return
-        logits = model(token[:, None], None, None, None, 1, None, cache, torch.ones_like(batch.lengths))[:, 0]
+        logits = model(token[:, None], None, None, None, 1, None, cache, (~ended).long())[:, 0]
 
 
 def generate(model, batch, max_new_tokens, eos, **sampling):

@@ -879,16 +879,6 @@ def test_drawn_answers_depend_on_the_seed_alone(place, monkeypatch, capsys):
     assert said[0] == said[1] != said[2]
 
 
-def test_a_piece_of_an_answer_never_ends_within_a_character(place, monkeypatch):
-    whole, word, broken = TOKENIZER.encode("é")[-2:], TOKENIZER.encode("red"), TOKENIZER.encode("日")[-3:-1]
-    ids = whole + word + broken
-    monkeypatch.setattr(sample, "stream", lambda *_: (torch.tensor([i]) for i in ids))
-    checkpoint = weights.load(str(place / "model"))
-    pieces = list(sample.answer(checkpoint, prompts([1]), sample.Options()))
-    assert "".join(pieces) == TOKENIZER.decode(ids) and pieces[0] == "é"
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces[:-1])
-
-
 def test_the_newest_checkpoint_is_taken_where_none_is_named(tmp_path):
     with pytest.raises(cli.UserError, match="train.py"):
         sample.newest(str(tmp_path))
