@@ -1,0 +1,155 @@
+"""How long a model takes to load and how much memory that needs, here and in transformers.
+
+    python bench.py --make 7b --out DIR     a folder like llava-hf's with the true shapes of LLaVA-1.5 and random weights
+    python bench.py --load DIR              loads it in a fresh process with weights.load, in another with transformers
+
+The last line of standard output is one JSON object. `--load` needs Linux, and transformers.
+"""
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import weights
+from cli import UserError, main, parse
+from data import SYSTEM, Preprocess, Tokenizer, layout_of_llama
+from model import LlamaConfig, VisionConfig, VLMConfig
+
+SHAPES = {  # CLIP and Llama
+    "7b": (VisionConfig(), LlamaConfig(context=4096)),
+    "13b": (VisionConfig(), LlamaConfig(5120, 40, 40, 40, 13824, context=4096)),
+    "1b": (VisionConfig(), LlamaConfig(1536, 10, 12, 12, 4096)),  # half a billion, for a quick try
+}
+
+
+@dataclass
+class Options:
+    """Measure how a checkpoint loads. First --make one, then --load it."""
+    make: Literal["7b", "13b", "1b"] | None = None  # write a folder with a model of this size, its weights random
+    out: str | None = None                # that folder
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of its weights
+    format: Literal["safetensors", "bin"] = "safetensors"  # of its files
+    load: str | None = None               # folder to load in bfloat16, here and with transformers
+    cold: bool = False                    # drop the folder's files from the system's cache before each time
+    only: Literal["ours", "transformers"] | None = None  # measure one of them, in this process
+
+    def __post_init__(self):
+        if bool(self.make) == bool(self.load) or bool(self.make) != bool(self.out):
+            raise UserError("say --make SIZE --out FOLDER, or --load FOLDER")
+
+
+# ---- Making a model of which only the shapes are real
+
+
+def made_up_tokenizer(ids):
+    """A `Tokenizer` of that many ids laid out like Llama's, with words that mean nothing."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁"]
+    names += [f"▁{i}" for i in range(ids - len(names))]
+    inner = layout_of_llama({name: i for i, name in enumerate(names)}, [])
+    inner.add_special_tokens(names[:3])
+    return Tokenizer(inner)
+
+
+def write_random(folder, state, ending):
+    """Write random tensors of the shapes and dtypes in `state`, a shard at a time: they are never all in memory.
+
+    The numbers repeat themselves, from another place for each tensor: drawing seven billion takes minutes.
+    """
+    dtype = next(iter(state.values())).dtype
+    pool = torch.empty(2**24, dtype=dtype).normal_(0, 0.02)
+
+    def drawn(name):
+        shape, start = state[name].shape, int(torch.randint(len(pool), ()))
+        numbers = pool.roll(start).repeat(-(-shape.numel() // len(pool)))[:shape.numel()].view(shape)
+        return numbers + 1 if "norm" in name and name.endswith("weight") else numbers.clone()
+
+    files = weights.in_shards(state)
+    if ending == "bin":
+        files = {f.replace("model", "pytorch_model").replace("safetensors", "bin"): names for f, names in files.items()}
+    for file, names in files.items():
+        path, shard = os.path.join(folder, file), {n: drawn(n) for n in names}
+        torch.save(shard, path) if ending == "bin" else weights.write_file(path, shard)
+        del shard  # before the next one is drawn
+    if len(files) > 1:
+        index = {"bin": "pytorch_model.bin", "safetensors": "model.safetensors"}[ending] + ".index.json"
+        weight_map = {name: file for file, names in files.items() for name in names}
+        weights.write_json(os.path.join(folder, index), {"metadata": {}, "weight_map": weight_map})
+
+
+def make(o):
+    vision, llm = SHAPES[o.make]
+    torch.manual_seed(0)
+    model = weights.without_storage(VLMConfig(vision, llm, "none", "none")).to(getattr(torch, o.dtype))
+    weights.write_llava(o.out, model, made_up_tokenizer(llm.vocab), Preprocess(vision.image_size), SYSTEM,
+                        lambda folder, state: write_random(folder, state, o.format))
+    files = [path for path, _ in weights.weight_files(o.out)]
+    print(json.dumps({"folder": o.out, "bytes": sum(map(os.path.getsize, files)), "files": len(files)}))
+
+
+# ---- Loading
+
+
+def memory(field):
+    """Bytes of this process: VmRSS, resident now, or VmHWM, the most that ever was. Pages mapped from files count."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
+
+
+def measure(o):
+    """Load in this process; print seconds and peak memory above that after the imports."""
+    if o.only == "transformers":
+        from transformers import LlavaForConditionalGeneration, logging  # only this comparison needs it
+        logging.disable_progress_bar()
+        load = lambda: LlavaForConditionalGeneration.from_pretrained(o.load, dtype=torch.bfloat16)
+    else:
+        load = lambda: weights.load(o.load, torch.bfloat16).model
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the peak starts anew from what is resident now
+    baseline, began = memory("VmRSS"), time.perf_counter()
+    model = load()
+    loaded = time.perf_counter()
+    for p in model.parameters():  # weights that are merely mapped are not there yet: read a number of every page of 4 KiB
+        p.detach().flatten()[::4096 // p.element_size()].sum()
+    print(json.dumps({"load_s": loaded - began, "touch_s": time.perf_counter() - loaded,
+                      "peak_bytes": memory("VmHWM") - baseline}))
+
+
+def prepare(files, cold):
+    """Drop files from the system's cache, or read them so that as much of them is in it as there is room for."""
+    for path in files:
+        with open(path, "rb", buffering=0) as f:
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED if cold else os.POSIX_FADV_NORMAL)
+            while not cold and f.read(2**24):
+                pass
+
+
+def compare(o):
+    """Measure both in processes of their own."""
+    files = [path for path, _ in weights.weight_files(o.load)]
+    size = 2 * sum(tensor.numel() for _, tensor, _ in weights.tensors(o.load))  # in bfloat16
+    found = {"folder": o.load, "bytes": size, "cold": o.cold}
+    for who in ("ours", "transformers"):
+        prepare(files, o.cold)
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, __file__, "--load", o.load, "--only", who], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"{who} could not load {o.load} (exit code {done.returncode})")
+        found[who] = json.loads(done.stdout.splitlines()[-1])
+        found[who] |= {"process_s": time.perf_counter() - began, "peak": found[who]["peak_bytes"] / size}
+        print("{:<13} loads in {load_s:.2f} s, has every page read in {touch_s:.2f} s more, {process_s:.1f} s with start and imports; "
+              "peak {peak:.3f} x {:.2f} GB".format(who, size / 1e9, **found[who]), flush=True)
+    print(json.dumps(found))
+
+
+def run():
+    o = Options(**parse(Options))
+    make(o) if o.make else measure(o) if o.only else compare(o)
+
+
+if __name__ == "__main__":
+    main(run)
