@@ -23,6 +23,7 @@ VISION = VisionConfig(image_size=56, patch=8, width=128, depth=4, heads=2, hidde
 LLAMA = LlamaConfig(width=192, depth=4, heads=3, kv_heads=3, hidden=512, vocab=640, context=256)
 CAPTION = LlamaConfig(width=128, depth=2, heads=2, kv_heads=2, hidden=256, vocab=640, tied=True)  # CLIP's other tower
 PREPROCESS = Preprocess(size=VISION.image_size)
+SHARED = 1.5  # what all of the Llama's embeddings start with in common, relative to what is each one's own
 STATIC = VLMConfig(llm=LLAMA, visual_expert="none", language_expert="none")
 
 
@@ -40,6 +41,10 @@ class StandIns(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
+        # Llama's projections have no biases: heads can attend to a place, such as "the token before", only by what all
+        # embeddings share. Born with it, and as large as what blocks add, the Llama binds words in a third of the steps.
+        nn.init.normal_(self.llm.embed_tokens.weight)
+        self.llm.embed_tokens.weight.data += SHARED * torch.randn(LLAMA.width)
 
     def forward(self, batch):
         """Logits float[P, V] of the Llama, and how well each picture fits each phrase, float32[M, Q]."""
