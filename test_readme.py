@@ -8,15 +8,18 @@ import tokenize
 
 import pytest
 
+import bench
 import data
 import eval
 import outsider
 import sample
 import train
+import weights
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-PROGRAMS = {"train.py": train, "sample.py": sample, "data.py": data, "eval.py": eval, "outsider.py": outsider}
+PROGRAMS = {"train.py": train, "sample.py": sample, "data.py": data, "eval.py": eval, "outsider.py": outsider,
+            "weights.py": weights, "bench.py": bench}
 
 
 def code_lines(path):
