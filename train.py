@@ -84,7 +84,7 @@ PRESETS = {
     "13b": LLAVA,
     "1b": SMALL,
     "toy": {
-        0: dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=560, schedule="wsd", clip=1.0),
+        0: dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=640, schedule="wsd", clip=1.0),
         1: dict(template="plain", batch_size=32, lr=3e-3, steps=200, schedule="wsd", clip=1.0),
         2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=1000, schedule="wsd", clip=1.0),
     },
