@@ -42,7 +42,7 @@ class StandIns(nn.Module):
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
         # Llama's projections have no biases: heads can attend to a place, such as "the token before", only by what all
-        # embeddings share. Born with it, and as large as what blocks add, the Llama binds words in a third of the steps.
+        # embeddings share. Born with it, and as large as what blocks add, the Llama learns much sooner (README, Results).
         nn.init.normal_(self.llm.embed_tokens.weight)
         self.llm.embed_tokens.weight.data += SHARED * torch.randn(LLAMA.width)
 
