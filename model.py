@@ -107,7 +107,7 @@ def attend(q, k, v, mask=None, causal=False, plain=False):
 class VisionEmbeddings(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(cfg.width) * 0.02)
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(cfg.width), std=0.02))
         self.patch_embedding = nn.Conv2d(3, cfg.width, cfg.patch, stride=cfg.patch, bias=False)
         self.position_embedding = nn.Embedding(cfg.tokens + 1, cfg.width)
 

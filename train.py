@@ -531,17 +531,45 @@ def cut_log(path, step):
     return json.loads(kept[-1]) if kept else {}
 
 
+def prepared(model, o, mesh):
+    """(the model frozen where the stage does not train it, and sharded; its optimisers)."""
+    for module in model.modules():
+        if isinstance(module, (Attention, VisionAttention)):
+            module.plain = o.attention == "plain"
+    freeze(model, TRAINS[o.stage, o.tune], getattr(torch, o.dtype))
+    recompute(model, o.checkpointing)
+    model = shard(model, mesh, getattr(torch, o.dtype))
+    return model, optimisers(model, o)
+
+
+def row_of(done, step, seconds, waited, average, o):
+    """A step's line in log.jsonl. `seconds` it took, of which it `waited` for data; `average`: seconds a step so far."""
+    rate = peak_rate(o)
+    return {"step": step, "loss": done.loss, "lr": o.lr * schedule(step, o), "grad_norm": done.norm,
+            "tokens_per_s": done.positions / seconds,
+            "mfu": done.operations / seconds / (rate * dist.get_world_size()) if rate and o.stage else None,
+            "data_wait": waited / seconds, "peak_gb": memory.peak(o.device) / memory.GB,
+            "eta_s": average * (o.steps - step - 1)}
+
+
+def keep_state(folder, steps, model, opts, o, stop, bar):
+    """Save the state after so many steps. A failure is a warning; after the signal `stop` it is an error, else the run ends."""
+    fault = save_state(folder, steps, model, opts, o)
+    if fault and stop:
+        raise Agreed(f"stopped by {signal.Signals(stop).name}, and {fault}")
+    if fault and dist.get_rank() == 0:
+        bar.write(f"warning: {fault}; training goes on, the states saved before are kept", file=sys.stderr)
+    if stop:
+        if dist.get_rank() == 0:
+            bar.write(f"stopped by {signal.Signals(stop).name} after step {steps}, state saved: --resume goes on", file=sys.stderr)
+        sys.exit(130 if stop == signal.SIGINT else 0)
+
+
 def train(job, o, mesh):
     """Run a job for o.steps optimiser steps and write its checkpoint."""
     out, rank = stage_folder(o), dist.get_rank()
     o.steps = o.steps or math.ceil(o.epochs * len(job.lengths) / o.batch_size)
-    for module in job.model.modules():
-        if isinstance(module, (Attention, VisionAttention)):
-            module.plain = o.attention == "plain"
-    freeze(job.model, TRAINS[o.stage, o.tune], getattr(torch, o.dtype))
-    recompute(job.model, o.checkpointing)
-    model = shard(job.model, mesh, getattr(torch, o.dtype))
-    opts = optimisers(model, o)
+    model, opts = prepared(job.model, o, mesh)
     text = agreed(lambda: plan(model, opts, job, o))
     if rank == 0:
         print(text, file=sys.stderr)
@@ -562,7 +590,6 @@ def train(job, o, mesh):
                              num_workers=o.workers, multiprocessing_context="fork" if o.workers else None,
                              worker_init_fn=lambda n: signal.signal(signal.SIGINT, signal.SIG_IGN)))  # Ctrl-C reaches them too
     first = began = time.perf_counter()
-    rate = peak_rate(o)
     with open(log_path, "a") if rank == 0 else contextlib.nullcontext() as log, \
             tqdm(range(start, o.steps), f"stage {o.stage}", initial=start, total=o.steps, disable=rank > 0,
                  mininterval=1 if sys.stderr.isatty() else 15) as bar, Signals() as signals:
@@ -578,11 +605,7 @@ def train(job, o, mesh):
             done = train_step(job, model, opts, batches, step, o, mesh, sum(map(len, bad)), signals.got)
 
             now = time.perf_counter()
-            row = {"step": step, "loss": done.loss, "lr": o.lr * factor, "grad_norm": done.norm,
-                   "tokens_per_s": done.positions / (now - began), "mfu": None, "data_wait": waited / (now - began),
-                   "peak_gb": memory.peak(o.device) / memory.GB, "eta_s": (now - first) / (step + 1 - start) * (o.steps - step - 1)}
-            if rate and o.stage:
-                row["mfu"] = done.operations / (now - began) / (rate * dist.get_world_size())
+            row = row_of(done, step, now - began, waited, (now - first) / (step + 1 - start), o)
             skipped += int(done.skipped)
             row |= {"skipped_images": skipped} if skipped else {}
             if job.held_out and (step + 1 == o.steps or (step + 1) % o.val_every == 0):
@@ -593,16 +616,7 @@ def train(job, o, mesh):
             if rank == 0 and (step % o.log_every == 0 or "held_out" in row):
                 bar.write(line(row, o), file=sys.stderr)
             if done.stop or (step + 1) % o.save_every == 0 and step + 1 < o.steps:
-                fault = save_state(states, step + 1, model, opts, o)
-                if fault and done.stop:
-                    raise Agreed(f"stopped by {signal.Signals(done.stop).name}, and {fault}")
-                if fault and rank == 0:
-                    bar.write(f"warning: {fault}; training goes on, the states saved before are kept", file=sys.stderr)
-                if done.stop:
-                    if rank == 0:
-                        bar.write(f"stopped by {signal.Signals(done.stop).name} after step {step + 1}, state saved: "
-                                  f"--resume goes on", file=sys.stderr)
-                    sys.exit(130 if done.stop == signal.SIGINT else 0)
+                keep_state(states, step + 1, model, opts, o, done.stop, bar)
     if skipped and rank == 0:
         print(f"{skipped} times a picture could not be read and the next record took its place", file=sys.stderr)
     tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

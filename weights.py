@@ -448,9 +448,9 @@ class Undrawn(TorchFunctionMode):
     """No first values for parameters: on the meta device there is nothing to draw, but trying costs a second of imports."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.mul or getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else None
-        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def without_storage(cfg):
