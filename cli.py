@@ -13,7 +13,10 @@ import typing
 
 
 class UserError(ValueError):
-    """Something a user can mend: an option, a file of theirs, a checkpoint. Its text is the whole message."""
+    """Something a user can mend: an option, a file of theirs, a checkpoint. Its text, in one line, is the whole message."""
+
+    def __init__(self, text):
+        super().__init__(" ".join(str(text).split("\n")))
 
 
 def comments(options):

@@ -35,7 +35,7 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -75,6 +75,9 @@ def open_image(file, name):
             # past this size Pillow only warns; it raises on its own at twice as much
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            # padded to a square of 4 bytes a pixel, 1 x 65000 would take 17 GB
+            if max(image.size) ** 2 > 4 * Image.MAX_IMAGE_PIXELS or max(image.size) > 1000 * min(image.size):
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, too many as a square or a strip")
             if image.mode.startswith("I"):  # I;16, I;16B, or I: grey of more than 8 bits
                 grey = np.asarray(image)
                 if grey.min() < 0 or grey.max() > 65535:
@@ -85,6 +88,8 @@ def open_image(file, name):
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such picture") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: unreadable picture (of no format that Pillow knows)") from None
     except Exception as error:
         raise UserError(f"{name}: unreadable picture ({type(error).__name__}: {error})") from None
 
@@ -135,12 +140,12 @@ class Tokenizer:
         if None in ids:
             raise UserError("the tokenizer lacks <s>, </s> or <unk>: it is not one of Llama's kind")
         self.bos, self.eos, self.pad = ids  # padding is never attended to, so any id will do
-        self.vocab = inner.get_vocab_size()
         spec = json.loads(self.file)
         self.added = {t["id"] for t in spec["added_tokens"]}
         # Without added tokens, text cannot be taken for them; a flag would be lost in a worker's pickle
         spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
         self.inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self.vocab = 1 + max(self.inner.get_vocab().values())  # ids from here on are no text: added tokens, padding rows
         first = spec["pre_tokenizer"] or {}
         if first.get("type") == "Metaspace" and first["prepend_scheme"] != "never" and not first["split"]:
             # Newer files of transformers: a text that begins with a space gets no other. With sentencepiece it does
@@ -377,7 +382,7 @@ class Layout:
     """How a conversation is laid out as positions."""
     template: Literal["plain", "v1"] = "v1"  # plain: picture, caption, newline; v1: Vicuna's dialogue
     system: str = SYSTEM                     # what stands before the first turn of v1; may be empty
-    image_tokens: int = 576                  # positions that a picture takes
+    image_tokens: int = 576                  # positions that a picture takes; VLoRA's take none
     context: int = 2048                      # positions after which a sample is cut
     pool: Literal["instruction", "prompt"] = "instruction"  # guidance: a turn's own text, or also what
                                                             # stands before it: picture, system, bos
@@ -398,6 +403,7 @@ class Sample:
     turns: int
     image: str | None    # the picture's path
     record: str          # what to call it in a message
+    tag: int = -1        # position of the picture or, where that takes none, of what stands behind it; -1: no picture
 
 
 def record_name(record, index):
@@ -489,11 +495,12 @@ def pieces(turns, layout, name, picture=True):
 
 def lay_out(turns, tokenizer, layout, record, image=None):
     """The whole `Sample` of turns, of any length; an answer of None ends it where the answer begins."""
-    ids, answer, pooled, use = [tokenizer.bos], [False], [layout.pool == "prompt"], [0]
+    ids, answer, pooled, use, tag = [tokenizer.bos], [False], [layout.pool == "prompt"], [0], -1
     for text, part, turn in pieces(turns, layout, record, image is not None):
         new = [IMAGE] * layout.image_tokens if text is None else tokenizer.encode(text)
         if part == "answer" and layout.template == "v1":
             new = new + [tokenizer.eos]
+        tag = len(ids) if text is None else tag
         own = part == "prompt" and text is not None
         ids += new
         answer += [part == "answer"] * len(new)
@@ -504,7 +511,7 @@ def lay_out(turns, tokenizer, layout, record, image=None):
         pool = use = np.full_like(ids, -1)
     else:
         pool = np.where(pooled, use, -1)
-    return Sample(ids, np.where(answer, ids, IGNORE), pool, use, max(len(turns), 1), image, record)
+    return Sample(ids, np.where(answer, ids, IGNORE), pool, use, max(len(turns), 1), image, record, tag)
 
 
 def cut(whole, context):
@@ -519,8 +526,11 @@ def cut(whole, context):
             raise UserError(f"{whole.record}: the context of {context} ends before the picture does, which takes the "
                             f"positions {picture[0]} to {picture[-1]}")
         end, image = min(context, picture[0]), None
+    elif whole.tag >= context:
+        image = None
     ids, labels, pool_id, use_id = (a[:end] for a in (whole.ids, whole.labels, whole.pool_id, whole.use_id))
-    return Sample(ids, labels, pool_id, use_id, max(int(use_id.max()) + 1, 1), image, whole.record)
+    tag = -1 if image is None else whole.tag
+    return Sample(ids, labels, pool_id, use_id, max(int(use_id.max()) + 1, 1), image, whole.record, tag)
 
 
 def encode(turns, tokenizer, layout, record, image=None):
@@ -560,7 +570,7 @@ def load_records(path):
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such file")
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # some editors put a mark in front
             records = json.load(f)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
@@ -591,6 +601,8 @@ def read_record(record, index, images, layout):
 class Conversations:
     """The conversations of a LLaVA JSON file, encoded when asked for: `len(c)`, `c[i]` -> `Sample`.
 
+    `pictured` bool[n] tells which of them are about a picture.
+
     Records lie in one flat array rather than as objects, so that worker processes share them: a Python
     object's page is copied by a mere look at it, for that counts a reference.
     Raises UserError on a malformed file or record, at once.
@@ -598,8 +610,7 @@ class Conversations:
 
     def __init__(self, json_path, images, tokenizer, layout=Layout()):
         records = load_records(json_path)
-        for i, record in enumerate(records):
-            read_record(record, i, images, layout)
+        self.pictured = np.array([read_record(record, i, images, layout)[2] is not None for i, record in enumerate(records)])
         lines = [json.dumps(record).encode() for record in records]
         self.ends = np.cumsum([len(line) for line in lines])
         self.bytes = np.frombuffer(b"".join(lines), np.uint8)
@@ -641,6 +652,8 @@ class Batch:
     at: torch.Tensor       # int64[P] flat positions b * T + i whose next token is trained
     target: torch.Tensor   # int64[P] those next tokens; IGNORE where P was padded
     records: list[str]
+    picture: torch.Tensor  # int64[B], which of `visual` a row is about; -1: none
+    tag: torch.Tensor      # int64[B], see Sample
 
     @property
     def trained(self):
@@ -675,6 +688,7 @@ def collate(samples, visual, blank, pad=0, multiple=1):
     assert len(visual) == named, f"{len(visual)} pictures for {named} samples that name one"
     ids = pad_right([s.ids for s in samples], pad, multiple)
     labels = pad_right([s.labels for s in samples], IGNORE, multiple)
+    shown = torch.tensor([s.image is not None for s in samples])
     # The label shift, here and nowhere else: position i is trained to say what stands at i + 1.
     # <s> USER: hi ASSISTANT: hello </s>  is trained on  ASSISTANT: -> hello  and  hello -> </s>
     b, i = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
@@ -689,6 +703,8 @@ def collate(samples, visual, blank, pad=0, multiple=1):
         at=F.pad(at, (0, more)),
         target=F.pad(target, (0, more), value=IGNORE),
         records=[s.record for s in samples],
+        picture=(shown.cumsum(0) - 1).masked_fill(~shown, -1),
+        tag=torch.tensor([s.tag for s in samples]),
     )
 
 
@@ -708,17 +724,28 @@ def check_causal(labels, pool_id, use_id):
                 f"row {b}: position {i} is trained, but its guidance reaches to position {latest}"
 
 
+def padding(lengths, batches, multiple=MULTIPLE):
+    """The share of padding among the positions of batches, [[index, ...], ...] of samples with lengths int64[n], see `collate`."""
+    places = sum(len(b) * -(-int(lengths[b].max()) // multiple) * multiple for b in batches)
+    return 1 - sum(int(lengths[b].sum()) for b in batches) / places
+
+
 class Order:
     """Which samples make which step: a function of seed and step alone, the same for any number of ranks.
 
     The epochs' permutations follow one another and are cut into steps of `batch_size`. With `lengths` (any measure,
     one number a sample), samples of like length share a step, so that less is padded: within runs of GROUP steps the
-    permutation is sorted by length, then the steps of the whole epoch are mixed.
+    permutation is sorted by length, then the steps of the whole epoch are mixed. With `pictured` bool[n], samples with a
+    picture and without are grouped apart, as their lengths cannot be compared; only what is left of both shares a step.
+
+    LLaVA's --group_by_modality_length sorts within a step alone, to deal out like sums to the ranks: its batches hold long
+    and short samples. Sorting more of them makes batches of like lengths, so that ranks wait no longer for each other.
     """
     GROUP = 32
 
-    def __init__(self, n, seed, batch_size, lengths=None):
+    def __init__(self, n, seed, batch_size, lengths=None, pictured=None):
         self.n, self.seed, self.batch_size, self.lengths = n, seed, batch_size, lengths
+        self.pictured = np.zeros(n, bool) if pictured is None else pictured
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
 
     def epoch(self, epoch):
@@ -729,10 +756,13 @@ class Order:
             return order
         first = min(-epoch * self.n % self.batch_size, self.n)  # these complete the last step of the epoch before
         last = first + (self.n - first) // self.batch_size * self.batch_size
-        run = self.GROUP * self.batch_size
-        runs = [order[i:min(i + run, last)] for i in range(first, last, run)]
-        runs = [r[np.argsort(self.lengths[r], kind="stable")] for r in runs]
-        steps = np.concatenate(runs).reshape(-1, self.batch_size) if runs else order[:0].reshape(0, self.batch_size)
+        body, size = order[first:last], self.batch_size
+        kinds = [body[self.pictured[body] == kind] for kind in (True, False)]
+        whole = [kind[:len(kind) // size * size] for kind in kinds]
+        left = np.concatenate([kind[len(part):] for kind, part in zip(kinds, whole)])  # a step of both, or nothing
+        runs = [part[i:i + self.GROUP * size] for part in (*whole, left) for i in range(0, len(part), self.GROUP * size)]
+        runs = [r[np.lexsort((self.lengths[r], self.pictured[r]))] for r in runs]
+        steps = np.concatenate(runs).reshape(-1, size) if runs else order[:0].reshape(0, size)
         return np.concatenate([order[:first], rng.permutation(steps).ravel(), order[last:]])
 
     def step(self, step):
@@ -754,9 +784,15 @@ class Options:
     json: bool = False        # with --show: ids, labels, pool_id and use_id as JSON lines
     template: Literal["plain", "v1"] = "v1"  # plain for stage 1, v1 for stage 2
     system: str = SYSTEM      # the text before the first turn
-    image_tokens: int = 576   # positions of a picture
+    image_tokens: int = 576   # positions of a picture; 0 for VLoRA
     context: int = 2048       # positions of a sample
     guidance_pool: Literal["instruction", "prompt"] = "instruction"  # what guidance is averaged over
+
+    def __post_init__(self):
+        if self.context < 1 or self.image_tokens < 1:
+            raise UserError(f"--context {self.context} --image_tokens {self.image_tokens}: expected at least 1")
+        if re.search("[\ud800-\udfff]", self.system):
+            raise UserError("--system is no valid Unicode")
 
     def layout(self):
         return Layout(self.template, self.system, self.image_tokens, self.context, self.guidance_pool)
@@ -860,6 +896,8 @@ def run():
     if not (options.check or options.show > 0) or missing:
         raise UserError(f"say --check or --show N, with --data and --images (and --llm to show); "
                         f"missing: {', '.join(missing) or '--check or --show'}")
+    if not os.path.isdir(options.images):
+        raise UserError(f"--images {options.images}: there is no such folder")
     if options.check:
         check(options)
     if options.show > 0:

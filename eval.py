@@ -20,8 +20,9 @@ import weights
 import world
 from cli import main, parse
 from data import collate, encode_prompt, load_records, open_image, pixels
-from hypernet import Expert, HyperNetwork
+from hypernet import Expert, HyperNetwork, LoRA, MatrixExpert, MatrixNetwork
 from model import generate
+from vlora import Generator, PerceptualWeights
 
 BATCH = 128  # questions answered at once
 
@@ -63,7 +64,7 @@ class Answerer:
     @torch.no_grad()
     def show(self, name, image):
         """Let the tower see a PIL image, which questions then call by `name`."""
-        seen = pixels(image, self.preprocess)[None].to(self.model.projector.linear_1.weight.dtype)
+        seen = pixels(image, self.preprocess)[None].to(self.model.llm.embed_tokens.weight.dtype)
         self.features[name] = self.model.features(seen)[0]  # (N, C)
 
     def look(self, name):
@@ -89,9 +90,10 @@ class Answerer:
 
 @contextlib.contextmanager
 def experts_off(model):
-    """Within this context every generated shift is exactly zero: no up-projection is left."""
-    ups = [m.up.weight if isinstance(m, HyperNetwork) else m.up
-           for m in model.modules() if isinstance(m, (HyperNetwork, Expert))]
+    """Within this context every generated shift is exactly zero: no up-projection is left. A VLoRA is blind then."""
+    ups = [m.up.weight for m in model.modules() if isinstance(m, (HyperNetwork, MatrixNetwork))]
+    ups += [m.up for m in model.modules() if isinstance(m, (Expert, MatrixExpert, LoRA))]
+    ups += [m.Bs for m in model.modules() if isinstance(m, PerceptualWeights)]
     kept = [up.detach().clone() for up in ups]
     for up in ups:
         up.data.zero_()
@@ -105,8 +107,10 @@ def experts_off(model):
 @contextlib.contextmanager
 def experts_swapped(model):
     """Within this context each row runs with the weights generated for another row, half a batch away."""
-    swap = lambda module, inputs: (inputs[0].roll(max(1, len(inputs[0]) // 2), 0),)
-    handles = [m.register_forward_pre_hook(swap) for m in model.modules() if isinstance(m, HyperNetwork)]
+    half = lambda x: x.roll(max(1, len(x) // 2), 0)
+    swap = lambda module, inputs: (*inputs[:-1], half(inputs[-1]))  # a hypernetwork's e, a generator's choice of picture
+    handles = [m.register_forward_pre_hook(swap) for m in model.modules()
+               if isinstance(m, (HyperNetwork, MatrixNetwork, Generator))]
     try:
         yield
     finally:

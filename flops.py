@@ -3,6 +3,7 @@
 A product of m x k and k x n is 2 m k n; all else (norms, softmax, sums) is left out, as by torch's FlopCounterMode.
 Letters are explained at the top of model.py.
 """
+from hypernet import GUIDED
 
 
 def paper_flops(text=32, visual=576, width=4096, depth=32, changed=8, rank=64):
@@ -32,24 +33,41 @@ def transformer(T, width, kv_width, hidden, matrices):
     return 4 * T * width * (width + kv_width) + 4 * T ** 2 * width + 2 * matrices * T * width * hidden
 
 
-def expert(T, guide, inputs, outputs, embed, rank, turns=1):
-    """A generated adapter: its weights, once a turn, and its run. All tokens go through the weights of all turns."""
-    weights = turns * (2 * guide * embed + 2 * embed ** 2 + 2 * embed * rank * (2 * inputs + outputs))
-    return weights + turns * 2 * T * rank * (2 * inputs + outputs)
+def expert(source, guide, inputs, outputs, embed, rank):
+    """(of generating the weights of an expert once, of running it on one token), by the source of its weights."""
+    size = inputs * outputs if source == "mlp" else rank * (2 * inputs + outputs)  # numbers that it runs with
+    encoder = {"hyper": 2 * guide * embed, "mlp": 2 * guide * embed, "latent": 0}
+    return 2 * embed ** 2 + 2 * embed * size + encoder[source] if source in encoder else 0, 2 * size
 
 
-def flops(cfg, text, turns=1, at=None, vlora=None):
+def lora(llm, rank):
+    """LoRA beside the seven linears of a block, for one token."""
+    D, kv, F = llm.width, llm.width * llm.kv_heads // llm.heads, llm.hidden
+    return 2 * rank * (2 * 2 * D + 2 * (D + kv) + 3 * (D + F))
+
+
+def tuning(cfg, tokens, guidances):
+    """Language experts, their weights generated so many times, or LoRA, on so many tokens."""
+    llm, R = cfg.llm, cfg.expert_rank
+    if cfg.weight_source == "lora":
+        return len(cfg.expert_blocks()) * tokens * lora(llm, R)
+    weights, run = expert(cfg.weight_source, llm.width, llm.width, llm.width, cfg.expert_embed, R)
+    return len(cfg.expert_blocks()) * (guidances * weights + tokens * run)
+
+
+def flops(cfg, text, turns=1, at=None):
     """FLOPs of one forward pass over a picture and `text` tokens, without a cache; the same for each row of a batch.
+
+    (But for latent weights, which are generated once for all rows.)
 
     cfg      VLMConfig; without experts it is LLaVA's
     turns    U
     at       positions P whose logits are computed; None: all
-    vlora    VLoRAConfig: its generator takes the place of projector and experts, and the picture no position
-    returns  dict of vision, projector (or generator), llm, experts (or branches) and head
+    returns  dict of vision, projector, llm, experts and head; for VLoRA generator and branches instead of projector, experts
     """
-    vision, llm, N, E, R = cfg.vision, cfg.llm, cfg.vision.tokens, cfg.expert_embed, cfg.expert_rank
+    vision, llm, vlora, N = cfg.vision, cfg.llm, cfg.vlora, cfg.vision.tokens
     C, D = vision.width, llm.width
-    T = text if vlora else text + N
+    T = text + cfg.image_tokens
     count = {"vision": 2 * N * C * 3 * vision.patch ** 2 + vision.depth * transformer(N + 1, C, C, vision.hidden, 2),
              "llm": llm.depth * transformer(T, D, D * llm.kv_heads // llm.heads, llm.hidden, 3),
              "head": 2 * (T if at is None else at) * D * llm.vocab}
@@ -61,8 +79,10 @@ def flops(cfg, text, turns=1, at=None, vlora=None):
         count["branches"] = sites * Q * 4 * T * D * vlora.rank
         return count
     count["projector"] = 2 * N * D * (C + D)
-    count["experts"] = expert(N, C, C, D, E, R) * (cfg.visual_expert in ("1", "both"))
-    count["experts"] += expert(N, D, D, D, E, R) * (cfg.visual_expert in ("2", "both"))
-    blocks = len(cfg.expert_blocks())
-    count["experts"] += blocks * expert(T, D, D, D, E, R, turns) + bool(blocks) * 2 * turns * T * D  # and the pooling
+    guided = cfg.weight_source in GUIDED
+    U = turns if guided else 1  # all tokens go through the weights of all turns
+    visual = [width for which, width in (("1", C), ("2", D)) if cfg.visual_expert in (which, "both")]
+    found = [expert(cfg.weight_source, width, width, D, cfg.expert_embed, cfg.expert_rank) for width in visual]
+    count["experts"] = sum(weights + N * run for weights, run in found)
+    count["experts"] += tuning(cfg, U * T, U) + bool(cfg.expert_blocks()) * guided * 2 * U * T * D  # and the pooling
     return count

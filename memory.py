@@ -3,11 +3,16 @@
     weights       what a rank keeps of each parameter: its rows, in fp32 if trained, else in the dtype of the computation
     gradients     fp32, of what trains
     optimiser     AdamW: two fp32 moments and a counter a tensor; Muon: one moment
-    gathered      what FSDP holds whole for a while: the root's parameters, two blocks, and gradients on their way to the ranks
-    activations   what the forward pass keeps for the backward pass
+    gathered      what FSDP holds whole while blocks run: the root's parameters, a block or two, gradients on their way
+    activations   what the forward pass keeps for the backward pass, and what the backward pass makes of one block
+    update        what there is when the activations are gone: the root's gradients on their way, then Muon's matrices
 
-The first three are exact, the others count the tensors that autograd saves. train.py prints the plan and refuses what cannot fit.
+The first three are exact, the others count tensors. Not counted: the process itself, the tower while it runs, what an
+allocator keeps of freed memory. The caching one of cuda rounds a little; the C library's, on a CPU, may keep as much again as
+the activations, unless MALLOC_MMAP_THRESHOLD_=131072 in the environment makes it return them at once, at a cost in time.
+train.py prints the plan and refuses what cannot fit.
 """
+import collections
 import os
 from dataclasses import dataclass
 
@@ -15,6 +20,7 @@ import torch
 
 from model import Block
 from muon import Muon
+from vlora import Generator
 
 GB = 1e9
 
@@ -25,12 +31,16 @@ class Estimate:
     weights: int
     gradients: int
     optimiser: int
-    gathered: int
-    activations: int
+    gathered: int = 0
+    activations: int = 0
+    update: int = 0
+    once: bool = True  # a step is one micro-batch: gradients come as activations go. Else the first one's are there already
 
     @property
     def total(self):
-        return self.weights + self.gradients + self.optimiser + self.gathered + self.activations
+        """The peak: at the end of the forward pass, or when the gradients are whole."""
+        kept = 0 if self.once else self.gradients
+        return self.weights + self.optimiser + max(kept + self.gathered + self.activations, self.gradients + self.update)
 
 
 def rows(p, ranks):
@@ -52,24 +62,53 @@ def state(model, optimisers, ranks):
     return weights, gradients, moments
 
 
-def gathered(model, size):
-    """Bytes that FSDP holds beyond the shards, at its peak in the backward pass; `size`: bytes of a number in the computation.
+def count(params, trained=False):
+    return sum(p.numel() for p in params if p.requires_grad or not trained)
 
-    size * (root + 2 blocks) for parameters: the root stays whole from forward to backward, and while a block works the next
-    arrives. (size + 4) * the larger of the two for a unit's gradient, and its fp32 copy that is being reduced.
+
+def gathered(model, size, ranks):
+    """(bytes that FSDP holds beyond the shards while blocks run, bytes when the root's gradients are reduced).
+
+    size   bytes of a number in the computation
+
+    While blocks run, size * (root + 2 blocks) for parameters: the root stays whole from forward to backward, and while a
+    block works the next arrives, if there are several ranks. Of gradients there are, in a fp32 copy too, those of a block,
+    and the head's, which wait for the root's. Then come the root's: size + 4 bytes, and the reduced ones beside those of
+    earlier micro-batches. VLoRA's generators are units like blocks; the tower is done before the first block.
     """
-    blocks = [m for m in model.modules() if isinstance(m, Block)]
-    block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
-    inside = {id(p) for unit in [*blocks, getattr(model, "vision", None)] if unit is not None for p in unit.parameters()}
+    blocks = [list(m.parameters()) for m in model.modules() if isinstance(m, (Block, Generator))]
+    inside = {id(p) for unit in [*blocks, model.vision.parameters()] for p in unit}
     root = [p for p in model.parameters() if id(p) not in inside]
-    trained = max(sum(p.numel() for p in root if p.requires_grad),
-                  max(sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks))
-    return size * (sum(p.numel() for p in root) + 2 * block) + (size + 4) * trained
+    head = (model.llm.embed_tokens if model.llm.lm_head is None else model.llm.lm_head).parameters()
+    running = size * (count(root) + (1 + (ranks > 1)) * max(map(count, blocks)) + count(head, trained=True))
+    running += (size + 4) * max(count(b, trained=True) for b in blocks)
+    return running, size * count(root) + (size + 4 + 4 / ranks) * count(root, trained=True)
+
+
+def muon(optimisers):
+    """Bytes that Muon takes for a moment: for the most numbers in matrices of one shape, whole on each rank, 10 a number.
+
+    They are there in fp32, stacked and, in the iteration, in bf16 three times.
+    """
+    alike = collections.Counter()
+    for optimiser in (opt for opt in optimisers if isinstance(opt, Muon)):
+        for p in optimiser.param_groups[0]["params"]:
+            alike[p.shape] += p.numel()
+    return 10 * max(alike.values(), default=0)
+
+
+def backward(llm, tokens, supervised, size):
+    """Bytes that the backward pass makes for a moment: of the head or then of a block, whichever is more.
+
+    The head takes size + 12 bytes for each of V logits of a supervised position (logits, their fp32 copy, log-softmax and its
+    gradient), a block 2 D + 2 F numbers per position.
+    """
+    return max(supervised * llm.vocab * (size + 12), size * tokens * 2 * (llm.width + llm.hidden))
 
 
 def activations(cfg, samples, length, supervised, pictures, size, trains_llm, plain=False, checkpointing="none",
                 device="cpu"):
-    """Bytes kept for the backward pass of a micro-batch of a VLM, and of its logits.
+    """Bytes kept for the backward pass of a micro-batch of a VLM, and what it makes itself.
 
     cfg  VLMConfig; samples and pictures of a micro-batch; length: positions of a sample; supervised: tokens of a sample
     size  bytes of a number; plain: attention keeps its scores; checkpointing: none|selective|full
@@ -79,8 +118,9 @@ def activations(cfg, samples, length, supervised, pictures, size, trains_llm, pl
         2 D + 2 KV + 3 F    if it is frozen: a product with a frozen matrix does not need its input again
     and for each of two norms D of its input on cuda; a cpu spells a norm out in fp32: 8 D bytes, 4 D if frozen. `plain` keeps
     T scores a head; an expert 9 R numbers a position, and its weights twice, 6 R D a sample.
-    A checkpointed block keeps D, its input; one at a time is whole again. The head takes size + 12 bytes for each of V logits
-    of a supervised position: logits, their fp32 copy, log-softmax and its gradient. A picture takes C + 3 D per patch.
+    A checkpointed block keeps D, its input; one at a time is whole again. A picture takes C + 3 D per patch. In VLoRA, with E of
+    its generators and Q changed blocks, it takes C + 2 E per patch and for each generator's block 2 E per patch and 20 E per
+    query; each site of a changed block keeps R a position, and D R a sample. `backward` comes on top.
     """
     llm, tokens = cfg.llm, samples * length
     D, F, kv = llm.width, llm.hidden, llm.width if plain else llm.kv_heads * (llm.width // llm.heads)
@@ -90,8 +130,13 @@ def activations(cfg, samples, length, supervised, pictures, size, trains_llm, pl
     expert = len(cfg.expert_blocks()) * size * samples * cfg.expert_rank * (9 * length + 6 * D)
     bare = {"none": 0, "selective": llm.depth // 2, "full": llm.depth}[checkpointing]
     blocks = (llm.depth - bare) * block + bare * size * tokens * D + (block if bare == llm.depth else 0)
-    head = samples * supervised * llm.vocab * (size + 12)
-    return blocks + expert + head + size * pictures * cfg.vision.tokens * (cfg.vision.width + 3 * D)
+    spare = backward(llm, tokens, samples * supervised, size)
+    N, C, vlora = cfg.vision.tokens, cfg.vision.width, cfg.vlora
+    if vlora is None:
+        return blocks + expert + spare + size * pictures * N * (C + 3 * D)
+    E, Q, sites = vlora.embed, len(vlora.blocks(llm)), len(vlora.sites)
+    generator = pictures * (N * (C + 2 * E) + sites * vlora.depth * E * (2 * N + 20 * Q))
+    return blocks + spare + size * (generator + sites * Q * vlora.rank * (tokens + samples * D))
 
 
 def room(device):

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from cli import UserError
-from hypernet import Expert, HyperNetwork, pool
+from hypernet import GUIDED, expert_of, linear_of, network_of, pool
 from projector import Projector
+from vlora import PerceptualWeights, VLoRAConfig, branch, skip_tag
 
 IMAGE = -200  # the id that stands for one image token (LLaVA's IMAGE_TOKEN_INDEX); it is in no vocabulary
 
@@ -59,7 +60,7 @@ class LlamaConfig:
 
 @dataclass
 class VLMConfig:
-    """What makes a HyperLLaVA of a CLIP and a Llama; the defaults are the paper's choices (Tables 2, 3; Figures 3, 4)."""
+    """What makes a HyperLLaVA of a CLIP and a Llama, by default the paper's (Tables 2, 3; Figures 3, 4), or a VLoRA."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     llm: LlamaConfig = field(default_factory=LlamaConfig)
     visual_expert: Literal["none", "1", "2", "both"] = "1"
@@ -67,8 +68,21 @@ class VLMConfig:
     guidance_after: int | None = None  # blocks that run before guidance is taken; None: half of them, or 0 when block 0 has an expert
     expert_embed: int = 64             # E
     expert_rank: int = 16              # R
+    weight_source: Literal["hyper", "static", "latent", "mlp", "lora"] = "hyper"  # of the experts' weights, see hypernet.py
+    vlora: VLoRAConfig | None = None   # not None: VLoRA, whose pictures become weights instead of tokens
 
     def __post_init__(self):
+        if self.vlora is not None:
+            self.vlora.blocks(self.llm)  # refuses a Llama for which there are no such weights
+            if (self.visual_expert, self.language_expert) != ("none", "none"):
+                raise UserError(f"visual_expert {self.visual_expert}, language_expert {self.language_expert}: VLoRA has "
+                                f"neither, both must be none")
+        if self.weight_source == "lora" and self.visual_expert != "none":
+            raise UserError(f"visual_expert {self.visual_expert}: weight_source lora changes the Llama alone, so it must be none")
+        width = self.llm.width  # of the largest matrix, that of a language expert or of the second visual one
+        if self.weight_source == "mlp" and self.expert_embed * width ** 2 > 2**27:
+            raise UserError(f"weight_source mlp: generates whole matrices, with {self.expert_embed * width ** 2:,} numbers for one of "
+                            f"{width} x {width}; it is meant for small models, up to {2**27:,}")
         early = self.language_expert in ("anterior", "all")
         if self.guidance_after is None:
             self.guidance_after = 0 if early else self.llm.depth // 2
@@ -78,8 +92,13 @@ class VLMConfig:
             raise UserError(f"guidance_after {self.guidance_after}: language_expert {self.language_expert} needs guidance in "
                             f"block 0 already, so it must be 0 (the token embeddings)")
 
+    @property
+    def image_tokens(self):
+        """Positions that a picture takes."""
+        return self.vision.tokens if self.vlora is None else 0
+
     def expert_blocks(self):
-        """Indices of the blocks with a language expert."""
+        """Indices of the blocks with a language expert, or with LoRA."""
         last = self.llm.depth // 2 if self.language_expert == "anterior" else self.llm.depth
         return range(0) if self.language_expert == "none" else range(self.guidance_after, last)
 
@@ -213,31 +232,32 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, linear=nn.Linear):
         super().__init__()
         self.width, self.plain = cfg.width // cfg.heads, False  # K
-        self.q_proj = nn.Linear(cfg.width, cfg.heads * self.width, bias=False)
-        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * self.width, bias=False)
-        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * self.width, bias=False)
-        self.o_proj = nn.Linear(cfg.heads * self.width, cfg.width, bias=False)
+        self.q_proj = linear(cfg.width, cfg.heads * self.width, bias=False)
+        self.k_proj = linear(cfg.width, cfg.kv_heads * self.width, bias=False)
+        self.v_proj = linear(cfg.width, cfg.kv_heads * self.width, bias=False)
+        self.o_proj = linear(cfg.heads * self.width, cfg.width, bias=False)
 
-    def forward(self, x, cos, sin, memory=None):
+    def forward(self, x, cos, sin, memory=None, delta=()):
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.width).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        parts = zip((self.q_proj, self.k_proj, self.v_proj), "qkv")
+        q, k, v = (branch(p, x, delta, site).view(B, T, -1, self.width).transpose(1, 2) for p, site in parts)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, K), (B, kv_heads, T, K)
         if memory is None:  # rows are padded on the right, so a causal mask is all the mask there is
             out = attend(q, k, v, causal=True, plain=self.plain)
         else:
             out = attend(q, *memory.update(k, v), mask=memory.mask, plain=self.plain)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return branch(self.o_proj, out.transpose(1, 2).reshape(B, T, -1), delta, "o")
 
 
 class MLP(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, linear=nn.Linear):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.width, cfg.hidden, bias=False)
-        self.up_proj = nn.Linear(cfg.width, cfg.hidden, bias=False)
-        self.down_proj = nn.Linear(cfg.hidden, cfg.width, bias=False)
+        self.gate_proj = linear(cfg.width, cfg.hidden, bias=False)
+        self.up_proj = linear(cfg.width, cfg.hidden, bias=False)
+        self.down_proj = linear(cfg.hidden, cfg.width, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -249,23 +269,25 @@ class Block(nn.Module):
     Eq. 7 prints the *normalised* features as the residual, which would break a pretrained Llama at step 0; the residual
     here stays h. The expert reads what the FFN reads and adds beside it, without a residual of its own.
 
-    guidance  (guidance float[B, U, D], use_id int64[B, T], hypernet); None: the cached weights of the turn in progress
+    guidance  (guidance float[B, U, D] or None, use_id int64[B, T], hypernet); None: the cached weights of the turn in progress
     memory    this block's BlockMemory when decoding with a cache
+    delta     VLoRA: low-rank changes of q, k, v, o and m, see vlora.branch; (): none
+    linear    class of the seven linears: nn.Linear, or one with LoRA
     """
 
-    def __init__(self, cfg, expert=None):
+    def __init__(self, cfg, expert=None, linear=nn.Linear):
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
-        self.self_attn = Attention(cfg)
+        self.self_attn = Attention(cfg, linear)
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
-        self.mlp = MLP(cfg)
+        self.mlp = MLP(cfg, linear)
         self.expert = expert
 
-    def forward(self, x, cos, sin, guidance=None, memory=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, memory)
+    def forward(self, x, cos, sin, guidance=None, memory=None, delta=()):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, memory, delta)
         y = self.post_attention_layernorm(x)
         if self.expert is None:
-            return x + self.mlp(y)
+            return x + branch(self.mlp, y, delta, "m")
         if guidance is None:
             weights, use_id = memory.weights, memory.use_id
         else:
@@ -295,7 +317,8 @@ class BlockMemory:
         """Keep the weights of the last turn that each row uses: every token generated next belongs to that turn."""
         last = use_id.amax(1)                                     # (B,)  -1: the row uses no expert
         rows = torch.arange(len(last), device=last.device)
-        self.weights = tuple(w[rows, last.clamp(min=0)][:, None] for w in weights)
+        # Weights that no input changes are there once, for all rows and turns
+        self.weights = tuple(w[rows % len(w), last.clamp(0, w.shape[1] - 1)][:, None] for w in weights)
         self.use_id = last.clamp(max=0)[:, None]                  # 0 or -1
 
 
@@ -312,6 +335,7 @@ class Cache:
         self.blocks = [BlockMemory(zeros(), zeros()) for _ in range(cfg.depth)]
         self.slots = torch.arange(length, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.seen = None  # VLoRA: what VLM.perceive made of the pictures
 
     def reserve(self, more):
         """Make room for `more` further tokens a row; what there is stays."""
@@ -343,25 +367,37 @@ class Llama(nn.Module):
     def __init__(self, cfg, vlm):
         super().__init__()
         self.cfg, self.guidance_after = cfg, vlm.guidance_after
-        E, R, D, sites = vlm.expert_embed, vlm.expert_rank, cfg.width, vlm.expert_blocks()
+        E, R, D, sites, source = vlm.expert_embed, vlm.expert_rank, cfg.width, vlm.expert_blocks(), vlm.weight_source
         self.embed_tokens = nn.Embedding(cfg.vocab, D)
-        self.layers = nn.ModuleList(Block(cfg, Expert(D, D, D, E, R) if n in sites else None) for n in range(cfg.depth))
+        tuned = lambda: Block(cfg, expert_of(source, D, D, D, E, R), linear_of(source, R))
+        self.layers = nn.ModuleList(tuned() if n in sites else Block(cfg) for n in range(cfg.depth))
         self.norm = RMSNorm(D, cfg.eps)
         self.lm_head = None if cfg.tied else nn.Linear(D, cfg.vocab, bias=False)
-        self.guidance_norm = RMSNorm(D, cfg.eps) if sites else None
-        self.hypernet = HyperNetwork(D, D, E, R) if sites else None
+        self.guidance_norm = RMSNorm(D, cfg.eps) if sites and source in GUIDED else None
+        self.hypernet = network_of(source, D, D, E, R) if sites else None
 
-    def forward(self, x, pool_id=None, use_id=None, turns=1, cache=None, lengths=None):
-        """pool_id None: go on with the generated weights in the cache. lengths int64[B]: real tokens among the T, with a cache."""
+    def guide(self, x, pool_id, turns):
+        """Guidance float[B, U, D] of states x float[B, T, D], a mean in fp32; None where no weights depend on it."""
+        return None if self.guidance_norm is None else pool(self.guidance_norm(x), pool_id, turns).to(x.dtype)
+
+    def forward(self, x, pool_id=None, use_id=None, turns=1, cache=None, lengths=None, seen=None):
+        """lengths int64[B]: real tokens among the T, with a cache, and with one also
+
+        pool_id None: go on with the weights generated from guidance that are in the cache
+        seen    None: the same of those generated from pictures, see VLM.perceive
+        """
         B, T, _ = x.shape
         positions = torch.arange(T, device=x.device)[None] if cache is None else cache.advance(T, lengths)
+        if cache is not None:
+            seen = cache.seen = seen or cache.seen
+        deltas, tag = seen or ([()] * len(self.layers), None)
+        positions = positions if tag is None else skip_tag(positions, tag)
         cos, sin = rotary(positions, self.cfg.width // self.cfg.heads, self.cfg.theta)
         guidance = None
         for n, block in enumerate(self.layers):
-            if n == self.guidance_after and self.hypernet is not None and pool_id is not None:
-                g = pool(self.guidance_norm(x), pool_id, turns).to(x.dtype)  # (B, U, D), mean in fp32
-                guidance = g, use_id, self.hypernet
-            x = block(x, cos, sin, guidance, cache and cache.blocks[n])
+            if n == self.guidance_after and pool_id is not None:
+                guidance = self.guide(x, pool_id, turns), use_id, self.hypernet
+            x = block(x, cos, sin, guidance, cache and cache.blocks[n], deltas[n])
         return self.norm(x)
 
     def head(self, x):
@@ -369,33 +405,47 @@ class Llama(nn.Module):
 
 
 class VLM(nn.Module):
-    """HyperLLaVA: a CLIP tower, a projector with visual experts and a Llama with language experts."""
+    """HyperLLaVA: a CLIP tower, a projector with visual experts and a Llama with language experts.
+
+    VLoRA has a generator of perceptual weights where the projector is, and no experts.
+    """
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.vision = CLIP(cfg.vision)
-        self.projector = Projector(cfg.vision.width, cfg.llm.width, cfg.visual_expert, cfg.expert_embed, cfg.expert_rank)
+        if cfg.vlora is None:
+            self.projector = Projector(cfg.vision.width, cfg.llm.width, cfg.visual_expert, cfg.expert_embed, cfg.expert_rank,
+                                       cfg.weight_source)
+        else:
+            self.perceptual = PerceptualWeights(cfg.vlora, cfg.vision, cfg.llm)
         self.llm = Llama(cfg.llm, cfg)
 
     def features(self, visual):
         """CLIP's patch features float[M, N, C] of pixels float[M, 3, S, S]; features made before pass through."""
         return visual if visual.ndim == 3 else self.vision(visual)[:, 1:]  # CLS dropped
 
-    def forward(self, ids, visual, pool_id, use_id, turns, at=None, cache=None, lengths=None):
+    def perceive(self, visual, picture, tag):
+        """VLoRA: (ΔW of each block, int64[B] where the tag counts as a position or None), as `Llama.forward` wants them."""
+        return self.perceptual(self.features(visual), picture), tag if self.cfg.vlora.tag else None
+
+    def forward(self, ids, visual, pool_id, use_id, turns, at=None, cache=None, lengths=None, picture=None, tag=None):
         """Logits of the token after each position.
 
         ids      int64[B, T]  token ids; IMAGE where an image token stands, in the order of the pictures
-        visual   float[M, 3, S, S] pixels or float[M, N, C] features; None: the text alone
+        visual   float[M, 3, S, S] pixels or float[M, N, C] features; None: the text alone, or VLoRA's cache
         pool_id, use_id  int64[B, T] and turns = U: see hypernet.py; pool_id None: the cache's generated weights
         at       int64[P]  flat positions b * T + t to compute logits at; None: all
+        picture, tag  int64[B]  for VLoRA: which picture each row is about, and where its tag stood; -1: none
         returns  float[P, V], or float[B, T, V]
         """
-        x = self.llm.embed_tokens(ids.clamp(min=0))
-        if visual is not None:
+        x, seen = self.llm.embed_tokens(ids.clamp(min=0)), None
+        if visual is not None and self.cfg.vlora is not None:
+            seen = self.perceive(visual, picture, tag)
+        elif visual is not None:
             tokens = self.projector(self.features(visual))                                 # (M, N, D)
             x = x.masked_scatter((ids == IMAGE)[..., None], tokens.to(x.dtype))
-        x = self.llm(x, pool_id, use_id, turns, cache, lengths)
+        x = self.llm(x, pool_id, use_id, turns, cache, lengths, seen)
         return self.llm.head(x if at is None else x.flatten(0, 1)[at])
 
 
@@ -426,7 +476,8 @@ def end_turn(model, ids, lengths, cache):
 def stream(model, batch, max_new_tokens, eos, temperature=0.0, top_p=1.0, generator=None, cache=None, vocab=None):
     """Answer a batch of prompts, one token a row at a time.
 
-    batch    ids, pool_id, use_id int64[B, T] padded on the right, lengths int64[B], visual, turns (see data.Batch)
+    batch    ids, pool_id, use_id int64[B, T] padded on the right, lengths, picture, tag int64[B], visual, turns:
+             see data.Batch
     cache    of the same rows after `end_turn`: the batch holds what is new in the next turn; None: a first turn
     vocab    ids from here on are never drawn (rows of the embedding beyond the tokenizer's); None: all may be
     yields   int64[B] for each step; eos for a row that has ended. Ends when all rows have, or at max_new_tokens. What a
@@ -437,7 +488,8 @@ def stream(model, batch, max_new_tokens, eos, temperature=0.0, top_p=1.0, genera
     cache = cache or Cache(model.cfg.llm, B, 0, weight.device, weight.dtype)
     cache.reserve(T + max_new_tokens)
     last = torch.arange(B, device=batch.ids.device) * T + batch.lengths - 1
-    logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, last, cache, batch.lengths)
+    logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, last, cache, batch.lengths,
+                   batch.picture, batch.tag)
     ended = torch.zeros_like(batch.lengths, dtype=torch.bool)
     for step in range(max_new_tokens):
         # Only what is drawn at random can be such an id by mere chance; greedily, the model would have to mean it

@@ -10,20 +10,21 @@ L1 includes the GELU (the paper is silent), so an expert shifts what the next la
 import torch.nn.functional as F
 from torch import nn
 
-from hypernet import Expert, HyperNetwork
+from hypernet import expert_of, network_of
 
 
 class VisualExpert(nn.Module):
     """E_V of Eq. 6: an expert guided by the mean of the picture's own features, one set of weights per picture.
 
     x        float[M, N, inputs]
+    source   of the weights: hyper, or what the paper compares it with, see hypernet.py
     returns  float[M, N, outputs]
     """
 
-    def __init__(self, inputs, outputs, embed, rank):
+    def __init__(self, inputs, outputs, embed, rank, source="hyper"):
         super().__init__()
-        self.hypernet = HyperNetwork(inputs, outputs, embed, rank)
-        self.expert = Expert(inputs, inputs, outputs, embed, rank)
+        self.hypernet = network_of(source, inputs, outputs, embed, rank)
+        self.expert = expert_of(source, inputs, inputs, outputs, embed, rank)
 
     def forward(self, x):
         guidance = x.float().mean(1, keepdim=True).to(x.dtype)  # (M, 1, inputs)  f_V, "visual guidance"
@@ -33,12 +34,12 @@ class VisualExpert(nn.Module):
 class Projector(nn.Module):
     """f float[M, N, C] -> visual tokens float[M, N, D]."""
 
-    def __init__(self, inputs, outputs, visual_expert, embed, rank):
+    def __init__(self, inputs, outputs, visual_expert, embed, rank, source="hyper"):
         super().__init__()
         self.linear_1 = nn.Linear(inputs, outputs)
         self.linear_2 = nn.Linear(outputs, outputs)
-        self.expert_1 = VisualExpert(inputs, outputs, embed, rank) if visual_expert in ("1", "both") else None
-        self.expert_2 = VisualExpert(outputs, outputs, embed, rank) if visual_expert in ("2", "both") else None
+        self.expert_1 = VisualExpert(inputs, outputs, embed, rank, source) if visual_expert in ("1", "both") else None
+        self.expert_2 = VisualExpert(outputs, outputs, embed, rank, source) if visual_expert in ("2", "both") else None
 
     def forward(self, f):
         first = F.gelu(self.linear_1(f))                                       # L1(f)

@@ -22,6 +22,7 @@ import weights
 from cli import UserError, main, parse
 from data import collate, encode_prompt, image_path, open_image, pixels
 from model import Cache, end_turn, generate, stream
+from vlora import merged
 
 HELP = "a question, or /image PATH: another picture and a new conversation; /reset: a new conversation; /quit"
 
@@ -41,14 +42,17 @@ class Options:
     top_p: float = 1.0                  # draw from the smallest set of tokens that has this probability
     max_new_tokens: int = 256           # longest answer
     seed: int = 0                       # of the draw
+    merge: bool = True                  # VLoRA: make a picture's weights part of the Llama's own while it answers about it
     device: Literal["cuda", "mps", "cpu"] | None = None  # none: the first of them that there is
     dtype: Literal["bfloat16", "float32"] | None = None  # of the computation; none: bfloat16 where it is fast
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: an answer has at least 1 token")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"--temperature {self.temperature} --top_p {self.top_p}: expected at least 0, and above 0 up to 1")
+        if not (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3) or not 1e-6 <= self.top_p <= 1:
+            raise UserError(f"--temperature {self.temperature} --top_p {self.top_p}: expected 0 or 0.001 to 1000, and above 0 up to 1")
+        if not 0 <= self.seed < 2**62:  # --batch adds the number of the line
+            raise UserError(f"--seed {self.seed}: expected 0 to 2**62")
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: expected at least 1")
         if self.chat and self.image == "-":
@@ -118,6 +122,7 @@ class Chat:
     def __init__(self, checkpoint, image, o):
         self.checkpoint, self.model, self.tokenizer, self.o = checkpoint, checkpoint.model, checkpoint.tokenizer, o
         self.image, self.features = image, None  # a PIL image or None; float[N, C] once a question was asked
+        self.deltas = None                       # VLoRA: what the picture makes of each block, once a question was asked
         self.context = self.model.cfg.llm.context
         self.reset()
 
@@ -158,13 +163,35 @@ class Chat:
                 self.features = self.model.features(seen)[0]
         return [] if self.image is None else [self.features]
 
+    def merging(self):
+        """VLoRA: the context within which the Llama is the picture's, giving what is left to run as branches; else of None.
+
+        For all that runs meanwhile: an answer about another picture must wait until this one is whole.
+        """
+        if self.model.cfg.vlora is None or self.image is None or not self.o.merge:
+            return contextlib.nullcontext()
+        if self.deltas is None:
+            features = torch.stack(self.look())
+            with torch.no_grad():
+                self.deltas = self.model.perceptual(features, torch.zeros(1, dtype=torch.int64, device=features.device))
+        return merged(self.model.llm.layers, self.deltas)
+
     def ask(self, question):
         """Yield the answer as text: a piece for each token (empty while a character is not whole), one for what is left.
 
         Raises UserError as `prompt` does; the conversation is then as before.
         """
         (sample, room), tail = self.prompt(question), self.tail()
-        batch = together([sample], [] if self.ids else self.look(), self.model)
+        with self.merging() as rest:
+            yield from self.answer(sample, room, tail, rest)
+
+    def answer(self, sample, room, tail, rest):
+        """The pieces that `ask` yields. rest: what `merging` gave."""
+        if rest is None:
+            batch = together([sample], [] if self.ids else self.look(), self.model)
+        else:
+            batch = together([dataclasses.replace(sample, image=None)], [], self.model)
+            self.cache.seen = self.cache.seen or (rest, batch.tag if self.model.cfg.vlora.tag else None)
         self.cache.lengths.fill_(self.held)  # no change, unless Ctrl-C came in between
         if tail:
             end_turn(self.model, batch.ids.new_tensor([tail]), batch.lengths.new_tensor([len(tail)]), self.cache)

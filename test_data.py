@@ -252,13 +252,13 @@ def test_a_tokenizer_survives_saving_and_pickling(tokenizer, tmp_path):
     assert other.decode([1] + other.encode("red") + [2]) == "red"
 
 
-def test_added_tokens_of_a_file_are_counted_but_never_read_from_text(tokenizer, tmp_path):
+def test_added_tokens_of_a_file_are_neither_read_from_text_nor_counted(tokenizer, tmp_path):
     inner = tokenizers.Tokenizer.from_str(tokenizer.file)
     inner.add_tokens(["<image>"])
     inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     inner.save(str(tmp_path / "tokenizer.json"))
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.vocab == tokenizer.vocab + 1
+    assert loaded.vocab == tokenizer.vocab
     assert loaded.encode("a <image> b") == tokenizer.encode("a <image> b")
     assert loaded.decode([tokenizer.vocab] + tokenizer.encode("red")) == "red"
 
@@ -394,10 +394,10 @@ def test_a_tokenizer_json_of_transformers_gives_sentencepieces_ids_too(slow, lla
     theirs.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not looked at: the other file knows of <image> and <pad>")
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.vocab == slow.vocab_size() + 2
+    assert loaded.vocab == slow.vocab_size()
     texts = STRANGE + [" a", "  a", " "] + list(fuzz(slow, 500))
     assert [text for text in texts if loaded.encode(text) != slow.encode(text)] == []
-    assert loaded.decode([loaded.vocab - 2, 1] + slow.encode(" a") + [loaded.vocab + 50]) == " a"
+    assert loaded.decode([loaded.vocab, 1] + slow.encode(" a") + [loaded.vocab + 50]) == " a"
 
 
 @pytest.mark.parametrize("change, named", [
@@ -1082,3 +1082,14 @@ def test_a_command_line_that_lacks_something_is_refused(monkeypatch, argv):
     monkeypatch.setattr(sys, "argv", ["data.py", *argv])
     with pytest.raises(UserError):
         data.run()
+
+
+def test_a_thread_of_a_picture_is_refused_before_it_takes_all_memory(tmp_path):
+    Image.new("1", (1, 65000)).save(tmp_path / "thin.png")
+    with pytest.raises(UserError, match="thin.png.*1 x 65000"):
+        data.open_image(str(tmp_path / "thin.png"), "thin.png")
+
+
+def test_the_context_of_data_is_positive():
+    with pytest.raises(UserError, match="context"):
+        data.Options(context=0)

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import bench
+import sample
 import train
 import weights
 from cli import UserError
@@ -708,3 +710,71 @@ def test_a_model_loads_within_1_15_times_its_size(tmp_path, capfd, dtype, ending
     bench.compare(bench.Options(load=str(tmp_path / "x")))
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert found["ours"]["peak"] < 1.15
+
+
+def test_a_model_type_that_is_no_name_is_one_line(copied):
+    folder = copied("today")
+    edit(folder / "config.json", lambda c: c.update(model_type=[]))
+    refused(folder, "config.json", "no format")
+
+
+def test_no_added_token_is_drawn(small, tmp_path):
+    folder = shutil.copytree(small.folder("today"), tmp_path / "x")
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    n = inner.get_vocab_size()
+    inner.add_special_tokens(["<image>", "<pad>"])
+    inner.save(str(folder / "tokenizer.json"))
+    point = weights.load(str(folder))
+    assert point.tokenizer.vocab == n and point.tokenizer.added >= {n, n + 1}
+    head = point.model.llm.lm_head.weight.data
+    head[n:] = 5 * head[5]
+    chat = sample.Chat(point, None, sample.Options(temperature=1.0, max_new_tokens=100))
+    list(chat.ask("a"))
+    assert max(chat.ids) < n
+
+
+def test_ids_beyond_the_embedding_are_refused_though_they_are_few(copied):
+    folder = copied("today")
+    edit(folder / "tokenizer.json", lambda v: v["model"]["vocab"].update({"zz": 5000}))
+    refused(folder, "5001 ids", "320")
+
+
+@pytest.mark.parametrize("file, change", [
+    ("config.json", {"tie_word_embeddings": "no"}),
+    ("preprocessor_config.json", {"image_mean": None}), ("preprocessor_config.json", {"image_std": [0.5]}),
+    ("preprocessor_config.json", {"rescale_factor": 1.0}), ("processor_config.json", {"image_processor": 3})])
+def test_a_value_of_another_type_is_one_line(copied, file, change):
+    folder = copied("today")
+    (folder / file).touch()
+    if not (folder / file).read_text():
+        (folder / file).write_text("{}")
+    edit(folder / file, lambda c: c.update(change))
+    refused(folder, file, next(iter(change)))
+
+
+def test_odd_fields_of_the_parts_are_one_line(copied):
+    folder = copied("today")
+    edit(folder / "config.json", lambda c: c["text_config"].update(rope_parameters="linear"))
+    refused(folder, "rope_parameters")
+
+
+@pytest.mark.parametrize("tower", [None, 3, []])
+def test_a_tower_without_a_name_is_one_line(copied, tower):
+    folder = copied("original")
+    edit(folder / "config.json", lambda c: c.update(mm_vision_tower=tower))
+    refused(folder, "mm_vision_tower")
+
+
+@pytest.mark.parametrize("state", [{}, {1: torch.zeros(2)}])
+def test_a_file_without_named_tensors_is_one_line(copied, state):
+    folder = copied("original")
+    torch.save(state, folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("weight_map", [{}, {"model.norm.weight": None}, {"model.norm.weight": ["x"]}])
+def test_an_index_of_nothing_is_one_line(copied, weight_map):
+    folder = copied("original")
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, "pytorch_model.bin.index.json")

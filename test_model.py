@@ -835,7 +835,7 @@ MISTAKES = {
     "wrong type": (dict(temperature="warm"), "expected float"),
     "wrong choice": (dict(dtype="float8"), "expected one of bfloat16, float32"),
     "no new tokens": (dict(max_new_tokens=0), "at least 1 token"),
-    "cold": (dict(temperature=-1), "at least 0"),
+    "cold": (dict(temperature=-1), "expected 0 or"),
     "no nucleus": (dict(top_p=0), "above 0"),
     "unknown device": (dict(device="abacus"), "abacus"),
 }

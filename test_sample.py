@@ -149,7 +149,7 @@ def test_rows_of_a_batch_go_on_from_their_own_ends_in_one_cache(kind):
     cache, tails, cut, early = Cache(model.cfg.llm, 3, 0, "cpu", torch.float32), None, 0, 0
     for turn in range(3):
         prompts = [SimpleNamespace(**{n: getattr(s, n)[own[turn][0]] for n in ("ids", "labels", "pool_id", "use_id")},
-                                   turns=1, image=s.image if turn == 0 else None, record="") for s, own in zip(samples, spans)]
+                                   turns=1, image=s.image if turn == 0 else None, record="", tag=-1) for s, own in zip(samples, spans)]
         for p in prompts:
             p.pool_id, p.use_id = (p.pool_id == turn) - 1, p.use_id * 0
         batch = collate(prompts, look if turn == 0 else [], (3, 28, 28))
@@ -671,3 +671,9 @@ def test_output_is_utf_8_whatever_the_locale(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
     cli.main(lambda: print("é日"))
     assert out.getvalue().decode() == "é日\n"
+
+
+@pytest.mark.parametrize("option", [{"temperature": float("nan")}, {"temperature": 1e-45}, {"top_p": 1e-300}, {"seed": 2**70}])
+def test_a_number_that_cannot_be_drawn_with_is_refused(option):
+    with pytest.raises(cli.UserError, match=next(iter(option))):
+        Options(**option)

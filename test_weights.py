@@ -87,7 +87,7 @@ def batch_of(rows, visual):
     for row, values in zip(ids, rows):
         row[:len(values)] = torch.tensor(values)
     none = torch.full_like(ids, -1)
-    return SimpleNamespace(ids=ids, pool_id=none, use_id=none, turns=1, lengths=lengths, visual=visual)
+    return SimpleNamespace(ids=ids, pool_id=none, use_id=none, turns=1, lengths=lengths, visual=visual, picture=None, tag=None)
 
 
 # ---- Parity with transformers

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from data import (MULTIPLE, Batch, Conversations, Layout, Preprocess, collate, conversation, load_records, open_image, pad_right,
-                  pieces, pixels)
+from data import Layout, Preprocess, conversation, load_records, open_image, pad_right, pieces, pixels
 from model import CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
 
 VISION = VisionConfig(image_size=56, patch=8, width=128, depth=4, heads=2, hidden=512)
@@ -27,8 +26,20 @@ SHARED = 1.5  # what all of the Llama's embeddings start with in common, relativ
 STATIC = VLMConfig(llm=LLAMA, visual_expert="none", language_expert="none")
 
 
-class StandIns(nn.Module):
-    """The two models of stage 0 and what CLIP needs besides to be trained; their losses are `loss` below."""
+def begin(model):
+    """The weights that a stand-in begins with: blocks add nothing at first, and all else is of the size of what it reads.
+
+    A block that adds nothing is an idea of Zhang et al., "Fixup" (arXiv 1901.09321).
+    """
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
+            if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(p)
+
+
+class StandInCLIP(nn.Module):
+    """A CLIP tower and what it needs besides to be trained; its loss is `contrast_loss` below."""
 
     def __init__(self):
         super().__init__()
@@ -37,24 +48,33 @@ class StandIns(nn.Module):
         self.caption = Llama(CAPTION, VLMConfig(llm=CAPTION, visual_expert="none", language_expert="none"))
         self.caption_projection = nn.Linear(CAPTION.width, VISION.width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor([10.0]).log())  # 1-D: FSDP shards no scalars
+        begin(self)
+
+    def forward(self, batch):
+        """How well each picture fits each phrase, float32[M, Q]."""
+        patches = F.normalize(self.post_layernorm(self.vision(batch.pixels)[:, 1:]), dim=-1)            # (M, N, C)
+        states = self.caption(self.caption.embed_tokens(batch.phrases)).flatten(0, 1)[batch.ends]       # (Q, width)
+        phrases = F.normalize(self.caption_projection(states), dim=-1)                                  # (Q, C)
+        similarity = self.logit_scale.exp() * (patches @ phrases.mT).float()                            # (M, N, Q)
+        return similarity.logsumexp(1)
+
+
+class StandInLlama(nn.Module):
+    """A Llama that reads text alone; its loss is `language_loss` below."""
+
+    def __init__(self):
+        super().__init__()
         self.llm = Llama(LLAMA, STATIC)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
+        begin(self)
         # Llama's projections have no biases: heads can attend to a place, such as "the token before", only by what all
         # embeddings share. Born with it, and as large as what blocks add, the Llama learns much sooner (README, Results).
         nn.init.normal_(self.llm.embed_tokens.weight)
         self.llm.embed_tokens.weight.data += SHARED * torch.randn(LLAMA.width)
 
     def forward(self, batch):
-        """Logits float[P, V] of the Llama, and how well each picture fits each phrase, float32[M, Q]."""
-        x = self.llm(self.llm.embed_tokens(batch.text.ids))
-        logits = self.llm.head(x.flatten(0, 1)[batch.text.at])
-        patches = F.normalize(self.post_layernorm(self.vision(batch.pixels)[:, 1:]), dim=-1)            # (M, N, C)
-        states = self.caption(self.caption.embed_tokens(batch.phrases)).flatten(0, 1)[batch.ends]       # (Q, width)
-        phrases = F.normalize(self.caption_projection(states), dim=-1)                                  # (Q, C)
-        similarity = self.logit_scale.exp() * (patches @ phrases.mT).float()                            # (M, N, Q)
-        return logits, similarity.logsumexp(1)
+        """Logits float[P, V] at the batch's supervised positions."""
+        x = self.llm(self.llm.embed_tokens(batch.ids))
+        return self.llm.head(x.flatten(0, 1)[batch.at])
 
 
 def contrast(fit, own):
@@ -70,56 +90,51 @@ def contrast(fit, own):
     return sum(F.softplus(foreign.logsumexp(dim, keepdim=True) - fit)[own].mean() for dim in (0, 1)) / 2
 
 
-def loss(model, batch):
-    """Summed next-token loss of the Llama, plus the contrast weighted like as many tokens, as train.py expects sums.
+def contrast_loss(model, batch):
+    """`contrast`, as a sum over the pictures of a micro-batch, as train.py expects; a picture competes within it alone."""
+    return contrast(model(batch), batch.own) * len(batch.pixels)
 
-    The contrast is among the pictures of a micro-batch, so that unlike the Llama's loss it depends on how a step is cut.
-    """
-    logits, fit = model(batch)
-    language = F.cross_entropy(logits.float(), batch.text.target, reduction="sum")
-    return language + contrast(fit, batch.own) * batch.text.trained
+
+def language_loss(model, batch):
+    """Next-token loss summed over the supervised positions."""
+    return F.cross_entropy(model(batch).float(), batch.target, reduction="sum")
 
 
 @dataclass
-class StandInBatch:
-    """Conversations for the Llama; pictures, in pairs that differ in one thing, and all phrases of their captions for CLIP."""
-    text: Batch
+class CaptionBatch:
+    """Pictures, in pairs that differ in one thing, and all phrases of their captions."""
     pixels: torch.Tensor   # float[M, 3, S, S]
     phrases: torch.Tensor  # int64[Q, T]
     ends: torch.Tensor     # int64[Q], flat positions of the phrases' last tokens
     own: torch.Tensor      # bool[M, Q], which picture's caption has which phrase
+    lengths: torch.Tensor  # int64[M], positions a picture takes in the tower
     records: list[str]
 
-    @property
-    def lengths(self):
-        return self.text.lengths
-
     def to(self, device):
-        tensors = (x.to(device) for x in (self.pixels, self.phrases, self.ends, self.own))
-        return StandInBatch(self.text.to(device), *tensors, self.records)
+        tensors = (x.to(device) for x in (self.pixels, self.phrases, self.ends, self.own, self.lengths))
+        return CaptionBatch(*tensors, self.records)
 
 
-class StandInData:
-    """Stage 0's data, read from a world's folder.
+class Captions:
+    """The data of the stand-in for CLIP, read from a world's folder.
 
-    Row i brings conversation i of text.json and PAIRS pairs of pictures that differ in one attribute: the hard negatives
-    without which CLIP would learn a bag of colours and shapes.
+    Row i is a pair of pictures that differ in one attribute: the hard negatives without which CLIP would learn a bag of
+    colours and shapes.
     """
-    PAIRS = 2
 
-    def __init__(self, folder, texts, captions, tokenizer, system):
-        layout = Layout("v1", system, VISION.tokens, LLAMA.context)
-        self.texts = Conversations(os.path.join(folder, texts), folder, tokenizer, layout)
-        records = load_records(os.path.join(folder, captions))
+    def __init__(self, folder, file, tokenizer):
+        records = load_records(os.path.join(folder, file))
         files = (os.path.join(folder, "images", r["image"]) for r in records)
         # kept in bf16, half the size of fp32: 16,000 pictures are 350 MB
         self.pixels = torch.stack([pixels(open_image(f, f), PREPROCESS).bfloat16() for f in files])
         self.phrases = [re.split(", | and ", r["conversations"][1]["value"].rstrip(".")) for r in records]
         self.ids = {p: np.array(tokenizer.encode(p) + [tokenizer.eos]) for p in set(itertools.chain(*self.phrases))}
 
+    def __len__(self):
+        return len(self.pixels) // 2
+
     def batch(self, rows):
-        text = collate([self.texts[i] for i in rows], [], (VISION.tokens, VISION.width), multiple=MULTIPLE)
-        pictures = [j % len(self.pixels) for i in rows for j in range(2 * self.PAIRS * i, 2 * self.PAIRS * (i + 1))]
+        pictures = [j for i in rows for j in (2 * i, 2 * i + 1)]
         # in steps of 64 for the sake of fixed shapes, see data.collate: an empty phrase that no picture owns fits none
         column = {p: q for q, p in enumerate(dict.fromkeys(p for j in pictures for p in self.phrases[j]))}
         empty = [np.zeros(1, np.int64)] * (-len(column) % 64)
@@ -129,7 +144,8 @@ class StandInData:
         own = torch.zeros(len(pictures), len(ids), dtype=torch.bool)
         for m, j in enumerate(pictures):
             own[m, [column[p] for p in self.phrases[j]]] = True
-        return StandInBatch(text, self.pixels[pictures].float(), ids, ends, own, text.records)
+        lengths = torch.full((len(pictures),), VISION.tokens + 1)
+        return CaptionBatch(self.pixels[pictures].float(), ids, ends, own, lengths, [f"picture {j}" for j in pictures])
 
 
 def words(folder):
@@ -141,9 +157,13 @@ def words(folder):
             yield from (text for text, _, _ in pieces(turns, layout, "world") if text is not None)
 
 
-def finish(tensors, tokenizer, out):
-    """Write out/clip and out/llm in the Hugging Face layout from the trained tensors of a StandIns."""
-    part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    tower = part("vision.") | {f"post_layernorm.{k}": v for k, v in part("post_layernorm.").items()}
-    weights.write_vision(os.path.join(out, "clip"), tower, VISION, PREPROCESS)
-    weights.write_llama(os.path.join(out, "llm"), part("llm."), LLAMA, tokenizer, tokenizer.bos, tokenizer.eos)
+def write_clip(tensors, out):
+    """Write the trained tensors of a StandInCLIP in the Hugging Face layout."""
+    tower = {k.removeprefix("vision."): v for k, v in tensors.items() if k.startswith(("vision.", "post_layernorm."))}
+    weights.write_vision(out, tower, VISION, PREPROCESS)
+
+
+def write_llm(tensors, tokenizer, out):
+    """Write the trained tensors of a StandInLlama in the Hugging Face layout."""
+    state = {k.removeprefix("llm."): v for k, v in tensors.items()}
+    weights.write_llama(out, state, LLAMA, tokenizer, tokenizer.bos, tokenizer.eos)

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,10 +28,10 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -41,24 +42,31 @@ import toy
 import weights
 import world
 from cli import UserError, main, parse
-from data import (IGNORE, MULTIPLE, SYSTEM, TAG, Conversations, Layout, Order, collate, conversation, encode, open_image, pixels,
-                  train_tokenizer)
-from hypernet import HyperNetwork
-from model import Attention, Block, CLIP, VisionAttention, VisionBlock
+from data import (IGNORE, MULTIPLE, SYSTEM, TAG, Conversations, Layout, Order, collate, conversation, encode, encode_prompt,
+                  open_image, padding, pixels, train_tokenizer)
+from flops import flops, tuning
+from hypernet import GUIDED, HyperNetwork, MatrixNetwork
+from model import Attention, Block, Cache, CLIP, generate, VisionAttention, VisionBlock
 from muon import Muon
+from vlora import Generator, VLoRAConfig
+
+# The options that are fields of VLMConfig
+EXPERTS = ("visual_expert", "language_expert", "guidance_after", "expert_embed", "expert_rank", "weight_source")
+
+ANSWER = 32  # tokens of an answer in the log
 
 # What may differ between a run and its continuation. All else would make another run of it, see `first_step`.
 FREE = {"out", "resume", "overwrite", "steps", "epochs", "log_every", "val_every", "save_every", "keep", "workers", "device",
-        "micro_batch_size", "skip_bad_images", "allow_random_llm", "checkpointing"}
+        "micro_batch_size", "skip_bad_images", "allow_random_llm", "checkpointing", "compile", "replicate"}
 
-# What each stage trains, by prefix of the parameters' names; everything else is frozen (paper §3, "training").
+# What each stage trains, by prefix of the parameters' names; everything else is frozen (paper §3, "training"; VLoRA §4.1).
 TRAINS = {
     (0, "full"): ("",),
     (0, "peft"): ("",),
-    (1, "full"): ("projector.",),
-    (1, "peft"): ("projector.",),
-    (2, "full"): ("projector.", "llm."),
-    (2, "peft"): ("projector.", "llm.hypernet.", "llm.guidance_norm.", "llm.expert."),
+    (1, "full"): ("projector.", "perceptual."),
+    (1, "peft"): ("projector.", "perceptual."),
+    (2, "full"): ("projector.", "perceptual.", "llm."),
+    (2, "peft"): ("projector.", "perceptual.", "llm.hypernet.", "llm.guidance_norm.", "llm.expert."),
 }
 
 # LLaVA-1.5's recipe, which HyperLLaVA §4 keeps: scripts/v1_5/pretrain.sh and finetune.sh, for 8 GPUs. Their other numbers are the
@@ -79,24 +87,36 @@ LLAVA = {
 }
 # TinyLlama and CLIP-L on one card of 24 GB: the same recipe, in bites that fit.
 SMALL = {stage: recipe | dict(micro_batch_size=size) for (stage, recipe), size in zip(LLAVA.items(), (16, 4))}
+PARTS = ("clip", "llm")  # of stage 0, one after the other
 PRESETS = {
     "7b": LLAVA,
     "13b": LLAVA,
     "1b": SMALL,
     "toy": {
-        0: dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=640, schedule="wsd", clip=1.0),
-        1: dict(template="plain", batch_size=32, lr=3e-3, steps=200, schedule="wsd", clip=1.0),
+        "clip": dict(batch_size=64, lr=2e-3, muon_lr=15e-3, steps=500, schedule="wsd", clip=1.0),  # of pairs of pictures
+        "llm": dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=640, schedule="wsd", clip=1.0),
+        1: dict(template="plain", batch_size=32, lr=3e-3, steps=300, schedule="wsd", clip=1.0),
         2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=1000, schedule="wsd", clip=1.0),
     },
 }
+# Where VLoRA's recipe differs: its paper's §4.1, and the authors' pretrain.sh and finetune.sh, for 8 GPUs
+VLORA = {
+    1: dict(batch_size=768, micro_batch_size=96,  # --per_device_train_batch_size 96; §4.1 the same, for 40,000 steps on 30 M pairs
+            lr=5e-5),                             # of CapsFusion: --steps 40000. The script has one epoch of all 113 M
+    2: dict(lr=2e-5,                              # the script's; the paper says 5e-5. Batch 128 in both
+            workers=32),                          # --dataloader_num_workers
+}
+VLORA_TOY = dict(vlora_every=1, vlora_rank=16, vlora_embed=128, vlora_depth=2, vlora_heads=4)
 TOY = dict(vision="stage0/clip", llm="stage0/llm", system="", aspect="pad", expert_embed=16, group_by_length=True, cache_features=True,
            attention="plain", log_every=20, val_every=300, save_every=200)
 
 
 @dataclass
 class Options:
-    """Train HyperLLaVA. Without --stage: the toy from nothing to its scores. Options left out are the preset's."""
+    """Train HyperLLaVA, or VLoRA. Without --stage: the toy from nothing to its scores. Options left out are the preset's."""
     stage: int | None = None         # 0: the toy's stand-ins; 1: align the projector; 2: instruction tuning
+    part: Literal["clip", "llm"] | None = None  # stage 0: which of the stand-ins; none: one after the other
+    method: Literal["hyperllava", "vlora"] = "hyperllava"  # pictures as tokens, beside experts; or as weights of the Llama
     preset: Literal["toy", "7b", "13b", "1b"] = "toy"  # recipe: batch, learning rate, steps, template
     vision: str | None = None        # stage 1, or an mm_projector.bin: folder or hub name of a CLIP
     llm: str | None = None           # the same of a Llama
@@ -126,6 +146,13 @@ class Options:
     guidance_pool: Literal["instruction", "prompt"] = "instruction"  # what it is averaged over: a turn's own text, or all of its prompt
     expert_embed: int = 64           # width of the guidance's embedding (Figure 4a)
     expert_rank: int = 16            # width of an expert's bottleneck (Figure 4b)
+    weight_source: Literal["hyper", "static", "latent", "mlp", "lora"] = "hyper"  # where experts' weights come from (Tables 5, 6)
+    vlora_sites: str = "qkvom"       # which weights VLoRA's pictures change: of attention, and m, the FFN (its Table 3)
+    vlora_every: int = 4             # of so many blocks, they change the last
+    vlora_rank: int = 64             # rank of a change (Table 4)
+    vlora_embed: int = 512           # width of the generators
+    vlora_depth: int = 8             # blocks of a generator (Table 5)
+    vlora_heads: int = 16            # heads of its attention
     template: Literal["plain", "v1"] = "v1"  # plain: picture and caption; v1: Vicuna's conversations
     system: str = SYSTEM             # text before the first turn of v1
     aspect: Literal["pad", "crop"] = "pad"  # make pictures square by padding or by cropping
@@ -134,22 +161,26 @@ class Options:
     cache_features: bool = False     # run the frozen tower once per picture, before training; kept in memory
     attention: Literal["fused", "plain"] = "fused"  # plain is faster in bf16 on a CPU
     checkpointing: Literal["none", "selective", "full"] = "none"  # recompute every second block, or each, in the backward pass
+    compile: bool = False            # let torch.compile make the blocks faster: minutes at the start, and a C++ compiler
+    replicate: int = 1               # copies of the sharded state, a divisor of the ranks: with one a node, each shards within itself
     dtype: Literal["bfloat16", "float32"] | None = None  # of the computation; none: bf16 where it is fast
     device: Literal["cuda", "cpu"] | None = None  # none: cuda if there is one
     workers: int = 0                 # processes that prepare batches
     skip_bad_images: bool = False    # a record whose picture cannot be read gives its place to the next one in the file
     allow_random_llm: bool = False   # stage 1 with a Llama that knows no language, to rehearse
     log_every: int = 1               # steps between printed lines; log.jsonl gets every step
-    val_every: int = 100             # steps between held-out losses
+    val_every: int = 100             # steps between held-out losses, and answers to one held-out question
     save_every: int = 1000           # steps between saved states
     keep: int = 1                    # saved states to keep, the newest ones
 
     def __post_init__(self):
         for name in ("steps", "epochs", "batch_size", "micro_batch_size", "pictures", "log_every", "val_every",
-                     "save_every", "keep"):
+                     "save_every", "keep", "replicate"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} {value}: expected more than 0")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed}: expected 0 to 2**63")
 
 
 @dataclass
@@ -158,13 +189,17 @@ class Job:
     model: nn.Module
     lengths: np.ndarray               # int64[samples], how long each of the training data's samples is
     batch: Callable                   # (rows) -> batch of the training data with those indices
-    held_out: list                    # batches of the held-out data
+    held_out: list                    # batches of this rank's share of the held-out data, as many as on the other ranks
     loss: Callable                    # (model, batch) -> loss summed over the batch's supervised tokens
     tokens: Callable                  # (batch) -> their number
     finish: Callable                  # ({name: tensor}) -> writes the finished checkpoint
-    sample: Callable                  # (index) -> the Sample of the training data, without its picture
+    sample: Callable | None           # (index) -> the Sample of the training data, without its picture; None: there are none
     text: list = dataclasses.field(default_factory=list)  # batches without pictures, to see whether a frozen Llama can read
     skipped: list = dataclasses.field(default_factory=list)  # what is wrong with pictures that `batch` did without
+    keeps: tuple = ("",)              # prefixes of the names of the tensors that `finish` gets
+    pictured: np.ndarray | None = None  # bool[samples], which of the training data are about a picture; None: all alike
+    shown: Callable | None = None     # (function of a prompt to ids) -> str, the answer to one question; None: nothing to ask
+    asked: str = ""                   # what that question is, and the answer that the data has
 
 
 # ---- World and precision: the only lines that know where and in what they run
@@ -175,45 +210,71 @@ def pick_device(o):
     return weights.pick_device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def start_world(device):
-    """Join torchrun's processes, or be a world of one; returns the mesh that parameters are sharded over."""
+def start_world(device, replicate=1):
+    """Join torchrun's processes, or be a world of one; returns the mesh that parameters are sharded over.
+
+    With `replicate`, one of two dimensions: as many copies of what is sharded within each. torchrun counts ranks node by
+    node, so that with a copy for each node only gradients travel between them, and only what is left when a node has summed its own.
+    """
     if "WORLD_SIZE" in os.environ:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     else:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(device, (dist.get_world_size(),))
+    ranks = dist.get_world_size()
+    if replicate == 1:
+        return init_device_mesh(device, (ranks,))
+    if ranks % replicate:
+        raise Agreed(f"--replicate {replicate}: the number of ranks, {ranks}, is not a multiple of it")
+    return init_device_mesh(device, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model, mesh, dtype):
-    """FSDP2: blocks, hypernetworks and the tower as units, then the root. Computes in `dtype`, reduces in fp32.
+    """FSDP2: blocks, hypernetworks, VLoRA's generators and the tower as units, then the root. Computes in `dtype`, reduces in fp32.
 
-    A hypernetwork is called from many blocks, so it is a unit of its own that none of them owns.
+    A hypernetwork is called from many blocks, so it is a unit of its own that none of them owns. What joins the generators
+    is none: it hands out its own parameters, which must still be there when the blocks use them.
+
+    What trains becomes fp32 masters unit by unit, of which a rank keeps its rows: never is all of a model there in fp32.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+    def unit(module):
+        for p in module.parameters():
+            if p.requires_grad and not isinstance(p, DTensor):  # else a unit within has it already
+                p.data = p.data.float()
+        return fully_shard(module, mesh=mesh, mp_policy=policy)
+
     for module in reversed(list(model.modules())):  # children before parents
-        if isinstance(module, (Block, VisionBlock, HyperNetwork, CLIP)):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        if isinstance(module, (Block, VisionBlock, HyperNetwork, MatrixNetwork, Generator, CLIP)):
+            unit(module)
+    return unit(model)
+
+
+def compiled(model):
+    """Let torch.compile make the forward passes of all blocks, the tower's too. Blocks of one form share what it makes."""
+    for block in (m for m in model.modules() if isinstance(m, (Block, VisionBlock))):
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def recompute(model, which):
     """Forget what a Llama block computed, and compute it again in the backward pass: each block, or every second one."""
-    for block in {"none": [], "selective": model.llm.layers[1::2], "full": model.llm.layers}[which]:
+    blocks = [] if which == "none" else model.llm.layers
+    for block in blocks[1::2] if which == "selective" else blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def freeze(model, prefixes, dtype):
-    """Leave trainable what starts with one of `prefixes`, as fp32 masters; the rest is frozen, in `dtype`.
+    """Leave trainable what starts with one of `prefixes`; the rest is frozen, in `dtype`.
 
-    "llm.expert." stands for the experts of all blocks.
+    "llm.expert." stands for the experts of all blocks, and for LoRA in their place.
     """
     for name, p in model.named_parameters():
-        name = "llm.expert." if ".expert." in name and name.startswith("llm.") else name
+        name = "llm.expert." if re.match(r"llm\..*\.(expert|lora)\.", name) else name
         trains = name.startswith(prefixes)
         p.requires_grad_(trains)
-        p.data = p.data.to(torch.float32 if trains else dtype)
+        p.data = p.data if trains else p.data.to(dtype)
 
 
 # ---- Optimisation
@@ -222,10 +283,10 @@ def freeze(model, prefixes, dtype):
 def optimisers(model, o):
     """AdamW for all that trains or, with a muon_lr, Muon for the matrices inside blocks and AdamW for the rest."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    in_block = lambda n, p: ".layers." in n and ".expert." not in n and p.ndim == 2
+    in_block = lambda n, p: ".layers." in n and not re.search(r"\.(expert|lora)\.", n) and p.ndim == 2
     matrices = [p for n, p in named if o.muon_lr and in_block(n, p)]
     rest = [p for n, p in named if not (o.muon_lr and in_block(n, p))]
-    adam = torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=True)
+    adam = torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     return [adam] + ([Muon(matrices, lr=o.muon_lr)] if matrices else [])
 
 
@@ -310,7 +371,7 @@ class Feed(Dataset):
 
     def __init__(self, job, o):
         self.job, self.o = job, o
-        self.order = Order(len(job.lengths), o.seed, o.batch_size, job.lengths if o.group_by_length else None)
+        self.order = Order(len(job.lengths), o.seed, o.batch_size, job.lengths if o.group_by_length else None, job.pictured)
         self.accumulation = o.batch_size // (o.micro_batch_size * dist.get_world_size())
 
     def __len__(self):
@@ -426,7 +487,7 @@ def load_state(folder, step, model, opts):
 def shift_ratio(model):
     """{block: |E_L| / |FFN|} filled in by hooks as the model runs, and the hooks' removal: are the experts at work?"""
     ratios, handles = {}, []
-    for n, block in enumerate(model.llm.layers):
+    for n, block in enumerate(m for m in model.modules() if isinstance(m, Block)):
         if getattr(block, "expert", None) is not None:
             norms = {}
             handles.append(block.mlp.register_forward_hook(
@@ -436,17 +497,34 @@ def shift_ratio(model):
     return ratios, lambda: [h.remove() for h in handles]
 
 
+def reply(model, prompt, o):
+    """Ids of the model's greedy answer to the prompt of a batch of one.
+
+    It is always ANSWER tokens long, whatever ends it: ranks whose arithmetic differs must still run the model as often.
+    """
+    cache = Cache(model.cfg.llm, 1, 0, o.device, getattr(torch, o.dtype))
+    return generate(model, prompt.to(o.device), ANSWER, eos=-1, cache=cache)[0]
+
+
 @torch.no_grad()
-def evaluate(job, model, mesh):
-    """Held-out loss per token, and |E_L| / |FFN| averaged over the blocks with an expert (none: left out)."""
-    ratios, remove = shift_ratio(model)
-    loss = tokens = 0.0
-    for batch in job.held_out:
-        batch = batch.to(mesh.device_type)
-        loss, tokens = loss + job.loss(model, batch).item(), tokens + job.tokens(batch)
-    remove()
-    found = {"held_out": loss / tokens}
-    return found | ({"expert_share": sum(ratios.values()) / len(ratios)} if ratios else {})
+def evaluate(job, model, o, mesh):
+    """What the log says now and then, as far as there is data for it.
+
+    held_out      loss per token of the held-out data
+    expert_share  |E_L| / |FFN| averaged over the blocks with an expert
+    answer        to `Job.asked`
+    """
+    found = {}
+    with torch.compiler.set_stance("force_eager") if o.compile else contextlib.nullcontext():  # many shapes, each met but rarely
+        if job.held_out:
+            ratios, remove = shift_ratio(model)
+            summed = [job.loss(model, batch.to(mesh.device_type)).item() for batch in job.held_out]
+            loss, tokens = total([sum(summed), sum(map(job.tokens, job.held_out))], mesh)
+            remove()
+            found = {"held_out": loss / tokens} | ({"expert_share": sum(ratios.values()) / len(ratios)} if ratios else {})
+        if job.shown:
+            found["answer"] = job.shown(lambda prompt: reply(model, prompt, o))
+    return found
 
 
 @dataclass
@@ -537,6 +615,8 @@ def prepared(model, o, mesh):
         if isinstance(module, (Attention, VisionAttention)):
             module.plain = o.attention == "plain"
     freeze(model, TRAINS[o.stage, o.tune], getattr(torch, o.dtype))
+    if o.compile:
+        compiled(model)
     recompute(model, o.checkpointing)
     model = shard(model, mesh, getattr(torch, o.dtype))
     return model, optimisers(model, o)
@@ -550,6 +630,20 @@ def row_of(done, step, seconds, waited, average, o):
             "mfu": done.operations / seconds / (rate * dist.get_world_size()) if rate and o.stage else None,
             "data_wait": waited / seconds, "peak_gb": memory.peak(o.device) / memory.GB,
             "eta_s": average * (o.steps - step - 1)}
+
+
+def whole(model, prefixes, dtype):
+    """{name: plain CPU tensor in `dtype`} of the parameters that start with one of `prefixes`, on rank 0; {} on the others.
+
+    One at a time: together, in fp32, they may be more than a machine holds beside the rest of the state.
+    """
+    found = {}
+    model.reshard()  # after an evaluation the root is still whole
+    for name, p in model.named_parameters():
+        if name.startswith(prefixes):
+            tensor = p.detach().full_tensor()
+            found |= {name: tensor.to("cpu", dtype)} if dist.get_rank() == 0 else {}
+    return found
 
 
 def keep_state(folder, steps, model, opts, o, stop, bar):
@@ -608,19 +702,19 @@ def train(job, o, mesh):
             row = row_of(done, step, now - began, waited, (now - first) / (step + 1 - start), o)
             skipped += int(done.skipped)
             row |= {"skipped_images": skipped} if skipped else {}
-            if job.held_out and (step + 1 == o.steps or (step + 1) % o.val_every == 0):
-                row |= evaluate(job, model, mesh)
+            if step + 1 == o.steps or (step + 1) % o.val_every == 0:
+                row |= evaluate(job, model, o, mesh)
             began = time.perf_counter()
             if rank == 0:
                 print(json.dumps(row), file=log, flush=True)
-            if rank == 0 and (step % o.log_every == 0 or "held_out" in row):
+            if rank == 0 and (step % o.log_every == 0 or {"held_out", "answer"} & row.keys()):
                 bar.write(line(row, o), file=sys.stderr)
             if done.stop or (step + 1) % o.save_every == 0 and step + 1 < o.steps:
                 keep_state(states, step + 1, model, opts, o, done.stop, bar)
     if skipped and rank == 0:
         print(f"{skipped} times a picture could not be read and the next record took its place", file=sys.stderr)
-    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    agreed(lambda: job.finish({k: v.to(getattr(torch, o.dtype)) for k, v in tensors.items()}) if rank == 0 else None)
+    tensors = whole(model, job.keeps, getattr(torch, o.dtype))
+    agreed(lambda: job.finish(tensors) if rank == 0 else None)
     if rank == 0:
         shutil.rmtree(states, ignore_errors=True)
     dist.barrier()
@@ -631,7 +725,36 @@ def part_of(name):
     words = name.split(".")
     if "hypernet" in words:
         return "hypernet"
-    return "experts" if {"expert", "expert_1", "expert_2", "guidance_norm"} & set(words) else words[0]
+    return "experts" if {"expert", "expert_1", "expert_2", "guidance_norm", "lora"} & set(words) else words[0]
+
+
+def foreseen(model, opts, samples, o):
+    """The memory.Estimate of a step, taking each of its samples for as long as the longest of some."""
+    size, shards = getattr(torch, o.dtype).itemsize, dist.get_world_size() // o.replicate
+    estimate = memory.Estimate(*memory.state(model, opts, shards))
+    if o.stage > 0:  # the toy's stand-ins are small, and no VLM
+        estimate.once = o.batch_size == o.micro_batch_size * dist.get_world_size()
+        estimate.gathered, reduced = memory.gathered(model, size, shards)
+        estimate.update = max(reduced, memory.muon(opts))
+        estimate.activations = memory.activations(
+            model.cfg, o.micro_batch_size, max(len(s.ids) for s in samples), max(map(supervised, samples)), o.micro_batch_size,
+            size, TRAINS[o.stage, o.tune] == TRAINS[2, "full"] or model.cfg.weight_source == "lora", o.attention == "plain",
+            o.checkpointing, o.device)  # LoRA needs again what a frozen product does not
+    return estimate
+
+
+def padding_share(job, o):
+    """The share of padding in some steps of the run, from all over it."""
+    order, steps = Feed(job, o).order, max(1, 1024 // o.batch_size)
+    rows = [order.step(step) for step in range(0, o.steps, max(1, o.steps // steps))[:steps]]
+    batches = np.reshape(rows, (-1, o.micro_batch_size))
+    lengths = np.zeros(len(job.lengths), np.int64)
+    lengths[batches] = [[len(job.sample(i).ids) for i in batch] for batch in batches.tolist()]
+    return padding(lengths, batches)
+
+
+def supervised(sample):
+    return int((sample.labels != IGNORE).sum())
 
 
 def plan(model, opts, job, o):
@@ -640,23 +763,19 @@ def plan(model, opts, job, o):
     for name, p in model.named_parameters():
         parts.setdefault(part_of(name), [0, 0])[0 if p.requires_grad else 1] += p.numel()
     n, ranks = len(job.lengths), dist.get_world_size()
-    some = [job.sample(i) for i in range(0, n, max(1, n // 256))]
-    trained = [int((s.labels != IGNORE).sum()) for s in some]
+    some = [job.sample(i) for i in range(0, n, max(1, n // 256))] if job.sample else []
     epochs = o.steps * o.batch_size / n
-    text = [f"stage {o.stage}: {n:,} samples, {o.steps:,} steps of {o.batch_size} ({epochs:.2f} epochs), "
-            f"{o.dtype} on {ranks} x {o.device}, {o.micro_batch_size} samples a rank at once",
-            f"  supervised tokens: about {np.mean(trained) * o.steps * o.batch_size:,.0f} (from {len(some)} samples)"]
+    text = [f"stage {o.stage}{' ' + o.part if o.part else ''}: {n:,} samples, {o.steps:,} steps of {o.batch_size} ({epochs:.2f} epochs), "
+            f"{o.dtype} on {ranks} x {o.device}{f' in {o.replicate} copies' if o.replicate > 1 else ''}, "
+            f"{o.micro_batch_size} samples a rank at once"]
     text += [f"  {part:<12} {a:>14,} trained {b:>14,} frozen" for part, (a, b) in parts.items()]
-    weights_, gradients, moments = memory.state(model, opts, ranks)
-    size = getattr(torch, o.dtype).itemsize
-    estimate = memory.Estimate(weights_, gradients, moments, 0, 0)
-    if o.stage > 0:  # the toy's stand-ins are small, and no VLM
-        estimate.gathered = memory.gathered(model, size)
-        estimate.activations = memory.activations(
-            model.cfg, o.micro_batch_size, max(len(s.ids) for s in some), max(trained), o.micro_batch_size, size,
-            TRAINS[o.stage, o.tune] == TRAINS[2, "full"], o.attention == "plain", o.checkpointing, o.device)
-    shares = ", ".join(f"{name} {size / memory.GB:.2f}" for name, size in dataclasses.asdict(estimate).items())
-    text.append(f"  memory of a rank, GB: {shares}; together {estimate.total / memory.GB:.2f}")
+    if some:
+        text += [f"  supervised tokens: about {np.mean([*map(supervised, some)]) * o.steps * o.batch_size:,.0f} (from {len(some)} samples)",
+                 f"  padding: about {padding_share(job, o):.0%} of the positions"]
+    text += [f"  asked every {o.val_every} steps: {job.asked}"] if job.asked else []
+    estimate = foreseen(model, opts, some, o)
+    shares = ", ".join(f"{f.name} {getattr(estimate, f.name) / memory.GB:.2f}" for f in dataclasses.fields(estimate) if f.name != "once")
+    text.append(f"  memory of a rank, GB: {shares}; at its peak {estimate.total / memory.GB:.2f}")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if o.device == "cpu" else 1
     if estimate.total * here > memory.room(o.device):
         raise UserError(f"the run needs about {estimate.total * here / memory.GB:.1f} GB, the {o.device} has "
@@ -684,17 +803,19 @@ def operations(model, batch, o):
     A product with P weights takes 2 P a position forwards and 2 P for the gradient of its input, and as much again for that
     of trained weights. The frozen tower only goes forwards; a frozen Llama passes gradients on. Attention is causal.
     """
-    v, l, r = model.cfg.vision, model.cfg.llm, model.cfg.expert_rank
+    l = model.cfg.llm
     passes = 3 if TRAINS[o.stage, o.tune] == TRAINS[2, "full"] else 2
-    n, square, sites = batch.lengths.sum().item(), (batch.lengths ** 2).sum().item(), len(model.cfg.expert_blocks())
+    n, square, turns = batch.lengths.sum().item(), (batch.lengths ** 2).sum().item(), batch.ids.shape[0] * batch.turns
     kv = l.kv_heads * (l.width // l.heads)
     block = l.width * (2 * l.width + 2 * kv + 3 * l.hidden)
     found = l.depth * (passes * 2 * n * block + 3 * 2 * square * l.width) + passes * 2 * batch.trained * l.width * l.vocab
-    found += 3 * 2 * sites * 3 * r * l.width * (n + batch.ids.shape[0] * batch.turns * model.cfg.expert_embed)
-    tokens, pictures = v.tokens + 1, len(batch.visual)
+    found += 3 * tuning(model.cfg, n, turns if model.cfg.weight_source in GUIDED else 1)
+    count, pictures = flops(dataclasses.replace(model.cfg, language_expert="none"), 1), len(batch.visual)
     if batch.visual.ndim == 4:
-        found += pictures * v.depth * (2 * tokens * v.width * (4 * v.width + 2 * v.hidden) + 4 * tokens ** 2 * v.width)
-    return found + 3 * 2 * pictures * v.tokens * l.width * (v.width + l.width)
+        found += pictures * count["vision"]
+    if model.cfg.vlora is not None:
+        return found + 3 * (pictures * count["generator"] + n * count["branches"])
+    return found + 3 * pictures * (count["projector"] + count["experts"])
 
 
 def line(row, o):
@@ -705,30 +826,41 @@ def line(row, o):
             f"grad {row['grad_norm']:7.3f}  {row['tokens_per_s']:7.0f} tok/s  MFU {mfu}  data {row['data_wait']:4.0%}  "
             f"{row['peak_gb']:.1f} GB  {left} left")
     extra = [("held_out", "held out"), ("expert_share", "|E_L|/|FFN|")]
-    return text + "".join(f"  {label} {row[key]:.4f}" for key, label in extra if key in row)
+    text += "".join(f"  {label} {row[key]:.4f}" for key, label in extra if key in row)
+    return text + (f"  says {json.dumps(row['answer'], ensure_ascii=False)}" if "answer" in row else "")
 
 
 # ---- The stages
 
 
+def folder_of(out, stage, part=None):
+    """Where a stage, or a part of stage 0, writes."""
+    return os.path.join(out, f"stage{stage}", *([part] if part else []))
+
+
 def stage_folder(o):
-    return os.path.join(o.out, f"stage{o.stage}")
+    return folder_of(o.out, o.stage, o.part)
 
 
 def stage_0(o):
-    """The toy's CLIP and Llama, from the toy world; see toy.py."""
-    folder = os.path.join(o.out, "world")
+    """The toy's CLIP, or its Llama, from the toy world; see toy.py."""
+    folder, out = os.path.join(o.out, "world"), stage_folder(o)
     tokenizer = train_tokenizer(toy.words(folder), toy.LLAMA.vocab)
-    data = toy.StandInData(folder, "text.json", "captions.json", tokenizer, o.system)
-    val = toy.StandInData(folder, "validation_text.json", "validation_captions.json", tokenizer, o.system)
-    held_out = [val.batch(range(i, min(i + o.batch_size, len(val.texts)))) for i in range(0, len(val.texts), o.batch_size)]
-    return Job(toy.StandIns(), data.texts.lengths, data.batch, held_out, toy.loss, lambda b: b.text.trained,
-               lambda tensors: toy.finish(tensors, tokenizer, stage_folder(o)), lambda i: data.texts[i])
+    cuts = lambda n: [range(i, min(i + o.batch_size, n)) for i in range(0, n, o.batch_size)]
+    if o.part == "clip":
+        data, val = (toy.Captions(folder, file, tokenizer) for file in ("captions.json", "validation_captions.json"))
+        return Job(toy.StandInCLIP(), np.ones(len(data), np.int64), data.batch, [val.batch(cut) for cut in cuts(len(val))],
+                   toy.contrast_loss, lambda b: len(b.pixels), lambda tensors: toy.write_clip(tensors, out), None)
+    layout = Layout("v1", o.system, toy.VISION.tokens, toy.LLAMA.context)
+    data, val = (Conversations(os.path.join(folder, file), folder, tokenizer, layout) for file in ("text.json", "validation_text.json"))
+    batch = lambda rows, source=data: collate([source[i] for i in rows], [], (toy.VISION.tokens, toy.VISION.width), multiple=MULTIPLE)
+    return Job(toy.StandInLlama(), data.lengths, batch, [batch(cut, val) for cut in cuts(len(val))], toy.language_loss,
+               lambda b: b.trained, lambda tensors: toy.write_llm(tensors, tokenizer, out), lambda i: data[i])
 
 
 def vlm_loss(model, batch):
     """Next-token loss summed over the supervised positions, the only ones that have logits."""
-    logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, batch.at)
+    logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, batch.at, picture=batch.picture, tag=batch.tag)
     return F.cross_entropy(logits.float(), batch.target, reduction="sum")
 
 
@@ -778,6 +910,36 @@ def with_picture(data, i, picture, skipped):
     raise UserError("--skip_bad_images: not one picture of the data can be read")
 
 
+def dealt(cuts, make):
+    """Batches made of this rank's share of `cuts`, as many as on other ranks: where one is short, a batch that supervises nothing."""
+    batches = [make(cut) for cut in cuts[dist.get_rank()::dist.get_world_size()]]
+    if len(batches) < -(-len(cuts) // dist.get_world_size()):
+        other = make(cuts[0])
+        batches.append(dataclasses.replace(other, target=torch.full_like(other.target, IGNORE)))
+    return batches
+
+
+def question(data, picture, blank, o):
+    """(Job.shown, Job.asked) of the first record whose first question is about a picture that can be read; (None, "") if none is."""
+    for i in range(len(data)):
+        sample, turns = data[i], conversation(data.record(i), f"record {i}")
+        fits = (sample.labels[sample.use_id <= 0] != IGNORE).any()  # the context did not cut the first answer
+        if sample.image is None or TAG not in turns[0][0] or not fits or o.skip_bad_images and not readable(sample.image):
+            continue
+        prompt = encode_prompt([], turns[0][0], data.tokenizer, data.layout, sample.image, sample.record)
+        batch, eos = collate([prompt], [picture(sample)], blank), data.tokenizer.eos
+
+        def shown(ids_of):
+            ids = ids_of(batch)
+            text = data.tokenizer.decode(ids[:ids.index(eos)] if eos in ids else ids)
+            return text.split("\n")[0] if o.template == "plain" else text
+
+        asked = turns[0][0].replace(TAG, "").strip() if o.template == "v1" else ""
+        said = [sample.image, *(json.dumps(text, ensure_ascii=False) for text in (asked, turns[0][1]) if text)]
+        return shown, ", due ".join([": ".join(said[:-1]), said[-1]])
+    return None, ""
+
+
 def text_batches(data, blank, context, o):
     """The first conversations as text alone, in the form that Llamas which answer are trained on: see `check_reads`."""
     layout, samples = Layout("v1", o.system, 0, context), []
@@ -787,13 +949,23 @@ def text_batches(data, blank, context, o):
     return [collate(samples[i:i + 8], [], blank, multiple=MULTIPLE) for i in range(0, len(samples), 8)]
 
 
+def form(o):
+    """The fields of VLMConfig that the options choose."""
+    if o.method == "vlora":
+        vlora = VLoRAConfig(o.vlora_sites, o.vlora_every, o.vlora_rank, o.vlora_embed, o.vlora_depth, o.vlora_heads)
+        return {"visual_expert": "none", "language_expert": "none", "vlora": vlora}
+    chosen = {k: getattr(o, k) for k in EXPERTS}
+    if o.stage == 1:  # the language experts join in stage 2: nobody has asked anything yet
+        chosen |= {"language_expert": "none", "guidance_after": None}
+    return chosen
+
+
 def stage_1_or_2(o):
     """Alignment (1) or instruction tuning (2) of a VLM on LLaVA's data."""
-    options = {k: getattr(o, k) for k in ("visual_expert", "language_expert", "guidance_after", "expert_embed", "expert_rank")}
-    dtype = getattr(torch, o.dtype)
+    options, dtype = form(o), getattr(torch, o.dtype)
     projector = weights.projector_file(o.init) if o.stage == 2 else None  # LLaVA's own stage 1 leaves no more than that
-    if o.stage == 1:  # the language experts join in stage 2: nobody has asked anything yet
-        options |= {"language_expert": "none", "guidance_after": None}
+    if projector and o.method == "vlora":
+        raise UserError(f"--init {o.init}: a projector, which VLoRA has none of; stage 2 wants a checkpoint of stage 1")
     if o.stage == 1 or projector:
         parts = {"vision": o.vision, "llm": o.llm}
         folders = [weights.resolve(name) for name in parts.values()]
@@ -804,7 +976,7 @@ def stage_1_or_2(o):
         model, tokenizer, preprocess = point.model, point.tokenizer, point.preprocess
     preprocess = dataclasses.replace(preprocess, aspect=o.aspect)
     context = o.context or min(2048, model.cfg.llm.context)
-    layout = Layout(o.template, o.system, model.cfg.vision.tokens, context, o.guidance_pool)
+    layout = Layout(o.template, o.system, model.cfg.image_tokens, context, o.guidance_pool)
     if not os.path.isdir(o.images):
         raise UserError(f"--images {o.images}: there is no such folder")
     data = [Conversations(path, o.images, tokenizer, layout) for path in (o.data, o.val) if path]
@@ -817,28 +989,45 @@ def stage_1_or_2(o):
         pairs = [with_picture(source, i, picture, skipped if o.skip_bad_images else None) for i in rows]
         return collate([s for s, _ in pairs], [p for _, p in pairs if p is not None], blank, multiple=MULTIPLE)
 
-    held_out = [batch(range(i, min(i + 64, len(d))), d) for d in data[1:] for i in range(0, min(len(d), 512), 64)]
+    held_out = dealt([range(i, min(i + o.micro_batch_size, 512, len(d)))
+                      for d in data[1:] for i in range(0, min(len(d), 512), o.micro_batch_size)], lambda rows: batch(rows, data[1]))
+    shown, asked = question(data[-1], picture, blank, o)
 
     def finish(tensors):
-        kept = tensors if o.stage == 2 else {k: v for k, v in tensors.items() if k.startswith("projector.")}
-        weights.save(stage_folder(o), model.cfg, kept, tokenizer, preprocess, o.system, o.stage,
+        weights.save(stage_folder(o), model.cfg, tensors, tokenizer, preprocess, o.system, o.stage,
                      sources, dataclasses.asdict(o))
 
     features = (model.cfg.vision.tokens, model.cfg.vision.width)
     text = text_batches(data[0], features, context, o) if o.stage == 1 and not o.allow_random_llm else []
-    return Job(model, data[0].lengths, batch, held_out, vlm_loss, lambda b: b.trained, finish, lambda i: data[0][i], text, skipped)
+    return Job(model, data[0].lengths, batch, held_out, vlm_loss, lambda b: b.trained, finish, lambda i: data[0][i], text, skipped,
+               ("",) if o.stage == 2 else TRAINS[1, o.tune], data[0].pictured, shown, asked)
 
 
-def finished(out, stage):
-    """Whether a stage's checkpoint is there."""
-    part = "llm/config.json" if stage == 0 else "config.json"
-    return os.path.exists(os.path.join(out, f"stage{stage}", part))
+def parts_of(o, stage):
+    """The parts of a stage that are to be trained: of stage 0 those asked for, None of the others, which have none."""
+    return [None] if stage else [o.part] if o.part else list(PARTS)
+
+
+def finished(out, stage, part=None):
+    """Whether a stage's checkpoint, or that of a part, is there, be it set aside because the save of its successor was killed.
+
+    Without a `part`, stage 0 is finished if all of its parts are.
+    """
+    if stage == 0 and part is None:
+        return all(finished(out, stage, part) for part in PARTS)
+    folder = folder_of(out, stage, part)
+    return any(os.path.exists(os.path.join(place, "config.json")) for place in (folder, f"{folder}.old"))
 
 
 def complete(given, stage):
     """The options of one stage: what the user gave, then the preset's, then the defaults; UserError if they do not fit."""
     o = Options(**given)
-    preset = dict(PRESETS[o.preset].get(stage, {})) | (TOY if o.preset == "toy" else {})
+    others = {*EXPERTS, "guidance_pool"} if o.method == "vlora" else {name for name in given if name.startswith("vlora_")}
+    if given.keys() & others:
+        raise UserError(f"--{min(given.keys() & others)} is no option of --method {o.method}")
+    preset = dict(PRESETS[o.preset].get(o.part or stage, {})) | (TOY if o.preset == "toy" else {})
+    if o.method == "vlora":
+        preset |= VLORA_TOY if o.preset == "toy" else VLORA[stage]
     if o.preset == "toy":
         folder = os.path.join(o.out, "world")
         preset |= {"images": os.path.join(folder, "images")}
@@ -861,6 +1050,9 @@ def complete(given, stage):
         raise UserError(f"stage {stage} with preset {o.preset} needs {', '.join(missing)}")
     o.device = pick_device(o)
     o.dtype = o.dtype or weights.fast_dtype(o.device)
+    compilers = [os.environ.get("CXX", "g++")] if o.device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    if o.compile and not any(map(shutil.which, compilers)):
+        raise UserError(f"--compile needs a compiler, and {' or '.join(compilers)} is not there: install one, or leave it out")
     ranks = dist.get_world_size()
     o.micro_batch_size = min(o.micro_batch_size or o.batch_size, max(1, o.batch_size // ranks))
     if o.batch_size % (o.micro_batch_size * ranks):
@@ -882,32 +1074,37 @@ def check(given):
     o = Options(**given)
     if o.stage not in (None, 0, 1, 2) or (o.preset != "toy" and o.stage not in (1, 2)):
         raise UserError(f"--stage {o.stage} with preset {o.preset}: expected 1 or 2; the toy also has 0, or none for all")
-    if o.stage is not None and finished(o.out, o.stage) and not o.overwrite:
-        raise UserError(f"{os.path.join(o.out, f'stage{o.stage}')} is finished: --overwrite trains it anew")
+    if o.part and o.stage != 0:
+        raise UserError(f"--part {o.part}: only stage 0 has parts, say --stage 0")
+    if o.stage is not None and finished(o.out, o.stage, o.part) and not o.overwrite:
+        raise UserError(f"{folder_of(o.out, o.stage, o.part)} is finished: --overwrite trains it anew")
     if o.stage is None and o.overwrite:
         raise UserError("--overwrite goes with --stage; to train all anew, name another folder with --out")
     if o.stage is not None:
-        first_step(complete(given, o.stage))
+        left = [part for part in parts_of(o, o.stage) if o.overwrite or not finished(o.out, o.stage, part)]
+        first_step(complete(given | {"part": left[0]}, o.stage))
 
 
 def run():
     given = parse(Options)
     o = Options(**given)
     began = time.perf_counter()
-    mesh = start_world(pick_device(o))
+    mesh = start_world(pick_device(o), o.replicate)
     agreed(lambda: check(given))
     if o.preset == "toy":
         agreed(lambda: dist.get_rank() or world.write_world(
             os.path.join(o.out, "world"), o.pictures, side=toy.VISION.image_size, texts=o.pictures,
             test_pictures=min(250, o.pictures)))
-    needed = [0, 1, 2] if o.stage is None else [0] * (o.preset == "toy" and o.stage == 1) + [o.stage]
-    for stage in needed:
-        if stage != o.stage and finished(o.out, stage):
+    stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
+    needed = [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage])
+    for stage, part in [(stage, part) for stage in needed for part in parts_of(o, stage)]:
+        folder = folder_of(o.out, stage, part)
+        if finished(o.out, stage, part) and not (o.overwrite and stage == o.stage):
             if dist.get_rank() == 0:
-                print(f"stage {stage} is finished, skipped", file=sys.stderr)
+                print(f"{folder} is finished, skipped", file=sys.stderr)
             continue
-        begun = saved_steps(os.path.join(o.out, f"stage{stage}", "state"))
-        run_stage(given | {"resume": o.resume and (stage == o.stage or bool(begun))}, stage, mesh)
+        begun = saved_steps(os.path.join(folder, "state"))
+        run_stage(given | {"part": part, "resume": o.resume and bool(begun)}, stage, mesh)
     if o.stage is None and dist.get_rank() == 0:
         eval.toy_scores(os.path.join(o.out, "stage2"), os.path.join(o.out, "world"), o.out, began)
 
@@ -930,4 +1127,10 @@ if __name__ == "__main__":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1 if isinstance(end.code, str) else end.code or 0)
+    except RuntimeError as error:
+        if not (isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or "/gloo/" in str(error)):
+            raise
+        print(f"error: rank {os.environ['RANK']} ends, for another rank is gone: what that or torchrun said tells why. "
+              f"--resume goes on from the last saved state", file=sys.stderr, flush=True)
+        os._exit(1)
     leave()

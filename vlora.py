@@ -43,6 +43,7 @@ class VLoRAConfig:
     embed: int = 512    # E; the published script for the first stage says 1024, but the paper and the other script 512
     depth: int = 8      # blocks of a generator
     heads: int = 16     # of a generator's attention; from the code, the paper is silent
+    tag: bool = False   # the picture's tag counts as a position, as in the published checkpoint
 
     def __post_init__(self):
         if not self.sites or len(set(self.sites)) < len(self.sites) or set(self.sites) - set(SITES):
@@ -188,7 +189,7 @@ def branch(module, x, delta, site):
     module   q_proj, k_proj, v_proj or o_proj, or for m the MLP as a whole: the paper's FFN has two matrices, each with
              a ΔW; a Llama's has three, none of them square, and the code leads a linear bypass around all of it
     x        float[B, T, D]  what `module` reads
-    delta    the block's dict of `PerceptualWeights`; without `site`, and in rows without a picture, nothing is added
+    delta    the block's dict of `PerceptualWeights`, or (); without `site`, and in rows without a picture, nothing is added
     """
     if site not in delta:
         return module(x)

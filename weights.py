@@ -5,7 +5,7 @@ without storage and filled tensor by tensor from mapped files; each parameter is
 used once or skipped by a rule. Anything else is a UserError that names the tensor and the file.
 
     assemble(clip, llama)     a VLM of two pretrained parts, with a new projector and new experts
-    load(folder)              a checkpoint of ours, or LLaVA-1.5 in its own layout or in that of transformers
+    load(folder)              a checkpoint of ours, LLaVA-1.5 in its own layout or in that of transformers, or VLoRA's
     save(folder, ...)         writes one of ours, whole or not at all
     write_llava(folder, ...)  writes a model without experts for transformers to open:
                               python weights.py --model CHECKPOINT --export FOLDER
@@ -35,11 +35,13 @@ from torch.overrides import TorchFunctionMode
 from cli import UserError, main, parse
 from data import SYSTEM, TAG, Layout, Preprocess, Tokenizer
 from model import LlamaConfig, VisionBlock, VisionConfig, VLM, VLMConfig
+from vlora import SITES, VLoRAConfig, vlora_rules
 
 FORMAT, VERSION = "hyperllava", 1
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")  # in order of preference
 PROJECTOR = "mm_projector.bin"  # all that LLaVA's stage 1 writes
+PUBLISHED = "llava_vlora"       # model_type of VLoRA's authors
 SHARD = 5 * 10**9  # bytes of a weight file that we write, at most
 REMAP = 2**27      # bytes read and cast before a file is mapped anew
 
@@ -91,7 +93,7 @@ def read_json(path):
             values = json.load(f)
     except FileNotFoundError:
         raise UserError(f"no {os.path.basename(path)} in {os.path.dirname(path) or '.'}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object")
@@ -107,8 +109,8 @@ def write_json(path, values):
 def shards_of(index):
     """[(path, names)] of the shards that an index file lists; UserError if one of them is not there."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: no weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{index}: expected a weight_map of names and files")
     names = {}
     for name, file in weight_map.items():
         names.setdefault(file, set()).add(name)
@@ -143,7 +145,8 @@ def open_shard(path):
     except Exception as error:  # the libraries raise nothing more specific
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole weight file, perhaps half downloaded ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(n, str) and isinstance(t, torch.Tensor)
+                                                           for n, t in state.items()):
         raise UserError(f"{path}: expected a dict of names and tensors, nothing else")
     return list(state), state.__getitem__
 
@@ -228,13 +231,18 @@ def preprocessing(folder, image_size, aspect="pad"):
     path = next(filter(os.path.exists, paths), None)
     values = read_json(path) if path else {}
     values = values.get("image_processor", values)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: image_processor {values!r}, expected an object")
     for key in ("size", "crop_size"):
         side = values.get(key, image_size)
         sides = list(side.values()) if isinstance(side, dict) else [side]  # {"shortest_edge": S} or {"height": S, "width": S}
         if any(s != image_size for s in sides):
             raise UserError(f"{path}: {key} {side}, but config.json says that the tower reads {image_size} px")
-    demand(values, path, resample=3, do_rescale=True, do_normalize=True)  # 3: bicubic
+    demand(values, path, resample=3, do_resize=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True)  # 3: bicubic
     names = {"image_mean": "mean", "image_std": "std"}
+    for key in names.keys() & values.keys():
+        if not (isinstance(values[key], list) and len(values[key]) == 3 and all(type(v) in (int, float) for v in values[key])):
+            raise UserError(f"{path}: {key} {values[key]!r}, expected three numbers")
     return Preprocess(image_size, **{names[k]: tuple(values[k]) for k in names if k in values}, aspect=aspect)
 
 
@@ -255,6 +263,8 @@ def rope_theta(values, path):
     theta = values.get("rope_theta", 10000.0)
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{path}: {key} {rope!r}, expected an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f"{path}: {key} of type {kind!r} is not supported, only 'default'")
@@ -276,6 +286,8 @@ def text_config(values, path):
     if width % heads or (width // heads) % 2 or heads % kv_heads:
         raise UserError(f"{path}: hidden_size {width} does not divide into num_attention_heads {heads} of an even size, "
                         f"or these not by num_key_value_heads {kv_heads}")
+    if values.get("tie_word_embeddings", False) not in (None, True, False):
+        raise UserError(f"{path}: tie_word_embeddings {values['tie_word_embeddings']!r}, expected true or false")
     if values.get("head_dim") is not None:
         demand(values, path, head_dim=width // heads)
     return LlamaConfig(width, n["num_hidden_layers"], heads, kv_heads, n["intermediate_size"], n["vocab_size"],
@@ -293,7 +305,10 @@ def vision_config(folder):
     if values.get("model_type") not in ("clip", "clip_vision_model", None):
         raise UserError(f"{path}: model_type {values['model_type']!r}, expected clip or clip_vision_model")
     if values.keys() & {"vision_config", "vision_config_dict"}:  # old files have both; the second is what counts
-        values = {**(values.get("vision_config") or {}), **(values.get("vision_config_dict") or {})}
+        parts = [values.get(key) or {} for key in ("vision_config", "vision_config_dict")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise UserError(f"{path}: vision_config is no object")
+        values = parts[0] | parts[1]
     cfg = tower_config(values, path)
     return cfg, preprocessing(folder, cfg.image_size)
 
@@ -307,7 +322,7 @@ def llama_config(folder):
 # ---- Other people's names: (pattern of the whole name, ours). The first that matches counts; SKIP: knowingly unused
 
 SKIP = ""
-OURS = [(r"(vision|projector|llm)\..+", r"\g<0>")]
+OURS = [(r"(vision|projector|perceptual|llm)\..+", r"\g<0>")]
 
 
 def under(prefix, rules):
@@ -433,7 +448,7 @@ def initialise(module, seed, dtype=None, name=""):
     """
     if not any(p.is_meta for p in module.parameters()):
         return
-    if not hasattr(module, "reset_parameters"):
+    if not hasattr(module, "reset_parameters") or not all(p.is_meta for p in module.parameters()):
         for child, part in module.named_children():
             initialise(part, seed, dtype, f"{name}.{child}" if name else child)
         return
@@ -465,9 +480,8 @@ def names_of(cfg):
 def tokenizer_of(folder, llm):
     """The tokenizer in a folder; UserError if it has ids that the Llama has no embedding for."""
     tokenizer = Tokenizer.load(folder)
-    ids = tokenizer.inner.get_vocab_size()
-    if ids > llm.vocab:
-        raise UserError(f"{folder}: the tokenizer has {ids} ids, but the model only {llm.vocab}")
+    if tokenizer.vocab > llm.vocab:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab} ids, but the model only {llm.vocab}")
     return tokenizer
 
 
@@ -715,9 +729,11 @@ def write_llava(folder, model, tokenizer, preprocess, system, write=write_tensor
     The vocabulary grows by <image> and <pad> where there is no room for them yet, to a multiple of 64. `load` gives the same
     model back, bit for bit.
     write  (folder, {name: tensor}) -> writes these
-    Raises UserError if the model has experts: their weights depend on the input, and that layout has no place for them.
+    Raises UserError if the model has experts or is a VLoRA: their weights depend on the input, for which there is no place.
     """
     cfg = model.cfg
+    if cfg.vlora is not None:
+        raise UserError("a VLoRA does not fit into LLaVA's layout, which has visual tokens and no generated weights")
     if (cfg.visual_expert, cfg.language_expert) != ("none", "none"):
         raise UserError(f"visual_expert {cfg.visual_expert}, language_expert {cfg.language_expert}: a model with experts does not "
                         f"fit into LLaVA's layout, only one trained with --visual_expert none --language_expert none")
@@ -762,7 +778,7 @@ class Checkpoint:
     def layout(self):
         """How to lay out a conversation with it: as in training, guidance included."""
         cfg, pool = self.model.cfg, self.config.get("training", {}).get("guidance_pool", "instruction")
-        return Layout("v1", self.system, cfg.vision.tokens, cfg.llm.context, pool)
+        return Layout("v1", self.system, cfg.image_tokens, cfg.llm.context, pool)
 
 
 def source(name, checkpoint):
@@ -777,6 +793,7 @@ def source(name, checkpoint):
 
 def source_folder(noted, checkpoint):
     """The folder of a model that `source` noted; UserError if it is gone or is another by now."""
+    expect_keys(noted, {"path", "fingerprint"}, f"{checkpoint}/config.json: sources")
     path = os.path.join(os.path.realpath(checkpoint), noted["path"])
     try:
         folder = os.path.normpath(path) if os.path.exists(path) else resolve(noted["path"])
@@ -820,20 +837,38 @@ def build(kind, values, label):
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+LATER = {"vlora": None, "weight_source": "hyper"}  # fields of VLMConfig that the first checkpoints lack, and what that means
+
+
 def build_config(values, label):
     """VLMConfig of its nested dict."""
+    values = LATER | values if isinstance(values, dict) else values
     expect_keys(values, {f.name for f in dataclasses.fields(VLMConfig)}, label)
     vision = build(VisionConfig, values["vision"], f"{label}.vision")
     llm = build(LlamaConfig, values["llm"], f"{label}.llm")
-    return VLMConfig(**{**values, "vision": vision, "llm": llm})
+    vlora = None if values["vlora"] is None else build(VLoRAConfig, values["vlora"], f"{label}.vlora")
+    return VLMConfig(**{**values, "vision": vision, "llm": llm, "vlora": vlora})
+
+
+def same_method(cfg, asked, label):
+    """The VLoRAConfig of `cfg`, or None; UserError unless it is what is `asked` for, how positions are counted aside."""
+    if (cfg.vlora is None) != (asked is None):
+        held, method = ("no VLoRA", "hyperllava") if cfg.vlora is None else ("a VLoRA", "vlora")
+        raise UserError(f"{label}: holds {held}, whose pictures reach the Llama in another way: say --method {method}")
+    if cfg.vlora is not None:
+        for name, value in dataclasses.asdict(cfg.vlora).items():
+            if name != "tag" and getattr(asked, name) != value:
+                raise UserError(f"{label}: {name} is {value} there, not {getattr(asked, name)}; a trained generator keeps its "
+                                f"form: say --vlora_{name} {value}")
+    return cfg.vlora
 
 
 def with_experts(cfg, experts, label):
     """`cfg` with experts added where it has none; UserError if those that it has are not the ones asked for."""
-    grown = dataclasses.replace(cfg, **experts)
+    grown = dataclasses.replace(cfg, **experts | {"vlora": same_method(cfg, experts.get("vlora"), label)})
     held = ["visual_expert"] if cfg.visual_expert != "none" else []
     held += ["language_expert", "guidance_after"] if cfg.language_expert != "none" else []
-    held += ["expert_embed", "expert_rank"] if held else []
+    held += ["expert_embed", "expert_rank", "weight_source"] if held else []
     for field in held:
         was, asked = getattr(cfg, field), getattr(grown, field)
         if was != asked:
@@ -874,7 +909,8 @@ def load_ours(folder, config, dtype, seed, experts):
 
 # Towers by the name that LLaVA gives to CLIP's folder: one that lies inside a checkpoint comes without its config
 TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig(),
-          "openai/clip-vit-large-patch14": VisionConfig(image_size=224)}
+          "openai/clip-vit-large-patch14": VisionConfig(image_size=224),
+          "clip-vit-large-patch14-336": VisionConfig()}  # in VLoRA's scripts
 
 
 def nested(config, key, path):
@@ -905,14 +941,16 @@ def read_llava(folder, config, path):
     return vision, llm, preprocess, [(folder, llava_rules(vision.depth, llm.tied))]
 
 
-def check_original(config, path):
+def check_original(config, path, projector="mlp2x_gelu"):
     """UserError naming the field by which a config with LLaVA's own fields describes something else than LLaVA-1.5."""
-    demand(config, path, mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-2, mm_vision_select_feature="patch",
+    demand(config, path, mm_projector_type=projector, mm_vision_select_layer=-2, mm_vision_select_feature="patch",
            mm_patch_merge_type="flat", mm_use_im_start_end=False, mm_use_im_patch_token=False)
 
 
 def tower_folder(name, folder, path):
     """The folder of the CLIP that `mm_vision_tower` names: a path as it is, inside `folder` or beside it, or a hub id."""
+    if not isinstance(name, str):
+        raise UserError(f"{path}: mm_vision_tower {name!r}, expected the name of a CLIP")
     for place in ("", folder, os.path.dirname(os.path.realpath(folder))):
         if os.path.isdir(os.path.join(place, name)):
             return os.path.join(place, name)
@@ -922,12 +960,28 @@ def tower_folder(name, folder, path):
         raise UserError(f"{path}: mm_vision_tower: {error}") from None
 
 
+def vlora_config(config, path, vision, llm):
+    """VLoRAConfig of the published checkpoint's config; UserError naming the field that describes another generator.
+
+    Its heads are in the code alone, and so is that the tag counts as a position.
+    """
+    n = numbers(config, path, vlora_dim=512, vlora_depth=8, vlora_rank=64, skip_layers=4)
+    demand(config, path, weights_sep=True, vlora_alpha=n["vlora_rank"], vlora_visual_dim=vision.width,
+           vlora_pos_num=vision.tokens, vlora_llm_dim=llm.width, vlora_llm_depth=llm.depth)
+    try:
+        return VLoRAConfig(config.get("vlora_type", SITES), n["skip_layers"], n["vlora_rank"], n["vlora_dim"], n["vlora_depth"],
+                           tag=True)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def read_original(folder, config, path):
-    """What `read_llava` returns, of a LLaVA in its authors' layout. It says nothing of its tower but the name."""
-    check_original(config, path)
+    """What `read_llava` returns, of a LLaVA or VLoRA in its authors' layout. It says nothing of its tower but the name."""
+    vlora = config["model_type"] == PUBLISHED
+    check_original(config, path, "vlora" if vlora else "mlp2x_gelu")
     name, inside = config["mm_vision_tower"], any(n.startswith(ORIGINAL_TOWER) for n in names_in(folder))
     llm = text_config({**config, "model_type": "llama"}, path)
-    rules, aspect = ORIGINAL_PROJECTOR + llama_rules(llm.tied), aspect_of(config, path)
+    rules, aspect = (vlora_rules() if vlora else ORIGINAL_PROJECTOR) + llama_rules(llm.tied), aspect_of(config, path)
     if inside and name in TOWERS and not os.path.isdir(name):
         vision = TOWERS[name]
         preprocess = preprocessing(folder, vision.image_size, aspect)
@@ -949,12 +1003,13 @@ def load_llava(folder, config, dtype, seed, experts):
     llm = dataclasses.replace(llm, vocab=llm.vocab - added)
     tokenizer = tokenizer_of(folder, llm)
     dtype = dtype or (next(tensors(folder))[1].dtype if sources[1:] else None)  # that of the Llama for a tower apart, too
-    model = filled(VLMConfig(vision, llm, "none", "none"), sources, dtype, seed, experts, path, added)
+    vlora = vlora_config(config, path, vision, llm) if config["model_type"] == PUBLISHED else None
+    model = filled(VLMConfig(vision, llm, "none", "none", vlora=vlora), sources, dtype, seed, experts, path, added)
     return Checkpoint(model, tokenizer, preprocess, config.get("system_prompt", SYSTEM), config)
 
 
 # By "format" in config.json, or the "model_type" of foreign ones; LLaVA's authors say llava in old files, llava_llama in new
-LOADERS = {FORMAT: load_ours, "llava": load_llava, "llava_llama": load_llava}
+LOADERS = {FORMAT: load_ours, "llava": load_llava, "llava_llama": load_llava, PUBLISHED: load_llava}
 
 
 def locate(name):
@@ -981,10 +1036,10 @@ def projector_file(name):
 
 
 def load(name, dtype=None, experts=None, seed=0):
-    """The `Checkpoint` in a folder or under a hub id: ours, or LLaVA-1.5 as its authors or transformers write it.
+    """The `Checkpoint` in a folder or under a hub id: ours, LLaVA-1.5 as its authors or transformers write it, or VLoRA's.
 
     dtype    of all parameters; None: as stored
-    experts  dict of the fields of VLMConfig that choose the experts, to add those that the checkpoint has not
+    experts  dict of the fields of VLMConfig that choose experts and method, to add the experts that the checkpoint has not
     seed     of the experts that are added
     Falls back to `name`.old where a save was killed. Raises UserError: no checkpoint, another format, an unknown key, a
     tensor that is missing, left over or mis-shaped, a frozen part that is not the one it was trained on.
@@ -994,7 +1049,7 @@ def load(name, dtype=None, experts=None, seed=0):
         raise UserError(f"{folder}: a file, expected the folder of a checkpoint")
     config = read_json(os.path.join(folder, "config.json"))
     kind = config.get("format", config.get("model_type"))
-    if kind not in LOADERS:
+    if not isinstance(kind, str) or kind not in LOADERS:
         raise UserError(f"{folder}/config.json: {kind!r} is no format that can be opened, expected {', '.join(LOADERS)}")
     return LOADERS[kind](folder, config, dtype, seed, experts)
 

@@ -41,8 +41,11 @@ PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPE
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 COUNT_WEIGHTS = (1.0, 1.3, 3.0, 6.0, 12.0, 24.0)  # the larger a count, the fewer scenes offer it
 
-SHARES = {"colour": 1.3, "shape": 1.3, "count": 1.0, "exist": 1.2, "spatial": 1.0, "where": 1.3, "compare": 0.8,
-          "read": 0.4}  # of the families in training: a letter is soon learnt, and answers of one bit teach little
+# How often training asks for what. A letter is soon learnt; answers of one bit teach little, and a yes or no to "is A left of
+# B" is learnt late, as it depends on the relation that is asked for and on the one that holds, and on neither alone. So training,
+# and training only, also lets choose: "side" between two relations, "which" between two things.
+SHARES = {"colour": 1.2, "shape": 1.2, "count": 1.1, "exist": 1.1, "spatial": 0.9, "where": 1.2, "compare": 0.7,
+          "read": 0.4, "side": 0.8, "which": 0.6}
 
 CAPTION_REQUESTS = ("Describe the image.", "What is in the picture?", "List everything you can see.",
                     "Give a description of the picture.", "What does the image show?")
@@ -67,6 +70,12 @@ TEMPLATES = {
                 "Would you say that the {first} is {larger} than the {second}?"),
     "read": ("Which letter is written here?", "What letter can you see?", "Read the letter in the picture.",
              "Which letter does the picture show?"),
+    "side": ("Is the {first} {one} the {second} or {other} it?", "Does the {first} lie {one} or {other} the {second}?",
+             "What is true: the {first} is {one} the {second}, or {other} it?",
+             "Would you say that the {first} is {one} or {other} the {second}?"),
+    "which": ("Which is {larger}, the {first} or the {second}?", "Which one looks {larger}: the {first} or the {second}?",
+              "Name the {larger} one of the {first} and the {second}.",
+              "Tell me which is {larger}, the {first} or the {second}."),
 }
 
 ANCHORS = {  # a muted and the pure colour; what is drawn lies somewhere between the two
@@ -451,6 +460,19 @@ def spatial_question(scene, rng, split):
     return pick(rng, TEMPLATES["spatial"]), slots, "yes" if yes else "no"
 
 
+def side_question(scene, rng, split):
+    """Which of two opposite relations holds between two things; both are named, the true one first in half of the cases."""
+    names = {t: name(scene, t) for t in scene.things}
+    pairs = [(a, b) for a in subjects(scene, split) for b in scene.things if a != b and names[a] and names[b]]
+    if not pairs:
+        return None
+    first, second = pick(rng, pairs)
+    relation = pick(rng, relations(first, second))
+    one, other = some(rng, (relation, OPPOSITE[relation]), 2)
+    slots = {"first": names[first], "second": names[second], "one": one, "other": other}
+    return pick(rng, TEMPLATES["side"]), slots, f"{relation} it"
+
+
 def where_question(scene, rng, split):
     """In which cell a thing is: one of PLACES."""
     named = [t for t in subjects(scene, split) if name(scene, t)]
@@ -474,13 +496,28 @@ def compare_question(scene, rng, split):
     return pick(rng, TEMPLATES["compare"]), slots, "yes" if yes else "no"
 
 
+def which_question(scene, rng, split):
+    """Which of two things is the larger or the smaller one; as in compare, neither may need its size as a part of its name."""
+    names = {t: f"{t.colour} {t.shape}" for t in scene.things}
+    plain = {t for t in scene.things if name(scene, t) == names[t]}
+    pairs = [(a, b) for a in subjects(scene, split) for b in scene.things if {a, b} <= plain and a.size != b.size]
+    if not pairs:
+        return None
+    first, second = pick(rng, pairs)
+    larger = rng.random() < 0.5
+    answer = first if (first.size == "large") == larger else second
+    slots = {"first": names[first], "second": names[second], "larger": "larger" if larger else "smaller"}
+    return pick(rng, TEMPLATES["which"]), slots, f"the {names[answer]}"
+
+
 def read_question(scene, rng, split):
     """Which letter is there."""
     return (pick(rng, TEMPLATES["read"]), {}, scene.letter) if scene.letter else None
 
 
 ASK = dict(colour=colour_question, shape=shape_question, count=count_question, exist=exist_question,
-           spatial=spatial_question, where=where_question, compare=compare_question, read=read_question)
+           spatial=spatial_question, where=where_question, compare=compare_question, read=read_question,
+           side=side_question, which=which_question)
 
 
 def ask(scene, family, rng, split="train"):
