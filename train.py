@@ -362,6 +362,12 @@ class Signals:
 # ---- Data order: f(seed, epoch, step) and nothing else
 
 
+def deaf(worker):
+    """Let a process that prepares batches ignore signals: terminals and torchrun send them to all, and it is needed to the end."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Feed(Dataset):
     """The micro-batches of this rank, in order: item k is micro-batch k % accumulation of step k // accumulation.
 
@@ -682,7 +688,7 @@ def train(job, o, mesh):
     feed = Feed(job, o)
     loader = iter(DataLoader(feed, batch_size=None, sampler=range(start * feed.accumulation, len(feed)),
                              num_workers=o.workers, multiprocessing_context="fork" if o.workers else None,
-                             worker_init_fn=lambda n: signal.signal(signal.SIGINT, signal.SIG_IGN)))  # Ctrl-C reaches them too
+                             worker_init_fn=deaf))
     first = began = time.perf_counter()
     with open(log_path, "a") if rank == 0 else contextlib.nullcontext() as log, \
             tqdm(range(start, o.steps), f"stage {o.stage}", initial=start, total=o.steps, disable=rank > 0,
