@@ -789,8 +789,8 @@ class Options:
     guidance_pool: Literal["instruction", "prompt"] = "instruction"  # what guidance is averaged over
 
     def __post_init__(self):
-        if self.context < 1 or self.image_tokens < 1:
-            raise UserError(f"--context {self.context} --image_tokens {self.image_tokens}: expected at least 1")
+        if self.context < 1 or self.image_tokens < 0:
+            raise UserError(f"--context {self.context} --image_tokens {self.image_tokens}: expected at least 1, and at least 0")
         if re.search("[\ud800-\udfff]", self.system):
             raise UserError("--system is no valid Unicode")
 
