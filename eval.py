@@ -20,8 +20,9 @@ import weights
 import world
 from cli import main, parse
 from data import collate, encode_prompt, load_records, open_image, pixels
-from hypernet import Expert, HyperNetwork, LoRA, MatrixExpert, MatrixNetwork
+from hypernet import Expert, HyperNetwork
 from model import generate
+from sources import LoRA, MatrixExpert, MatrixNetwork
 from vlora import Generator, PerceptualWeights
 
 BATCH = 128  # questions answered at once

@@ -3,7 +3,7 @@
 A product of m x k and k x n is 2 m k n; all else (norms, softmax, sums) is left out, as by torch's FlopCounterMode.
 Letters are explained at the top of model.py.
 """
-from hypernet import GUIDED
+from sources import GUIDED
 
 
 def paper_flops(text=32, visual=576, width=4096, depth=32, changed=8, rank=64):

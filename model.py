@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from cli import UserError
-from hypernet import GUIDED, expert_of, linear_of, network_of, pool
+from hypernet import pool
 from projector import Projector
+from sources import GUIDED, expert_of, linear_of, network_of
 from vlora import PerceptualWeights, VLoRAConfig, branch, skip_tag
 
 IMAGE = -200  # the id that stands for one image token (LLaVA's IMAGE_TOKEN_INDEX); it is in no vocabulary
@@ -68,7 +69,7 @@ class VLMConfig:
     guidance_after: int | None = None  # blocks that run before guidance is taken; None: half of them, or 0 when block 0 has an expert
     expert_embed: int = 64             # E
     expert_rank: int = 16              # R
-    weight_source: Literal["hyper", "static", "latent", "mlp", "lora"] = "hyper"  # of the experts' weights, see hypernet.py
+    weight_source: Literal["hyper", "static", "latent", "mlp", "lora"] = "hyper"  # of the experts' weights, see sources.py
     vlora: VLoRAConfig | None = None   # not None: VLoRA, whose pictures become weights instead of tokens
 
     def __post_init__(self):

@@ -10,14 +10,14 @@ L1 includes the GELU (the paper is silent), so an expert shifts what the next la
 import torch.nn.functional as F
 from torch import nn
 
-from hypernet import expert_of, network_of
+from sources import expert_of, network_of
 
 
 class VisualExpert(nn.Module):
     """E_V of Eq. 6: an expert guided by the mean of the picture's own features, one set of weights per picture.
 
     x        float[M, N, inputs]
-    source   of the weights: hyper, or what the paper compares it with, see hypernet.py
+    source   of the weights: hyper, or what the paper compares it with, see sources.py
     returns  float[M, N, outputs]
     """
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-import torch.distributed as dist
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -579,15 +578,6 @@ def test_export_writes_what_transformers_opens_and_overwrites_nothing(small, tmp
 
 
 # ---- Straight to stage 2
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    if dist.is_initialized():
-        yield train.init_device_mesh("cpu", (1,))
-        return
-    yield train.start_world("cpu")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

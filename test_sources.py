@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import eval
@@ -16,8 +15,9 @@ import weights
 from cli import UserError
 from data import Preprocess
 from flops import flops
-from hypernet import Expert, HyperNetwork, Latent, LoRA, LoRALinear, MatrixExpert, MatrixNetwork
+from hypernet import Expert, HyperNetwork
 from model import VLM, VLMConfig, generate
+from sources import Latent, LoRA, LoRALinear, MatrixExpert, MatrixNetwork
 from test_model import (LLAMA, TOKENIZER, VISION, batch_of, by_steps, close, config, conversations, logits_of, pictures, prompts,
                         static, whole_batch)
 from test_sample import noise
@@ -362,15 +362,6 @@ def test_a_checkpoint_keeps_the_source_of_its_weights(source, tmp_path):
     weights.save(str(tmp_path / "x"), model.cfg, broken, TOKENIZER, Preprocess(28), "", 2, {}, {})
     with pytest.raises(UserError, match="no tensor for llm.layers.3"):
         weights.load(str(tmp_path / "x"))
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    if dist.is_initialized():
-        yield train.init_device_mesh("cpu", (1,))
-        return
-    yield train.start_world("cpu")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

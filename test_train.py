@@ -36,11 +36,6 @@ def short_answers(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def mesh():
-    return train.start_world("cpu")
-
-
-@pytest.fixture(scope="session")
 def run(tmp_path_factory, mesh):
     """A folder with a tiny world and stages 0 and 1, hardly trained."""
     out = str(tmp_path_factory.mktemp("toy"))
@@ -728,7 +723,7 @@ def test_two_ranks_end_together(run, tmp_path):
     assert record["image"] in text and time.time() - began < 170
 
     out = tmp_path / "stopped"
-    process = launch(2, *words_of(stage_2(run, out, steps=500, pictures=40)))
+    process = launch(2, *words_of(stage_2(run, out, steps=500, pictures=40, workers=1)))  # the worker gets the signal, too
     log = out / "stage2" / "log.jsonl"
     while process.poll() is None and not (os.path.exists(log) and len(open(log).readlines()) > 2):
         time.sleep(0.05)

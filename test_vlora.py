@@ -12,7 +12,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -952,15 +951,6 @@ def test_another_vlora_than_ours_is_refused_by_the_name_of_the_field(tmp_path, f
 
 
 # ---- Training
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    if dist.is_initialized():
-        yield train.init_device_mesh("cpu", (1,))
-        return
-    yield train.start_world("cpu")
-    dist.destroy_process_group()
 
 
 FLAGS = {"vlora_every": 2, "vlora_rank": 3, "vlora_embed": 32, "vlora_depth": 2, "vlora_heads": 4}

@@ -45,9 +45,10 @@ from cli import UserError, main, parse
 from data import (IGNORE, MULTIPLE, SYSTEM, TAG, Conversations, Layout, Order, collate, conversation, encode, encode_prompt,
                   open_image, padding, pixels, train_tokenizer)
 from flops import flops, tuning
-from hypernet import GUIDED, HyperNetwork, MatrixNetwork
+from hypernet import HyperNetwork
 from model import Attention, Block, Cache, CLIP, generate, VisionAttention, VisionBlock
 from muon import Muon
+from sources import GUIDED, MatrixNetwork
 from vlora import Generator, VLoRAConfig
 
 # The options that are fields of VLMConfig
@@ -359,13 +360,13 @@ class Signals:
             signal.signal(number, handler)
 
 
-# ---- Data order: f(seed, epoch, step) and nothing else
-
-
 def deaf(worker):
     """Let a process that prepares batches ignore signals: terminals and torchrun send them to all, and it is needed to the end."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+# ---- Data order: f(seed, epoch, step) and nothing else
 
 
 class Feed(Dataset):
@@ -638,7 +639,7 @@ def row_of(done, step, seconds, waited, average, o):
             "eta_s": average * (o.steps - step - 1)}
 
 
-def whole(model, prefixes, dtype):
+def tensors_of(model, prefixes, dtype):
     """{name: plain CPU tensor in `dtype`} of the parameters that start with one of `prefixes`, on rank 0; {} on the others.
 
     One at a time: together, in fp32, they may be more than a machine holds beside the rest of the state.
@@ -719,7 +720,7 @@ def train(job, o, mesh):
                 keep_state(states, step + 1, model, opts, o, done.stop, bar)
     if skipped and rank == 0:
         print(f"{skipped} times a picture could not be read and the next record took its place", file=sys.stderr)
-    tensors = whole(model, job.keeps, getattr(torch, o.dtype))
+    tensors = tensors_of(model, job.keeps, getattr(torch, o.dtype))
     agreed(lambda: job.finish(tensors) if rank == 0 else None)
     if rank == 0:
         shutil.rmtree(states, ignore_errors=True)

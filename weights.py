@@ -837,12 +837,8 @@ def build(kind, values, label):
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-LATER = {"vlora": None, "weight_source": "hyper"}  # fields of VLMConfig that the first checkpoints lack, and what that means
-
-
 def build_config(values, label):
     """VLMConfig of its nested dict."""
-    values = LATER | values if isinstance(values, dict) else values
     expect_keys(values, {f.name for f in dataclasses.fields(VLMConfig)}, label)
     vision = build(VisionConfig, values["vision"], f"{label}.vision")
     llm = build(LlamaConfig, values["llm"], f"{label}.llm")

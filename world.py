@@ -380,6 +380,17 @@ def subjects(scene, split):
     return [t for t in scene.things if split != "combination" or t.held_out]
 
 
+def named_pairs(scene, split):
+    """The pairs of different things with a unique name each, of which the first may be a question's subject."""
+    return [(a, b) for a in subjects(scene, split) for b in scene.things if a != b and name(scene, a) and name(scene, b)]
+
+
+def sized_pairs(scene, split):
+    """Those of named_pairs that differ in size, which is a part of neither's name."""
+    return [(a, b) for a, b in named_pairs(scene, split) if a.size != b.size and not (
+        a.size in name(scene, a) or b.size in name(scene, b))]
+
+
 def attribute_question(scene, rng, split, asked, given):
     """Ask for the attribute `asked` of a thing known by its place, or by `given` if that is unique."""
     values = [getattr(t, given) for t in scene.things]
@@ -449,27 +460,25 @@ def relations(first, second):
 
 def spatial_question(scene, rng, split):
     """Is one thing left of, right of, above or below another; the false relation is the opposite of the true."""
-    names = {t: name(scene, t) for t in scene.things}
-    pairs = [(a, b) for a in subjects(scene, split) for b in scene.things if a != b and names[a] and names[b]]
+    pairs = named_pairs(scene, split)
     if not pairs:
         return None
     first, second = pick(rng, pairs)
     relation = pick(rng, relations(first, second))  # never empty: no two things share a cell
     yes = rng.random() < 0.5
-    slots = {"first": names[first], "second": names[second], "relation": relation if yes else OPPOSITE[relation]}
+    slots = {"first": name(scene, first), "second": name(scene, second), "relation": relation if yes else OPPOSITE[relation]}
     return pick(rng, TEMPLATES["spatial"]), slots, "yes" if yes else "no"
 
 
 def side_question(scene, rng, split):
     """Which of two opposite relations holds between two things; both are named, the true one first in half of the cases."""
-    names = {t: name(scene, t) for t in scene.things}
-    pairs = [(a, b) for a in subjects(scene, split) for b in scene.things if a != b and names[a] and names[b]]
+    pairs = named_pairs(scene, split)
     if not pairs:
         return None
     first, second = pick(rng, pairs)
     relation = pick(rng, relations(first, second))
     one, other = some(rng, (relation, OPPOSITE[relation]), 2)
-    slots = {"first": names[first], "second": names[second], "one": one, "other": other}
+    slots = {"first": name(scene, first), "second": name(scene, second), "one": one, "other": other}
     return pick(rng, TEMPLATES["side"]), slots, f"{relation} it"
 
 
@@ -484,30 +493,26 @@ def where_question(scene, rng, split):
 
 def compare_question(scene, rng, split):
     """Is one thing larger or smaller than another; neither may need its size as a part of its name."""
-    names = {t: f"{t.colour} {t.shape}" for t in scene.things}
-    plain = {t for t in scene.things if name(scene, t) == names[t]}
-    pairs = [(a, b) for a in subjects(scene, split) for b in scene.things if {a, b} <= plain and a.size != b.size]
+    pairs = sized_pairs(scene, split)
     if not pairs:
         return None
     first, second = pick(rng, pairs)
     yes = rng.random() < 0.5
-    slots = {"first": names[first], "second": names[second],
+    slots = {"first": name(scene, first), "second": name(scene, second),
              "larger": "larger" if (first.size == "large") == yes else "smaller"}
     return pick(rng, TEMPLATES["compare"]), slots, "yes" if yes else "no"
 
 
 def which_question(scene, rng, split):
     """Which of two things is the larger or the smaller one; as in compare, neither may need its size as a part of its name."""
-    names = {t: f"{t.colour} {t.shape}" for t in scene.things}
-    plain = {t for t in scene.things if name(scene, t) == names[t]}
-    pairs = [(a, b) for a in subjects(scene, split) for b in scene.things if {a, b} <= plain and a.size != b.size]
+    pairs = sized_pairs(scene, split)
     if not pairs:
         return None
     first, second = pick(rng, pairs)
     larger = rng.random() < 0.5
     answer = first if (first.size == "large") == larger else second
-    slots = {"first": names[first], "second": names[second], "larger": "larger" if larger else "smaller"}
-    return pick(rng, TEMPLATES["which"]), slots, f"the {names[answer]}"
+    slots = {"first": name(scene, first), "second": name(scene, second), "larger": "larger" if larger else "smaller"}
+    return pick(rng, TEMPLATES["which"]), slots, f"the {name(scene, answer)}"
 
 
 def read_question(scene, rng, split):
