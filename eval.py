@@ -127,7 +127,7 @@ def exact(questions, answers):
     right = collections.defaultdict(list)
     for q, a in zip(questions, answers):
         right[q.family].append(a == q.answer)
-    families = {f: sum(right[f]) / len(right[f]) for f in world.FAMILIES if right[f]}
+    families = {f: sum(right[f]) / len(right[f]) for f in dict.fromkeys((*world.FAMILIES, *right)) if right[f]}
     return {"n": len(questions), "mean": sum(families.values()) / len(families), "families": families}
 
 

@@ -8,6 +8,7 @@ import tokenize
 
 import pytest
 
+import ablate
 import bench
 import data
 import eval
@@ -19,7 +20,8 @@ import weights
 HERE = os.path.dirname(os.path.abspath(__file__))
 README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
 PROGRAMS = {"train.py": train, "sample.py": sample, "data.py": data, "eval.py": eval, "outsider.py": outsider,
-            "weights.py": weights, "bench.py": bench}
+            "weights.py": weights, "bench.py": bench,
+            "ablate.py": ablate}
 
 
 def code_lines(path):

@@ -478,7 +478,7 @@ def test_muon_makes_the_update_of_each_matrix_orthogonal():
 
 
 def call(program, *words, **more):
-    return subprocess.run([sys.executable, os.path.join(HERE, program), *map(str, words)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, os.path.join(HERE, program), *map(str, words)], capture_output=True, text=True, timeout=500,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
 
 
@@ -574,12 +574,13 @@ def test_compile_without_a_compiler_is_one_clear_line(run, mesh, tmp_path, monke
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_train_as_plain_ones(run, mesh, tmp_path):
+def test_compiled_blocks_train_as_plain_ones(run, mesh, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes forked from this one and its threads
     rows = []
-    for name, more in (("plain", {}), ("compiled", {"compile": True}), ("again", {"compile": True, "checkpointing": "full"})):
+    for name, more in (("plain", {}), ("compiled", {"compile": True, "checkpointing": "full"})):
         train.run_stage(stage_2(run, tmp_path / name, steps=3, cache_features=False, val_every=1, **more), 2, mesh)
         rows.append([(row["loss"], row["grad_norm"], row["held_out"]) for row in log_of(tmp_path / name, 2)])
-    assert np.allclose(rows[0], rows[1], rtol=1e-4) and np.allclose(rows[0], rows[2], rtol=1e-4)
+    assert np.allclose(rows[0], rows[1], rtol=1e-4)
     assert rows[0] != rows[1]  # other kernels did it
 
 
@@ -610,7 +611,7 @@ def test_two_ranks_take_the_same_steps_as_one(run, tmp_path):
         os.makedirs(out)
         os.symlink(f"{run}/stage0", out / "stage0")
         process = launch(ranks, *words, "--out", out)
-        text = process.communicate()[1]
+        text = process.communicate(timeout=300)[1]
         assert process.returncode == 0, text[-2000:]
         losses.append([(r["loss"], r["grad_norm"]) for r in log_of(out, 1)])
     assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4)

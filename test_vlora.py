@@ -1139,7 +1139,7 @@ def test_two_ranks_take_the_same_steps_of_vlora_as_one(given, aligned, tmp_path)
         words = ["--stage", "2"] + [w for k, v in options.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port",
                                "29517", os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), *words],
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                              capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (torch.tensor(losses(tmp_path / str(ranks))) for ranks in (1, 2))
     assert torch.allclose(one, two, rtol=1e-4)
@@ -1148,7 +1148,7 @@ def test_two_ranks_take_the_same_steps_of_vlora_as_one(given, aligned, tmp_path)
 @pytest.mark.slow
 def test_the_toy_runs_with_vlora_from_nothing_to_scores(tmp_path):
     here = os.path.dirname(os.path.abspath(__file__))
-    call = lambda *words: subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=here,
+    call = lambda *words: subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=here, timeout=500,
                                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     words = ("--method", "vlora", "--pictures", 40, "--steps", 3, "--batch_size", 8, "--allow_random_llm")
     done = call("train.py", *words, "--out", tmp_path / "a")

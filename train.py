@@ -1076,6 +1076,11 @@ def run_stage(given, stage, mesh):
     train(job, o, mesh)
 
 
+def toy_world(out, pictures):
+    """Write the toy's world into OUT/world, unless it is there."""
+    world.write_world(os.path.join(out, "world"), pictures, side=toy.VISION.image_size, texts=pictures, test_pictures=min(250, pictures))
+
+
 def check(given):
     """UserError for what can be seen to be wrong before any work."""
     o = Options(**given)
@@ -1099,9 +1104,7 @@ def run():
     mesh = start_world(pick_device(o), o.replicate)
     agreed(lambda: check(given))
     if o.preset == "toy":
-        agreed(lambda: dist.get_rank() or world.write_world(
-            os.path.join(o.out, "world"), o.pictures, side=toy.VISION.image_size, texts=o.pictures,
-            test_pictures=min(250, o.pictures)))
+        agreed(lambda: dist.get_rank() or toy_world(o.out, o.pictures))
     stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
     needed = [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage])
     for stage, part in [(stage, part) for stage in needed for part in parts_of(o, stage)]:

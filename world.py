@@ -39,7 +39,7 @@ PREPOSITIONS = {"left": "on the left", "right": "on the right", "centre": "in th
 AT = tuple(PREPOSITIONS.get(place, f"at the {place}") for place in PLACES)
 PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-COUNT_WEIGHTS = (1.0, 1.3, 3.0, 6.0, 12.0, 24.0)  # the larger a count, the fewer scenes offer it
+COUNT_WEIGHTS = (1.0, 1.3, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0)  # the larger a count, the fewer scenes offer it
 
 # How often training asks for what. A letter is soon learnt; answers of one bit teach little, and a yes or no to "is A left of
 # B" is learnt late, as it depends on the relation that is asked for and on the one that holds, and on neither alone. So training,
@@ -77,6 +77,10 @@ TEMPLATES = {
               "Name the {larger} one of the {first} and the {second}.",
               "Tell me which is {larger}, the {first} or the {second}."),
 }
+
+SHIFTS = ("Which letter is {steps} after the one in the picture?", "What letter comes {steps} places after the one you see?",
+          "Read the letter and go {steps} on.", "Which letter do you get {steps} after the letter shown?")  # for ablate.py alone
+STEPS = tuple(range(6))
 
 ANCHORS = {  # a muted and the pure colour; what is drawn lies somewhere between the two
     "red": ((205, 50, 45), (255, 0, 0)), "orange": ((240, 130, 40), (255, 165, 0)),
@@ -175,10 +179,10 @@ def palette(rng, split):
     return [p for p in pairs if p not in HELD_OUT], [p for p in pairs if p in HELD_OUT]
 
 
-def propose(rng, split):
-    """A random scene, which need not hash to `split`."""
+def propose(rng, split, fewest=2, most=5):
+    """A random scene of so many things, which need not hash to `split`."""
     ordinary, held = palette(rng, split)
-    count = int(rng.integers(2, 6))
+    count = int(rng.integers(fewest, most + 1))
     cells = rng.permutation(9)[:count + 1].tolist()
     special = count // 2 if split == "combination" else 0
     pairs = [pick(rng, held if i < special else ordinary) for i in range(count)]
@@ -188,15 +192,16 @@ def propose(rng, split):
     return Scene(things, letter, cells[-1] if letter else None, int(rng.integers(2 ** 31)))
 
 
-def sample_scene(rng, split):
+def sample_scene(rng, split, **things):
     """A random scene of `split`; in `combination` half of its things are held-out pairs and one has a unique name.
 
+    things  `fewest` and `most`, where there are to be others than training shows
     Raises ValueError on an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     while True:
-        scene = propose(rng, split)
+        scene = propose(rng, split, **things)
         if split_of(scene) != split:
             continue
         if split != "combination" or any(t.held_out and name(scene, t) for t in scene.things):
@@ -266,6 +271,14 @@ def ground(rng, colour, width, height):
     return Image.fromarray((ramp[:, :, None] + colour).clip(0, 255).astype(np.uint8))
 
 
+def checks(rng, colour, width, height):
+    """A ground that no training picture has: a checkerboard of two tones, its squares a twelfth to a fifth of the width."""
+    size, strength = width * rng.uniform(1 / 12, 1 / 5), rng.uniform(15, 30)
+    x, y = np.arange(width) // size, np.arange(height) // size
+    sign = 2 * ((x[None, :] + y[:, None]) % 2) - 1
+    return Image.fromarray((strength * sign[:, :, None] + colour).clip(0, 255).astype(np.uint8))
+
+
 def centre_of(rng, cell, extent, width, height):
     """A jittered centre for something `extent` wide: it stays within its cell, its centre well within."""
     centre = []
@@ -308,7 +321,7 @@ def draw_letter(pen, rng, letter, cell, light, width, height):
     pen.text((x, y + capital / 2), letter, ink, font, anchor="ms", stroke_width=bold)
 
 
-def draw(scene, rng, side=56):
+def draw(scene, rng, side=56, ground=ground):
     """A picture of `scene`, PIL RGB, its longer side `side` pixels; everything about its look comes from `rng`."""
     width, height = frame(rng, side)
     paints = paint(rng, [t.colour for t in scene.things])
@@ -590,9 +603,9 @@ def training_turns(scene, rng, caption_share):
     return questions
 
 
-def save_picture(folder, image, scene, side):
+def save_picture(folder, image, scene, side, ground=ground):
     """Draw `scene` by its own seed into folder/images/`image`."""
-    picture = draw(scene, np.random.default_rng(scene.seed), side)
+    picture = draw(scene, np.random.default_rng(scene.seed), side, ground)
     picture.save(folder / "images" / image, compress_level=1)
 
 
@@ -625,21 +638,57 @@ def write_texts(folder, file, rng, split, texts, seen):
     write_json(folder / file, rows)
 
 
-def write_test(folder, rng, split, pictures, side):
+def question_record(id, image, question):
+    """One question as a record of one turn with, beyond LLaVA's keys, "family" and "template"."""
+    return {**record(f"{id}_{question.family}", image, pairs_of([question])), "family": question.family, "template": question.template}
+
+
+def write_test(folder, rng, split, pictures, side, name=None, ground=ground, **things):
     """Write the pictures of a test split and SPLIT.json: each family that applies asked once of each, and a caption.
 
-    Its records have one turn and, beyond LLaVA's keys, "family" and "template". SPLIT_captions.json has the captions alone.
+    SPLIT_captions.json has the captions alone. A split that differs from `split` in its ground or number of things has a `name`.
     """
-    rows = []
+    rows, name = [], name or split
     for i in range(pictures):
-        scene, image = sample_scene(rng, split), f"{split}_{i:06d}.png"
-        save_picture(folder, image, scene, side)
-        for question in [ask(scene, family, rng, split) for family in FAMILIES] + [ask_caption(scene, rng)]:
-            if question is not None:
-                row = record(f"{split}_{i:06d}_{question.family}", image, pairs_of([question]))
-                rows.append({**row, "family": question.family, "template": question.template})
-    write_json(folder / f"{split}.json", rows)
-    write_json(folder / f"{split}_captions.json", [row for row in rows if row["family"] == "caption"])
+        scene, id = sample_scene(rng, split, **things), f"{name}_{i:06d}"
+        save_picture(folder, f"{id}.png", scene, side, ground)
+        questions = [ask(scene, family, rng, split) for family in FAMILIES] + [ask_caption(scene, rng)]
+        rows += [question_record(id, f"{id}.png", question) for question in questions if question is not None]
+    write_json(folder / f"{name}.json", rows)
+    write_json(folder / f"{name}_captions.json", [row for row in rows if row["family"] == "caption"])
+
+
+def write_unseen(folder, seed=0, side=56, pictures=100):
+    """Beside a world, write two further test splits: `grounds`, on a checkerboard, and `numbers`, of six or seven things."""
+    folder = pathlib.Path(folder)
+    write_test(folder, np.random.default_rng([seed, 5]), "heldout", pictures, side, "grounds", checks)
+    write_test(folder, np.random.default_rng([seed, 6]), "heldout", pictures, side, "numbers", fewest=6, most=7)
+
+
+def shift_question(letter, steps, rng):
+    """Which letter comes so many places after `letter` in LETTERS, the first again after the last: the question names the map."""
+    template = pick(rng, SHIFTS)
+    answer = LETTERS[(LETTERS.index(letter) + steps) % len(LETTERS)]
+    return Question("shift", template, template.format(steps=steps), answer)
+
+
+def write_dialect(folder, seed=0):
+    """Beside a world, write dialect.json and heldout_dialect.json: its pictures with a letter, each of STEPS asked for.
+
+    One conversation a training picture; single questions, as in all test splits, a held-out one.
+    """
+    folder, rng = pathlib.Path(folder), np.random.default_rng([seed, 7])
+    for file, name in (("captions.json", "dialect.json"), ("heldout_captions.json", "heldout_dialect.json")):
+        rows = []
+        for row in json.loads((folder / file).read_text()):
+            found = re.search("the letter ([A-Z])", row["conversations"][1]["value"])
+            if found is None:
+                continue
+            questions = [shift_question(found[1], steps, rng) for steps in some(rng, STEPS, len(STEPS))]
+            id = f"{pathlib.Path(row['image']).stem}_dialect"
+            rows += [record(id, row["image"], pairs_of(questions))] if name == "dialect.json" else [
+                question_record(f"{id}_{i}", row["image"], question) for i, question in enumerate(questions)]
+        write_json(folder / name, rows)
 
 
 def write_world(folder, pictures=16000, seed=0, side=56, texts=16000, test_pictures=250):

@@ -1,0 +1,510 @@
+"""The papers' tables in miniature: `python ablate.py --table 2` trains the rows of a table on the toy and compares them.
+
+A row is a few options of train.py. All rows start from one pair of stand-ins, and rows with the same projector from one stage 1;
+stage 2 is then run with several seeds, each by train.py in a process of its own, --jobs of them at a time. What is done stays in
+OUT and serves all tables: a call that was stopped, repeated, goes on where it was.
+
+Each table ends with our scores beside the paper's, what each row costs, OUT/table_N.json and OUT/table_N.png.
+"""
+import collections
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+import toy
+import train
+import weights
+import world
+from cli import UserError, main, parse
+from data import collate, encode_prompt
+from eval import Answerer, exact, questions_of
+from flops import expert, flops
+from model import Cache, stream
+from sources import GUIDED
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t of so many seeds, two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: its name and figures in the paper, and the options of train.py that make it."""
+    name: str
+    options: dict = field(default_factory=dict)
+    paper: tuple = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """`reference` counts the row that the others are compared with; `data` is what stage 2 learns, of the toy world's files."""
+    title: str
+    rows: tuple
+    reference: int = -1
+    columns: tuple = ("GQA", "SQA-I", "VQA-T", "POPE", "MME")  # of the paper
+    data: str = "instruct"
+    splits: tuple = ("heldout", "combination", "grounds", "numbers")
+    axis: str | None = None  # a figure: what its rows' names count
+
+
+PLAIN = {"visual_expert": "none", "language_expert": "none"}
+ALONE = {"visual_expert": "none", "tune": "peft"}  # Table 6: the language side alone, beside a frozen Llama
+VLORA = ("MMB", "MME", "SQA", "Hallu", "MMMU", "CCB")
+
+
+def vlora(**options):
+    return {"method": "vlora", **options}
+
+
+TABLES = {
+    "2": Table("where the visual expert sits", (
+        Row("w/o E_V", {"visual_expert": "none"}, (62.5, 70.4, 58.1, 85.9, 1486.0)),
+        Row("E_V2", {"visual_expert": "2"}, (62.0, 69.8, 58.0, 86.4, 1442.6)),
+        Row("E_V1 & E_V2", {"visual_expert": "both"}, (60.1, 69.5, 54.4, 86.1, 1449.8)),
+        Row("E_V1", {}, (62.7, 70.4, 58.5, 86.3, 1481.2)))),
+    "3": Table("which blocks have a language expert", (
+        Row("w/o E_L", {"language_expert": "none"}, (61.9, 70.7, 57.5, 85.6, 1492.0)),
+        Row("anterior half", {"language_expert": "anterior"}, (62.5, 69.4, 58.5, 85.9, 1481.4)),
+        Row("all", {"language_expert": "all"}, (62.7, 69.5, 58.6, 86.0, 1460.3)),
+        Row("posterior half", {}, (62.7, 70.4, 58.5, 86.3, 1481.2)))),
+    "5": Table("where the experts' weights come from", (
+        Row("Adapter", {"weight_source": "static"}, (57.7, 69.4, 53.5, 83.5, 1371.8)),
+        Row("Hypernetwork+MLP", {"weight_source": "mlp"}, (60.2, 68.8, 52.9, 84.6, 1460.7)),
+        Row("Hypernetwork+Adapter", {"weight_source": "latent"}, (62.1, 69.9, 57.0, 85.4, 1494.4)),
+        Row("ours", {}, (62.7, 70.4, 58.5, 86.3, 1481.2)))),
+    "6": Table("tuning with a frozen Llama", (
+        Row("LoRA", ALONE | {"weight_source": "lora"}, (63.0, 68.4, 58.2, 86.4, 1496.9)),
+        Row("Adapter", ALONE | {"weight_source": "static"}, (42.6, 61.2, 41.0, 81.2, 874.4)),
+        Row("Hypernetwork+Adapter", ALONE | {"weight_source": "latent"}, (49.0, 63.6, 48.3, 84.6, 1140.0)),
+        Row("Language Expert", ALONE, (62.5, 70.4, 58.1, 85.9, 1486.0)))),
+    "experts": Table("one expert, both, or as many static parameters", (
+        Row("LLaVA", PLAIN), Row("E_V", {"language_expert": "none"}), Row("E_L", {"visual_expert": "none"}), Row("both", {}),
+        Row("both static, of equal parameters", {"weight_source": "static", "expert_rank": 185})), reference=0, columns=()),
+    "vlora": Table("pictures as tokens or as weights", (
+        Row("LLaVA", PLAIN, (64.3, 1510.7, 66.8, 27.6, 35.7, 27.5)),
+        Row("VLoRA", vlora(), (63.4, 1311.3, 66.4, 26.4, 36.0, 28.6))), reference=0, columns=VLORA),
+    "dialect": Table("a map that the question names", (
+        Row("Adapter", ALONE | {"weight_source": "static"}),
+        Row("Adapter, equal parameters", ALONE | {"weight_source": "static", "expert_rank": 150}),
+        Row("LoRA in the same blocks, equal parameters", ALONE | {"weight_source": "lora", "expert_rank": 24}),
+        Row("LoRA in all blocks, equal parameters", ALONE | {"weight_source": "lora", "expert_rank": 12, "language_expert": "all"}),
+        Row("generated, guided by the whole prompt", ALONE | {"guidance_pool": "prompt"}),
+        Row("generated", ALONE)), columns=(), data="dialect", splits=("heldout_dialect",)),
+    "fig3": Table("the block after which guidance is taken", tuple(
+        Row(str(k), {"guidance_after": k} if k != 2 else {}) for k in (1, 2, 3)), columns=(), axis="blocks before guidance"),
+    "fig4": Table("the width of the embedding (rank 16), the rank (embedding 16)", tuple(
+        [Row(f"E={e}", {"expert_embed": e} if e != 16 else {}) for e in (4, 8, 16, 32, 64)]
+        + [Row(f"R={r}", {"expert_rank": r} if r != 16 else {}) for r in (2, 4, 8, 16, 32)]), columns=(), axis="width"),
+    "vlora3": Table("VLoRA: which weights a picture changes", (
+        Row("qkvom", vlora(), (63.4, 1311.3, 66.4, 26.4, 36.0, 28.6)),
+        Row("qkvm", vlora(vlora_sites="qkvm"), (59.6, 1227.5, 64.6, 23.4, 34.7, 24.9)),
+        Row("qkv", vlora(vlora_sites="qkv"), (59.4, 1267.9, 65.8, 23.2, 33.9, 28.8)),
+        Row("qko", vlora(vlora_sites="qko"), (57.2, 1240.5, 64.0, 23.4, 34.6, 24.9)),
+        Row("qk", vlora(vlora_sites="qk"), (53.3, 1169.8, 65.0, 23.5, 36.7, 21.8))), reference=0, columns=VLORA),
+    "vlora4": Table("VLoRA: the rank (of 4096 there, of 192 here)", (
+        Row("16 / 4", vlora(vlora_rank=4), (59.4, 1212.7, 67.1, 22.9, 39.3, 24.5)),
+        Row("32 / 8", vlora(vlora_rank=8), (60.7, 1235.6, 67.2, 23.5, 36.0, 25.3)),
+        Row("64 / 16", vlora(), (63.4, 1311.3, 66.4, 26.4, 36.0, 28.6)),
+        Row("128 / 32", vlora(vlora_rank=32), (61.0, 1228.4, 68.0, 23.8, 33.4, 26.7))), reference=2, columns=VLORA),
+    "vlora5": Table("VLoRA: the generators' blocks (there / here)", (
+        Row("4 / 1", vlora(vlora_depth=1), (60.7, 1289.3, 63.9, 24.4, 32.0, 26.7)),
+        Row("8 / 2", vlora(), (63.4, 1311.3, 66.4, 26.4, 36.0, 28.6)),
+        Row("12 / 3", vlora(vlora_depth=3), (61.3, 1289.3, 67.1, 25.5, 34.7, 30.2))), reference=1, columns=VLORA),
+}
+
+
+@dataclass
+class Options:
+    """Train the rows of a table of the papers on the toy, with several seeds, and compare them."""
+    table: Literal[(*TABLES, "embeddings")] = "2"  # of HyperLLaVA: 2, 3, 5, 6, fig3, fig4; of VLoRA: vlora (its Table 2), vlora3 to vlora5
+    base: str = "out/toy"      # run of train.py whose world and stage 0 all rows share; what is missing is made
+    out: str = "out/ablate"    # folder of the rows, the tables and the plots
+    seeds: int = 3             # of stage 2: new weights and the order of the data
+    steps: int = 250           # of stage 2
+    align: int = 300           # steps of stage 1
+    pictures: int = 16000      # of the base's world
+    jobs: int = os.cpu_count() or 1  # rows trained at a time, on the processor's cores in equal shares
+    allow_random_llm: bool = False  # as in train.py, to rehearse
+    score: str | None = None   # score this row's folder and end: how the program calls itself
+
+    def __post_init__(self):
+        for name in ("seeds", "steps", "align", "pictures", "jobs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: expected more than 0")
+
+
+# ---- Training the rows
+
+
+def name_of(options):
+    return ",".join(f"{k}={v}" for k, v in sorted(options.items())) or "ours"
+
+
+def aligned(options):
+    """Those of a row's options that stage 1 knows: rows that agree in them share it."""
+    if options.get("method") == "vlora":
+        return {k: v for k, v in options.items() if k.startswith(("method", "vlora"))}
+    if options.get("visual_expert") == "none":
+        return {"visual_expert": "none"}
+    return {k: v for k, v in options.items() if k in ("visual_expert", "weight_source", "expert_embed", "expert_rank")}
+
+
+class Jobs:
+    """Programs that run in processes of their own, each with its share of the cores; `stop` ends those that do."""
+
+    def __init__(self, o):
+        self.threads, self.running, self.lock = max(1, (os.cpu_count() or 1) // o.jobs), set(), threading.Lock()
+        self.stopped = False
+
+    def run(self, folder, program, *words):
+        """Run a program of this repository with its output in folder/output.txt; UserError with its last line if it fails."""
+        path = os.path.join(folder, "output.txt")
+        with open(path, "a") as output, self.lock:
+            if self.stopped:
+                raise UserError("stopped")
+            process = subprocess.Popen([sys.executable, os.path.join(HERE, program), *map(str, words)], stdout=output, stderr=output,
+                                       env={**os.environ, "OMP_NUM_THREADS": str(self.threads)})
+            self.running.add(process)
+        process.wait()
+        self.running.discard(process)
+        if process.returncode and not self.stopped:
+            raise UserError(f"{program} failed, see {path}: {(open(path).read().splitlines() or [''])[-1]}")
+
+    def stop(self):
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()  # train.py saves its state then
+
+
+def stage(jobs, o, n, folder, options):
+    """Run stage n of train.py into `folder`, from its saved state if there is one; nothing if it is done."""
+    if train.finished(folder, n):
+        return
+    os.makedirs(folder, exist_ok=True)
+    for name in ("world", "stage0"):
+        if not os.path.lexists(os.path.join(folder, name)):
+            os.symlink(os.path.relpath(os.path.join(o.base, name), folder), os.path.join(folder, name))
+    begun = train.saved_steps(os.path.join(folder, f"stage{n}", "state"))
+    words = [word for k, v in options.items() for word in (f"--{k}", v)]
+    words += ["--resume"] * bool(begun) + ["--allow_random_llm"] * o.allow_random_llm
+    jobs.run(folder, "train.py", "--stage", n, "--out", folder, "--pictures", o.pictures, *words)
+    if not train.finished(folder, n):
+        raise UserError(f"{folder}: stopped before stage {n} was done")
+
+
+def stage_1_folder(o, row):
+    return os.path.join(o.out, f"aligned_{o.align}", name_of(aligned(row.options)))
+
+
+def row_folder(o, row, seed):
+    return os.path.join(o.out, f"{TABLES[o.table].data}_{o.align}_{o.steps}", name_of(row.options), f"seed{seed}")
+
+
+def tune(jobs, o, row, seed):
+    """Stage 2 of a row, and its scores."""
+    folder = row_folder(o, row, seed)
+    options = {"init": os.path.join(stage_1_folder(o, row), "stage1"), "data": data_file(o), "steps": o.steps, "seed": seed}
+    stage(jobs, o, 2, folder, options | row.options)
+    if not os.path.exists(os.path.join(folder, "scores.json")):
+        jobs.run(folder, "ablate.py", "--score", folder, "--table", o.table, "--base", o.base)
+
+
+def data_file(o):
+    """The file with as many conversations as a row sees, so that it makes features of no more pictures."""
+    return os.path.join(o.base, "world", f"{TABLES[o.table].data}_{o.steps}.json")
+
+
+def prepare(jobs, o):
+    """The base's world and stand-ins, the further splits, and the rows' data."""
+    train.toy_world(o.base, o.pictures)
+    folder = os.path.join(o.base, "world")
+    if not train.finished(o.base, 0):
+        jobs.run(o.base, "train.py", "--stage", 0, "--out", o.base, "--pictures", o.pictures)
+    world.write_unseen(folder, side=toy.VISION.image_size, pictures=min(100, o.pictures))
+    world.write_dialect(folder)
+    with open(os.path.join(folder, f"{TABLES[o.table].data}.json")) as f:
+        records = json.load(f)[:o.steps * train.PRESETS["toy"][2]["batch_size"]]
+    with open(data_file(o), "w") as f:
+        json.dump(records, f)
+
+
+def train_rows(o):
+    """All rows with all seeds, those of a seed before those of the next."""
+    jobs, rows = Jobs(o), {name_of(row.options): row for row in TABLES[o.table].rows}.values()
+    with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
+        try:
+            prepare(jobs, o)
+            firsts = {stage_1_folder(o, row): {"steps": o.align} | aligned(row.options) for row in rows}
+            for _ in pool.map(lambda item: stage(jobs, o, 1, *item), firsts.items()):
+                pass
+            work = [(row, seed) for seed in range(o.seeds) for row in rows]
+            began = time.perf_counter()
+            futures = {pool.submit(tune, jobs, o, *item): item for item in work}
+            for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                future.result()
+                row, seed = futures[future]
+                print(f"{n}/{len(work)}  {row.name}, seed {seed}  {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        except BaseException:
+            jobs.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# ---- Scoring a row
+
+
+def score(o):
+    """Answer every question of the table's splits with the row in the folder --score; writes its scores.json."""
+    answer = Answerer(weights.load(os.path.join(o.score, "stage2")), max_new_tokens=16)
+    found = {}
+    for split in TABLES[o.table].splits:
+        questions = [q for q in questions_of(os.path.join(o.base, "world"), split) if q.family != "caption"]
+        answers = answer(questions, split)
+        found[split] = exact(questions, answers) | {
+            "right": [[q.family, os.path.basename(q.image), int(q.answer == a)] for q, a in zip(questions, answers)]}
+    with open(os.path.join(o.score, "stage2", "log.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    found = {"splits": found, "step_s": rows[-2]["eta_s"] if len(rows) > 1 else None}  # one step was left then
+    path = os.path.join(o.score, "scores.json")
+    with open(path + ".tmp", "w") as f:
+        json.dump(found, f)
+    os.replace(path + ".tmp", path)
+
+
+def generated(cfg):
+    """Numbers that hypernetworks write: for a picture and one turn."""
+    if cfg.vlora:
+        return len(cfg.vlora.sites) * len(cfg.vlora.blocks(cfg.llm)) * cfg.llm.width * cfg.vlora.rank
+    if cfg.weight_source not in (*GUIDED, "latent"):
+        return 0
+    C, D = cfg.vision.width, cfg.llm.width
+    sites = [C] * (cfg.visual_expert in ("1", "both")) + [D] * (cfg.visual_expert in ("2", "both")) + [D] * len(cfg.expert_blocks())
+    return sum(expert(cfg.weight_source, width, width, D, cfg.expert_embed, cfg.expert_rank)[1] // 2 for width in sites)
+
+
+def milliseconds(work, repeats):
+    """The median time that work() takes."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return 1000 * statistics.median(seconds)
+
+
+@torch.no_grad()
+def costs(folder, options, steps=16):
+    """What a row costs: parameters that stage 2 trains, generated numbers, MFLOPs a token, and in ms, on one thread and in fp32,
+    prefilling a prompt of one question and each token after it."""
+    point = weights.load(os.path.join(folder, "stage2"), torch.float32)
+    model, layout = point.model.eval(), point.layout()
+    train.freeze(model, train.TRAINS[2, options.get("tune", "full")], torch.float32)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sample = encode_prompt([], "What colour is the thing at the top left?", point.tokenizer, layout, "picture")
+    batch = collate([sample], [torch.zeros(model.cfg.vision.tokens, model.cfg.vision.width)], None)
+    text = len(sample.ids) - model.cfg.image_tokens
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def answer(tokens):
+        cache = Cache(model.cfg.llm, 1, len(sample.ids) + steps, "cpu", torch.float32)
+        collections.deque(stream(model, batch, tokens, -1, cache=cache), maxlen=0)
+
+    answer(steps)
+    first = milliseconds(lambda: answer(1), 30)
+    whole = milliseconds(lambda: answer(steps), 30)
+    torch.set_num_threads(threads)
+    count = flops(model.cfg, text)
+    return {"trained": trained, "generated": generated(model.cfg), "tokens": len(sample.ids),
+            "mflops_per_token": (sum(count.values()) - count["vision"]) / len(sample.ids) / 1e6,
+            "prefill_ms": first, "decode_ms": (whole - first) / (steps - 1)}
+
+
+# ---- Comparing rows
+
+
+def mean_and_spread(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def difference(scores, others, split):
+    """How much better `scores` are than `others`, both a list by seed, in points of the mean over families.
+
+    returns  (difference, half of its 95 % interval over questions, the same over seeds)
+
+    Over questions: they are the same in both, so what counts is each picture's difference, averaged over seeds; pictures are
+    independent, questions about one are not. Over seeds: Student's t of the seeds' differences, the same data order in both.
+    """
+    right = lambda runs: np.array([[hit for _, _, hit in run["splits"][split]["right"]] for run in runs], float)
+    gain = right(scores) - right(others)                                             # (seeds, questions)
+    asked = scores[0]["splits"][split]["right"]
+    size = collections.Counter(family for family, _, _ in asked)
+    share = np.array([100 / len(size) / size[family] for family, _, _ in asked])      # of a question in the mean over families
+    by_picture = collections.defaultdict(float)
+    for (_, image, _), value in zip(asked, gain.mean(0) * share):
+        by_picture[image] += value
+    values = np.array([*by_picture.values()])
+    by_seed = (gain * share).sum(1)
+    n = len(by_seed)
+    over_seeds = T_95.get(n, 2.3) * by_seed.std(ddof=1) / n ** 0.5 if n > 1 else float("nan")
+    return by_seed.mean(), 1.96 * (len(values) ** 0.5) * values.std(ddof=1), over_seeds
+
+
+def table_rows(o):
+    """What each row of the table is and scores, list[dict]; costs are measured now, one row after the other, unless they are known."""
+    table = TABLES[o.table]
+    runs = [[json.load(open(os.path.join(row_folder(o, row, seed), "scores.json"))) for seed in range(o.seeds)] for row in table.rows]
+    found = []
+    for row, seeds in zip(table.rows, runs):
+        folder = row_folder(o, row, 0)
+        path = os.path.join(folder, "costs.json")
+        if not os.path.exists(path):
+            with open(path, "w") as f:
+                json.dump(costs(folder, row.options), f)
+        result = {"name": row.name, "options": row.options, "paper": row.paper, "costs": json.load(open(path))}
+        result["costs"]["step_s"] = statistics.mean(run["step_s"] or 0 for run in seeds)
+        first = table.splits[0]
+        result["families"] = {f: mean_and_spread([100 * run["splits"][first]["families"][f] for run in seeds])
+                              for f in seeds[0]["splits"][first]["families"]}
+        result["means"] = {s: mean_and_spread([100 * run["splits"][s]["mean"] for run in seeds]) for s in table.splits}
+        result["difference"] = {s: difference(seeds, runs[table.reference], s) for s in table.splits}
+        found.append(result)
+    return found
+
+
+def markdown(table, rows):
+    """The scores and the costs of a table's rows as two Markdown tables."""
+    pair = lambda value: f"{value[0]:.1f} ± {value[1]:.1f}"
+    families, splits = list(rows[0]["families"]), list(table.splits)
+    head = ["row", *(f"paper: {c}" if i == 0 else c for i, c in enumerate(table.columns))]
+    head += [*(families if len(families) > 1 else []), f"**{splits[0]}**", *splits[1:],
+             f"against {table.rows[table.reference].name} (95 % over questions, over seeds)"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [row["name"], *(map(str, row["paper"] or [""] * len(table.columns)))]
+        cells += [f"{row['families'][f][0]:.1f}" for f in families] if len(families) > 1 else []
+        cells += [f"**{pair(row['means'][splits[0]])}**", *(pair(row["means"][s]) for s in splits[1:])]
+        gain = row["difference"][splits[0]]
+        cells.append("" if row is rows[table.reference] else f"{gain[0]:+.1f} (± {gain[1]:.1f}, ± {gain[2]:.1f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    head = ["row", "trained", "generated", "MFLOPs a token", "training step, s", "prefill, ms", "a further token, ms"]
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        c = row["costs"]
+        lines.append(f"| {row['name']} | {c['trained']:,} | {c['generated']:,} | {c['mflops_per_token']:.2f} | {c['step_s']:.2f} | "
+                     f"{c['prefill_ms']:.1f} | {c['decode_ms']:.2f} |")
+    return "\n".join(lines)
+
+
+def plot(table, rows, path):
+    """Scores with the spread of the seeds: a group of bars per family, or for a figure a curve of the mean."""
+    import matplotlib  # only this needs it
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(11, 4))
+    split = table.splits[0]
+    if table.axis:
+        curves = collections.defaultdict(list)
+        for row in rows:
+            letter, _, value = row["name"].rpartition("=")
+            curves[letter].append((float(value), *row["means"][split]))
+        for letter, points in curves.items():
+            x, y, spread = zip(*sorted(points))
+            axes.errorbar(x, y, spread, marker="o", capsize=3, label=letter or None)
+        axes.set_xlabel(table.axis)
+        if len(curves) > 1:
+            axes.set_xscale("log", base=2)
+            axes.legend()
+    else:
+        groups = [*rows[0]["families"], "mean"]
+        for i, row in enumerate(rows):
+            values = [*row["families"].values(), row["means"][split]]
+            x = np.arange(len(groups)) + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
+            y, spread = zip(*values)
+            axes.bar(x, y, 0.8 / len(rows), yerr=spread, capsize=2, label=row["name"])
+        axes.set_xticks(range(len(groups)), groups)
+        axes.legend(fontsize=8)
+    axes.set_ylabel(f"exact match on {split}, %")
+    axes.set_title(table.title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+# ---- What the embeddings of guidance know
+
+
+@torch.no_grad()
+def embedded(point, questions):
+    """e float[questions, E], the embedding of each question's guidance at the first block with an expert (Eq. 3)."""
+    answer, found = Answerer(point, max_new_tokens=1), []
+    block = point.model.llm.layers[point.model.cfg.expert_blocks()[0]]
+    handle = block.expert.encoder.register_forward_hook(lambda module, inputs, e: found.append(e[:, 0].float()))
+    answer(questions, "embeddings")
+    handle.remove()
+    return torch.cat(found)
+
+
+def probe(e, families, images):
+    """How often a linear map of e, fitted to the questions about every second picture, tells the family of the others'."""
+    names, pictures = sorted(set(families)), sorted(set(images))
+    odd = torch.tensor([pictures.index(image) % 2 == 1 for image in images])
+    label = torch.tensor([names.index(family) for family in families])
+    x = torch.cat([e, torch.ones(len(e), 1)], 1).double()
+    target = torch.nn.functional.one_hot(label, len(names)).double()
+    weight = torch.linalg.solve(x[~odd].mT @ x[~odd] + 1e-3 * torch.eye(x.shape[1]), x[~odd].mT @ target[~odd])
+    return ((x[odd] @ weight).argmax(1) == label[odd]).double().mean().item()
+
+
+def embeddings(o):
+    """The embeddings of held-out questions in two principal components, before and after stage 2, and what a probe reads in them."""
+    from matplotlib import pyplot  # only plots need it
+    after = weights.load(os.path.join(o.base, "stage2"))
+    experts = {name: after.config["training"][name] for name in train.EXPERTS}
+    before = weights.load(os.path.join(o.base, "stage1"), next(after.model.parameters()).dtype, experts | {"vlora": None})
+    questions = [q for q in questions_of(os.path.join(o.base, "world"), "heldout") if q.family != "caption"]
+    families, images = [q.family for q in questions], [q.image for q in questions]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5))
+    for panel, name, point in zip(axes, ("before", "after"), (before, after)):
+        e = embedded(point, questions)
+        accuracy = probe(e, families, images)
+        _, _, directions = torch.linalg.svd(e - e.mean(0), full_matrices=False)
+        places = (e - e.mean(0)) @ directions[:2].mT
+        for family in world.FAMILIES:
+            some = places[[f == family for f in families]]
+            panel.scatter(*some.mT, s=6, label=family)
+        panel.set_title(f"{name} stage 2: a linear probe reads the family in {accuracy:.1%}")
+        print(f"{name}: {100 * accuracy:.1f} % of the families read from e (chance {100 / len(world.FAMILIES):.1f} %)")
+    axes[1].legend(markerscale=2, fontsize=8)
+    figure.tight_layout()
+    os.makedirs(o.out, exist_ok=True)
+    figure.savefig(os.path.join(o.out, "embeddings.png"), dpi=100)
+
+
+def run():
+    o = Options(**parse(Options))
+    if o.score or o.table == "embeddings":
+        (score if o.score else embeddings)(o)
+        return
+    table, began = TABLES[o.table], time.perf_counter()
+    train_rows(o)
+    rows = table_rows(o)
+    with open(os.path.join(o.out, f"table_{o.table}.json"), "w") as f:
+        json.dump({"title": table.title, "seeds": o.seeds, "steps": o.steps, "seconds": time.perf_counter() - began, "rows": rows}, f,
+                  indent=1)
+    plot(table, rows, os.path.join(o.out, f"table_{o.table}.png"))
+    print(f"{table.title}; {o.seeds} seeds, {o.steps} steps, {time.perf_counter() - began:.0f} s\n\n{markdown(table, rows)}")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,237 @@
+"""The papers' tables in miniature: a row is what it names, and nothing else; the statistics; a run that was stopped goes on."""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import ablate
+import toy
+import train
+import weights
+import world
+from ablate import ALONE, PLAIN, TABLES
+from flops import lora
+from model import VLMConfig
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+C, D, E, R = toy.VISION.width, toy.LLAMA.width, 16, 16
+
+
+def config(options):
+    """The VLMConfig that train.py makes of a row's options in stage 2 of the toy."""
+    given = {**train.TOY, **(train.VLORA_TOY if options.get("method") == "vlora" else {}), **options, "stage": 2}
+    return VLMConfig(toy.VISION, toy.LLAMA, **train.form(train.Options(**given)))
+
+
+def added(cfg):
+    """{name: shape} of what a row has beyond LLaVA's tensors."""
+    shapes = {name: tuple(p.shape) for name, p in weights.without_storage(cfg).named_parameters()}
+    return {name: shape for name, shape in shapes.items() if name not in weights.names_of(config(PLAIN))}
+
+
+def count(cfg):
+    return sum(math.prod(shape) for shape in added(cfg).values())
+
+
+def trained(options):
+    """Numbers that stage 2 of a row trains."""
+    model = weights.without_storage(config(options))
+    prefixes = train.TRAINS[2, options.get("tune", "full")]
+    return sum(p.numel() for name, p in model.named_parameters()
+               if ("llm.expert." if ".expert." in name or ".lora." in name else name).startswith(prefixes) or name.startswith(prefixes))
+
+
+rows = pytest.mark.parametrize("table, row", [(name, row) for name, table in TABLES.items() for row in table.rows],
+                               ids=[f"{name}: {row.name}" for name, table in TABLES.items() for row in table.rows])
+
+
+@rows
+def test_every_row_is_a_model_and_has_the_papers_figures_for_the_papers_columns(table, row):
+    assert weights.without_storage(config(row.options)).cfg.llm == toy.LLAMA
+    assert len(row.paper) in (0, len(TABLES[table].columns))
+    assert row.options.keys() <= {f for f in train.Options.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_of_a_table_differ(table):
+    names = [ablate.name_of(row.options) for row in TABLES[table].rows]
+    assert len(set(names)) == len(names) - (table == "fig4")  # where both curves meet
+
+
+def language(blocks):
+    """Numbers that generated language experts in so many blocks add (facts of arXiv 2403.13447, §3.2 and 3.3)."""
+    return E * E + E + E * 3 * R * D + blocks * (D * E + E + 3 * R * D) + D
+
+
+def visual(inputs):
+    size = R * (2 * inputs + D)
+    return E * E + E + E * size + inputs * E + E + size
+
+
+def test_each_flag_adds_the_tensors_that_it_names_and_as_many_numbers_as_the_formula_says():
+    assert added(config(PLAIN)) == {}
+    for options, prefixes, expected in [
+        ({}, ("projector.expert_1.", "llm."), visual(C) + language(2)),
+        ({"visual_expert": "2"}, ("projector.expert_2.", "llm."), visual(D) + language(2)),
+        ({"visual_expert": "both"}, ("projector.expert_", "llm."), visual(C) + visual(D) + language(2)),
+        ({"visual_expert": "none"}, ("llm.",), language(2)),
+        ({"language_expert": "none"}, ("projector.expert_1.",), visual(C)),
+        (ALONE | {"language_expert": "all"}, ("llm.",), language(4)),
+        (ALONE | {"language_expert": "anterior"}, ("llm.",), language(2)),
+        (ALONE | {"guidance_after": 1}, ("llm.",), language(3)),
+        (ALONE | {"weight_source": "static"}, ("llm.layers.",), 2 * 3 * R * D),
+        (ALONE | {"weight_source": "latent"}, ("llm.",), language(2) - D - 2 * (D * E + E) + 2 * E),
+        (ALONE | {"weight_source": "lora"}, ("llm.layers.",), 2 * lora(toy.LLAMA, R) // 2),
+    ]:
+        cfg = config(options)
+        assert count(cfg) == expected, options
+        assert all(name.startswith(prefixes) for name in added(cfg)), options
+    names = {place: {name.split(".")[2] for name in added(config(ALONE | {"language_expert": place})) if ".layers." in name}
+             for place in ("anterior", "posterior", "all")}
+    assert names == {"anterior": {"0", "1"}, "posterior": {"2", "3"}, "all": {"0", "1", "2", "3"}}
+
+
+def test_rows_of_equal_parameters_have_them():
+    rows = {row.name: trained(row.options) for row in TABLES["dialect"].rows}
+    for name in ("Adapter, equal parameters", "LoRA in the same blocks, equal parameters", "LoRA in all blocks, equal parameters"):
+        assert rows[name] - count(config(PLAIN)) == pytest.approx(rows["generated"], rel=0.015), name
+    assert rows["Adapter"] < 0.8 * rows["generated"]
+    whole = {row.name: count(config(row.options)) for row in TABLES["experts"].rows}
+    assert whole["both static, of equal parameters"] == pytest.approx(whole["both"], rel=0.01)
+
+
+def test_generated_numbers_are_those_of_the_weights():
+    assert ablate.generated(config({})) == R * (2 * C + D) + 2 * R * 3 * D
+    assert ablate.generated(config({"weight_source": "static"})) == ablate.generated(config(ALONE | {"weight_source": "lora"})) == 0
+    assert ablate.generated(config({"weight_source": "mlp"})) == C * D + 2 * D * D
+    assert ablate.generated(config({"method": "vlora"})) == 5 * 4 * D * 16
+
+
+def test_rows_share_stage_1_where_their_projectors_agree_and_nowhere_else():
+    shared = {name: ablate.name_of(ablate.aligned(row.options)) for name, row in
+              ((f"{t} {row.name}", row) for t in "2356" for row in TABLES[t].rows)}
+    assert {n for n, s in shared.items() if s == "ours"} == {"2 E_V1", "3 w/o E_L", "3 anterior half", "3 all", "3 posterior half", "5 ours"}
+    assert {n for n, s in shared.items() if s == "visual_expert=none"} == {
+        "2 w/o E_V", "6 LoRA", "6 Adapter", "6 Hypernetwork+Adapter", "6 Language Expert"}
+    assert shared["5 Adapter"] == "weight_source=static"
+
+
+def scored(hits, families, images):
+    return {"splits": {"x": {"right": [[f, i, h] for f, i, h in zip(families, images, hits)]}}}
+
+
+def test_the_difference_is_that_of_the_means_and_its_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    families, images = ["a", "a", "b"] * 60, [i // 3 for i in range(180)]
+    inside = 0
+    for _ in range(400):  # two rows that know equally much of all pictures there are, but not the same of these
+        hard = rng.random((2, 60)).repeat(3, axis=1)
+        runs = [[scored((rng.random(180) < p).tolist(), families, images) for _ in range(3)] for p in hard]
+        gain, over_questions, over_seeds = ablate.difference(*runs, "x")
+        inside += abs(gain) < over_questions
+    assert 0.92 < inside / 400 < 0.98
+    mean = lambda run: 50 * sum(np.mean([h for f, _, h in run["splits"]["x"]["right"] if f == g]) for g in "ab")
+    assert gain == pytest.approx(np.mean([mean(a) - mean(b) for a, b in zip(*runs)]))
+    assert over_seeds == pytest.approx(4.30 * np.std([mean(a) - mean(b) for a, b in zip(*runs)], ddof=1) / 3 ** 0.5)
+
+
+def test_the_dialect_has_one_right_answer_for_each_step_and_needs_the_picture(tmp_path):
+    world.write_world(tmp_path, pictures=30, texts=2, test_pictures=8)
+    world.write_dialect(tmp_path)
+    training, test = (json.load(open(tmp_path / f)) for f in ("dialect.json", "heldout_dialect.json"))
+    captions = {r["image"]: r["conversations"][1]["value"] for r in json.load(open(tmp_path / "captions.json"))}
+    assert 5 < len(training) < 30 and len(test) % 6 == 0 and {r["family"] for r in test} == {"shift"}
+    for record in training:
+        letter = captions[record["image"]].split("the letter ")[1][0]
+        said = record["conversations"]
+        asked = [int(next(w for w in m["value"].split() if w.isdigit())) for m in said[::2]]
+        assert sorted(asked) == [*world.STEPS]
+        for steps, message in zip(asked, said[1::2]):
+            assert message["value"] == (world.LETTERS * 2)[world.LETTERS.index(letter) + steps]
+
+
+def test_the_further_splits_show_what_training_never_does(tmp_path):
+    world.write_world(tmp_path, pictures=4, texts=2, test_pictures=4)
+    world.write_unseen(tmp_path, pictures=12)
+    objects = [len(list(world.objects_in(r["conversations"][1]["value"]).elements())) for r in json.load(open(tmp_path / "numbers_captions.json"))]
+    assert len(objects) == 12 and set(objects) == {6, 7}
+    assert len(json.load(open(tmp_path / "grounds_captions.json"))) == 12
+    rng = np.random.default_rng(0)
+    tones = [len(np.unique(np.asarray(world.checks(rng, np.full(3, 120.0), 56, 40)).reshape(-1, 3), axis=0)) for _ in range(5)]
+    assert tones == [2] * 5
+
+
+# ---- The program
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, mesh):
+    """A base with a tiny world, its stand-ins hardly trained."""
+    out = tmp_path_factory.mktemp("base")
+    train.toy_world(str(out), 40)
+    for part in ("clip", "llm"):
+        train.run_stage({"out": str(out), "part": part, "batch_size": 4, "steps": 4, "dtype": "float32"}, 0, mesh)
+    return out
+
+
+def start(base, out, *words):
+    words = ("--pictures", 40, "--align", 2, "--steps", 3, "--seeds", 2, "--jobs", 2, "--allow_random_llm", "--base", base, "--out", out, *words)
+    return subprocess.Popen([sys.executable, os.path.join(HERE, "ablate.py"), *map(str, words)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
+    process = start(base, tmp_path, "--table", "vlora")
+    row = tmp_path / "instruct_2_3" / "method=vlora" / "seed0"
+    while process.poll() is None and not (row / "output.txt").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and error.splitlines()[-1] == "stopped"
+    assert not list(tmp_path.glob("table_*"))
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("aligned_2/*/stage1/model.safetensors")}
+    assert len(kept) == 2
+
+    process = start(base, tmp_path, "--table", "vlora")
+    text, error = process.communicate(timeout=400)
+    assert process.returncode == 0, error[-2000:]
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    found = json.load(open(tmp_path / "table_vlora.json"))
+    assert [row["name"] for row in found["rows"]] == ["LLaVA", "VLoRA"] and (tmp_path / "table_vlora.png").exists()
+    assert "| LLaVA | 64.3 | 1510.7 |" in text and text.count("\n| VLoRA |") == 2
+    for row in found["rows"]:
+        assert row["means"].keys() == {"heldout", "combination", "grounds", "numbers"} and row["costs"]["trained"] > 1e6
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/model.safetensors")}
+    process = start(base, tmp_path, "--table", "vlora")
+    assert process.communicate(timeout=120)[0].count("\n| VLoRA |") == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/model.safetensors")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["dialect", "fig3", "vlora3"])
+def test_a_row_of_other_tables_starts(base, tmp_path, table, monkeypatch):
+    """Each row is a command of train.py, which the other tests run: one of each kind goes all the way here."""
+    monkeypatch.setitem(TABLES, table, dataclasses.replace(TABLES[table], rows=TABLES[table].rows[-1:], reference=0))
+    o = ablate.Options(table=table, base=str(base), out=str(tmp_path), seeds=1, steps=3, align=2, pictures=40, jobs=1, allow_random_llm=True)
+    ablate.train_rows(o)
+    found = ablate.table_rows(o)
+    ablate.plot(TABLES[table], found, tmp_path / "x.png")
+    assert len(found) == 1 and ablate.markdown(TABLES[table], found).count("\n") == 6
+
+
+def test_a_row_that_fails_ends_the_program_with_a_line_that_says_where(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    os.remove(tmp_path / "base" / "stage0" / "llm" / "model.safetensors")
+    process = start(tmp_path / "base", tmp_path / "out", "--table", "vlora", "--jobs", 1)
+    error = process.communicate(timeout=200)[1].splitlines()
+    assert process.returncode == 1 and error[-1].startswith("error: train.py failed, see ") and "output.txt: error:" in error[-1]
