@@ -1,7 +1,8 @@
-"""How long a model takes to load and how much memory that needs, here and in transformers.
+"""How long a model takes to load and how much memory that needs, here and in transformers; how much of a batch is padding.
 
     python bench.py --make 7b --out DIR     a folder like llava-hf's with the true shapes of LLaVA-1.5 and random weights
     python bench.py --load DIR              loads it in a fresh process with weights.load, in another with transformers
+    python bench.py --padding J.json --llm DIR  the share of padding in batches put together at random, as LLaVA does, and as here
 
 The last line of standard output is one JSON object. `--load` needs Linux, and transformers.
 """
@@ -13,11 +14,13 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 import weights
 from cli import UserError, main, parse
-from data import SYSTEM, Preprocess, Tokenizer, layout_of_llama
+from data import SYSTEM, Conversations, Layout, Order, padding, Preprocess, Tokenizer, layout_of_llama
 from model import LlamaConfig, VisionConfig, VLMConfig
 
 SHAPES = {  # CLIP and Llama
@@ -37,10 +40,18 @@ class Options:
     load: str | None = None               # folder to load in bfloat16, here and with transformers
     cold: bool = False                    # drop the folder's files from the system's cache before each time
     only: Literal["ours", "transformers"] | None = None  # measure one of them, in this process
+    padding: str | None = None            # JSON file of training data to put batches together from
+    llm: str | None = None                # folder or hub name of a Llama, for its tokenizer
+    image_tokens: int = 576               # positions of a picture
+    ranks: int = 8                        # that take a step's samples together
+    micro_batch_size: int = 16            # samples of a rank
 
     def __post_init__(self):
-        if bool(self.make) == bool(self.load) or bool(self.make) != bool(self.out):
-            raise UserError("say --make SIZE --out FOLDER, or --load FOLDER")
+        wanted = [bool(self.make), bool(self.load), bool(self.padding)]
+        if sum(wanted) != 1 or bool(self.make) != bool(self.out) or bool(self.padding) != bool(self.llm):
+            raise UserError("say --make SIZE --out FOLDER, --load FOLDER, or --padding FILE --llm FOLDER")
+        if min(self.ranks, self.micro_batch_size) < 1:
+            raise UserError(f"--ranks {self.ranks}, --micro_batch_size {self.micro_batch_size}: expected more than 0")
 
 
 # ---- Making a model of which only the shapes are real
@@ -146,9 +157,60 @@ def compare(o):
     print(json.dumps(found))
 
 
+# ---- Padding
+
+
+def words(record):
+    """LLaVA's measure of a record: the words of its messages."""
+    return sum(len(message["value"].split()) for message in record["conversations"])
+
+
+def llava_order(sizes, pictured, ranks, micro, rng):
+    """LLaVA's --group_by_modality_length (llava/train/llava_trainer.py), with one step's samples as its megabatch.
+
+    Records with and without a picture are grouped apart: shuffled, cut into steps, each sorted and dealt out so that the
+    ranks' sums are about the same. The last step of each kind, whole or not, is left for the end.
+    sizes int64[n], pictured bool[n]; returns int64[n]
+    """
+    steps, left = [], []
+    for kind in (True, False):
+        order = rng.permutation(np.flatnonzero(pictured == kind))
+        cuts = [order[i:i + ranks * micro] for i in range(0, len(order), ranks * micro)]
+        for cut in cuts[:-1]:
+            chunks = [[] for _ in range(ranks)]
+            for i in sorted(cut, key=lambda i: -sizes[i]):
+                min((c for c in chunks if len(c) < micro), key=lambda c: sizes[c].sum() if c else 0).append(i)
+            steps.append(np.concatenate(chunks))
+        left += cuts[-1:]
+    return np.concatenate([steps[i] for i in rng.permutation(len(steps))] + [np.sort(np.concatenate(left))]).astype(np.int64)
+
+
+def compare_padding(o):
+    """Put the batches of an epoch together in three ways and count padding, with the true lengths and data.collate's rounding."""
+    tokenizer = Tokenizer.load(weights.resolve(o.llm))
+    data = Conversations(o.padding, "", tokenizer, Layout(system=SYSTEM, image_tokens=o.image_tokens))
+    lengths = np.array([len(data[i].ids) for i in tqdm(range(len(data)), "records", mininterval=5)])
+    rng, size = np.random.default_rng(0), o.ranks * o.micro_batch_size
+    ours = Order(len(data), 0, size, data.lengths, data.pictured)
+    if len(data) < size:
+        raise UserError(f"--padding {o.padding}: {len(data)} records, a step of {o.ranks} x {o.micro_batch_size} wants more")
+    orders = {"random": rng.permutation(len(data)),
+              "llava": llava_order(np.array([words(data.record(i)) for i in range(len(data))]), data.pictured, o.ranks,
+                                   o.micro_batch_size, rng),
+              "ours": ours.epoch(0)}
+    found = {"records": len(data), "ranks": o.ranks, "micro_batch_size": o.micro_batch_size, "mean_length": lengths.mean()}
+    for name, order in orders.items():
+        batches = order[:len(data) // size * size].reshape(-1, o.micro_batch_size)
+        steps = lengths[batches].max(1).reshape(-1, o.ranks)
+        # the second number: how long the step's slowest rank works, relative to how long all would if nothing were padded
+        found[name] = {"padding": padding(lengths, batches), "slowest": steps.max(1).sum() / lengths[batches].mean(1).sum() * o.ranks}
+        print(f"{name:<8} padding {found[name]['padding']:.1%}, a step as long as {found[name]['slowest']:.2f} without any")
+    print(json.dumps(found))
+
+
 def run():
     o = Options(**parse(Options))
-    make(o) if o.make else measure(o) if o.only else compare(o)
+    compare_padding(o) if o.padding else make(o) if o.make else measure(o) if o.only else compare(o)
 
 
 if __name__ == "__main__":

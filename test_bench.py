@@ -1,0 +1,37 @@
+"""bench.py counts padding; that it measures loading is in test_foreign.py, with the layouts it loads."""
+import json
+
+import numpy as np
+import pytest
+
+import bench
+import toy
+import world
+from cli import UserError
+from data import train_tokenizer
+
+
+def test_what_bench_calls_llavas_order_groups_as_llava_does():
+    rng = np.random.default_rng(0)
+    sizes, pictured = rng.integers(1, 400, 1000), rng.random(1000) < 0.8
+    order = bench.llava_order(sizes, pictured, 4, 8, rng)
+    assert sorted(order) == list(range(1000))
+    whole = [(pictured == kind).sum() // 32 - ((pictured == kind).sum() % 32 == 0) for kind in (True, False)]
+    steps = order[:32 * sum(whole)].reshape(-1, 4, 8)
+    assert all(len(set(pictured[step.ravel()])) == 1 for step in steps)
+    left = order[32 * sum(whole):]
+    assert len(set(pictured[left])) == 2 and (np.diff(left) > 0).all()
+    spread = lambda groups: np.ptp(sizes[groups].sum(-1), axis=-1).mean()
+    assert spread(steps) < 0.2 * spread(rng.permutation(1000)[:steps.size].reshape(steps.shape))
+
+
+def test_bench_counts_the_padding_of_three_orders(tmp_path, capsys):
+    world.write_world(tmp_path, pictures=200, texts=2, test_pictures=2)
+    tokenizer = train_tokenizer(toy.words(str(tmp_path)), 400)
+    tokenizer.save(str(tmp_path))
+    bench.compare_padding(bench.Options(padding=str(tmp_path / "instruct.json"), llm=str(tmp_path), image_tokens=49, ranks=4, micro_batch_size=4))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["records"] == 200 and 0 < found["ours"]["padding"] < 0.7 * found["llava"]["padding"]
+    assert 1 < found["ours"]["slowest"] < found["llava"]["slowest"]
+    with pytest.raises(UserError, match="a step of 32 x 16 wants more"):
+        bench.compare_padding(bench.Options(padding=str(tmp_path / "instruct.json"), llm=str(tmp_path), ranks=32))
