@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -496,6 +497,7 @@ def run():
     if o.score or o.table == "embeddings":
         (score if o.score else embeddings)(o)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, by way of Jobs.stop
     table, began = TABLES[o.table], time.perf_counter()
     train_rows(o)
     rows = table_rows(o)

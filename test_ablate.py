@@ -1,4 +1,5 @@
 """The papers' tables in miniature: a row is what it names, and nothing else; the statistics; a run that was stopped goes on."""
+import contextlib
 import dataclasses
 import json
 import math
@@ -189,15 +190,26 @@ def start(base, out, *words):
                             stderr=subprocess.PIPE, text=True)
 
 
+def running(out):
+    """Command lines of processes that work in a folder."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            found.append(open(f"/proc/{pid}/cmdline").read())
+    return [line for line in found if str(out) in line]
+
+
 @pytest.mark.slow
 def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
     process = start(base, tmp_path, "--table", "vlora")
     row = tmp_path / "instruct_2_3" / "method=vlora" / "seed0"
     while process.poll() is None and not (row / "output.txt").exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=120)[1]
-    assert process.returncode == 130 and error.splitlines()[-1] == "stopped"
+    assert running(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert not running(tmp_path)  # its trainings ended with it
     assert not list(tmp_path.glob("table_*"))
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("aligned_2/*/stage1/model.safetensors")}
     assert len(kept) == 2
@@ -218,7 +230,7 @@ def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table", ["dialect", "fig3", "vlora3"])
+@pytest.mark.parametrize("table", ["dialect", "fig3"])
 def test_a_row_of_other_tables_starts(base, tmp_path, table, monkeypatch):
     """Each row is a command of train.py, which the other tests run: one of each kind goes all the way here."""
     monkeypatch.setitem(TABLES, table, dataclasses.replace(TABLES[table], rows=TABLES[table].rows[-1:], reference=0))

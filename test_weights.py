@@ -680,6 +680,15 @@ def test_our_own_checkpoints_are_read_as_strictly(world, tmp_path, change, words
     (lambda c: c["model"]["llm"].update(colour="red"), "model.llm: unknown key 'colour'"),
     (lambda c: c["model"]["llm"].pop("heads"), "model.llm: no 'heads'"),
     (lambda c: c.pop("preprocess"), "no 'preprocess'"),
+    (lambda c: c["model"]["llm"].update(heads=0), "model.llm: heads is 0, expected more than 0"),
+    (lambda c: c["model"]["llm"].update(width="192"), "model.llm: width is '192', expected more than 0"),
+    (lambda c: c["model"]["llm"].update(tied=1), "model.llm: tied is 1, expected bool"),
+    (lambda c: c["model"]["llm"].update(eps=float("nan")), "model.llm: eps is nan"),
+    (lambda c: c["model"]["vision"].update(patch=8.5), "model.vision: patch is 8.5"),
+    (lambda c: c["model"].update(guidance_after="1"), "model: guidance_after is '1'"),
+    (lambda c: c["model"].update(visual_expert=[]), "model: visual_expert is .., expected Literal"),
+    (lambda c: c["model"].update(vlora=[]), "model.vlora: expected an object"),
+    (lambda c: c["preprocess"].update(mean=[0.5, 0.5]), "preprocess: mean is"),
 ])
 def test_a_config_of_ours_that_says_more_or_less_is_refused(world, tmp_path, change, words):
     world.save(tmp_path / "x")

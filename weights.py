@@ -17,10 +17,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import shutil
+import typing
 import zipfile
 import zlib
 
@@ -831,19 +833,36 @@ def expect_keys(values, keys, label):
         raise UserError(f"{label}: no {key!r}")
 
 
+def fits(value, kind):
+    """Whether a value is what the annotation of a configuration's field says: numbers are more than 0, tuples one per channel."""
+    inner, number = typing.get_args(kind), isinstance(value, (int, float)) and not isinstance(value, bool)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in inner
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+    if inner:  # of an index, which may be 0, or None
+        return number and value == 0 or any(fits(value, k) for k in inner)
+    if kind in (int, float):
+        return number and isinstance(value, (int, kind)) and 0 < value < math.inf
+    return isinstance(value, kind)
+
+
 def build(kind, values, label):
-    """The dataclass `kind` of exactly the fields in `values`; UserError names what is unknown or lacking."""
+    """The dataclass `kind` of exactly the fields in `values`; UserError names what is unknown, lacking or of no use."""
     expect_keys(values, {f.name for f in dataclasses.fields(kind)}, label)
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, wanted in typing.get_type_hints(kind).items():
+        if not fits(values[name], wanted):
+            words = "more than 0" if wanted in (int, float) else getattr(wanted, "__name__", str(wanted)).replace("typing.", "")
+            raise UserError(f"{label}: {name} is {values[name]!r}, expected {words}")
+    return kind(**values)
 
 
 def build_config(values, label):
     """VLMConfig of its nested dict."""
     expect_keys(values, {f.name for f in dataclasses.fields(VLMConfig)}, label)
-    vision = build(VisionConfig, values["vision"], f"{label}.vision")
-    llm = build(LlamaConfig, values["llm"], f"{label}.llm")
-    vlora = None if values["vlora"] is None else build(VLoRAConfig, values["vlora"], f"{label}.vlora")
-    return VLMConfig(**{**values, "vision": vision, "llm": llm, "vlora": vlora})
+    parts = {"vision": VisionConfig, "llm": LlamaConfig} | ({} if values["vlora"] is None else {"vlora": VLoRAConfig})
+    return build(VLMConfig, values | {name: build(kind, values[name], f"{label}.{name}") for name, kind in parts.items()}, label)
 
 
 def same_method(cfg, asked, label):
