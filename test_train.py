@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -224,6 +225,21 @@ def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(run, mesh, tm
         steps = len(log_of(out, 2))
         assert 2 <= steps <= 3 and os.listdir(out / "stage2" / "state") == [f"step_{steps:06d}"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_worker_hears_its_parent_alone():
+    """Deaf to all, it would keep a process that ends with an error from ending: at exit multiprocessing terminates it and waits."""
+    ready = multiprocessing.get_context("fork").Event()
+    worker = multiprocessing.get_context("fork").Process(target=lambda: (train.deaf(0), ready.set(), time.sleep(60)), daemon=True)
+    worker.start()
+    assert ready.wait(20)
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def test_a_stopped_run_is_neither_lost_nor_continued_with_other_options(run, mesh, tmp_path):

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -361,9 +362,16 @@ class Signals:
 
 
 def deaf(worker):
-    """Let a process that prepares batches ignore signals: terminals and torchrun send them to all, and it is needed to the end."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """Let a process that prepares batches hear its parent alone: terminals and torchrun signal all, and it is needed to the end."""
+    numbers = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def listen():
+        while signal.sigwaitinfo(numbers).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 # ---- Data order: f(seed, epoch, step) and nothing else
