@@ -686,6 +686,7 @@ def test_our_own_checkpoints_are_read_as_strictly(world, tmp_path, change, words
     (lambda c: c["model"]["llm"].update(eps=float("nan")), "model.llm: eps is nan"),
     (lambda c: c["model"]["vision"].update(patch=8.5), "model.vision: patch is 8.5"),
     (lambda c: c["model"].update(guidance_after="1"), "model: guidance_after is '1'"),
+    (lambda c: c["model"].update(guidance_after=0.0), "model: guidance_after is 0.0"),
     (lambda c: c["model"].update(visual_expert=[]), "model: visual_expert is .., expected Literal"),
     (lambda c: c["model"].update(vlora=[]), "model.vlora: expected an object"),
     (lambda c: c["preprocess"].update(mean=[0.5, 0.5]), "preprocess: mean is"),

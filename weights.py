@@ -841,7 +841,7 @@ def fits(value, kind):
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
     if inner:  # of an index, which may be 0, or None
-        return number and value == 0 or any(fits(value, k) for k in inner)
+        return type(value) is int and value == 0 or any(fits(value, k) for k in inner)
     if kind in (int, float):
         return number and isinstance(value, (int, kind)) and 0 < value < math.inf
     return isinstance(value, kind)
