@@ -9,6 +9,7 @@ Each table ends with our scores beside the paper's, what each row costs, OUT/tab
 import collections
 import concurrent.futures
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -128,7 +129,7 @@ TABLES = {
 @dataclass
 class Options:
     """Train the rows of a table of the papers on the toy, with several seeds, and compare them."""
-    table: Literal[(*TABLES, "embeddings")] = "2"  # of HyperLLaVA: 2, 3, 5, 6, fig3, fig4; of VLoRA: vlora (its Table 2), vlora3 to vlora5
+    table: Literal[(*TABLES, "embeddings")] = "2"  # 2, 3, 5, 6, fig3, fig4; experts, dialect, embeddings; VLoRA's 2 to 5: vlora, vlora3, ...
     base: str = "out/toy"      # run of train.py whose world and stage 0 all rows share; what is missing is made
     out: str = "out/ablate"    # folder of the rows, the tables and the plots
     seeds: int = 3             # of stage 2: new weights and the order of the data
@@ -229,15 +230,23 @@ def data_file(o):
 
 def prepare(jobs, o):
     """The base's world and stand-ins, the further splits, and the rows' data."""
-    train.toy_world(o.base, o.pictures)
     folder = os.path.join(o.base, "world")
-    if not train.finished(o.base, 0):
-        jobs.run(o.base, "train.py", "--stage", 0, "--out", o.base, "--pictures", o.pictures)
+    if os.path.exists(os.path.join(folder, "world.json")):
+        with open(os.path.join(folder, "world.json")) as f:
+            had = json.load(f)["pictures"]
+        if had != o.pictures:
+            raise UserError(f"--pictures {o.pictures}: the world of {o.base} has {had}; say that, or another --base")
+    train.toy_world(o.base, o.pictures)
+    for part in train.PARTS:
+        if not train.finished(o.base, 0, part):
+            begun = train.saved_steps(os.path.join(train.folder_of(o.base, 0, part), "state"))
+            jobs.run(o.base, "train.py", "--stage", 0, "--part", part, "--out", o.base, "--pictures", o.pictures,
+                     *["--resume"] * bool(begun))
     world.write_unseen(folder, side=toy.VISION.image_size, pictures=min(100, o.pictures))
     world.write_dialect(folder)
     with open(os.path.join(folder, f"{TABLES[o.table].data}.json")) as f:
         records = json.load(f)[:o.steps * train.PRESETS["toy"][2]["batch_size"]]
-    write(data_file(o), records)
+    world.write_json(data_file(o), records)
 
 
 def train_rows(o):
@@ -277,14 +286,7 @@ def score(o):
     with open(os.path.join(o.score, "stage2", "log.jsonl")) as f:
         rows = [json.loads(line) for line in f]
     found = {"splits": found, "step_s": rows[-2]["eta_s"]}  # one step was left then
-    write(os.path.join(o.score, "scores.json"), found)
-
-
-def write(path, values):
-    """A JSON file, whole or not at all."""
-    with open(path + ".tmp", "w") as f:
-        json.dump(values, f, indent=1)
-    os.replace(path + ".tmp", path)
+    world.write_json(os.path.join(o.score, "scores.json"), found)
 
 
 def generated(cfg):
@@ -375,7 +377,7 @@ def table_rows(o):
         folder = row_folder(o, row, 0)
         path = os.path.join(folder, "costs.json")
         if not os.path.exists(path):
-            write(path, costs(folder, row.options))
+            world.write_json(path, costs(folder, row.options))
         result = {"name": row.name, "options": row.options, "paper": row.paper, "costs": json.load(open(path))}
         result["costs"]["step_s"] = min(run["step_s"] for run in seeds)  # of the seed that was disturbed least
         first = table.splits[0]
@@ -411,11 +413,19 @@ def markdown(table, rows):
     return "\n".join(lines)
 
 
-def plot(table, rows, path):
-    """Scores with the spread of the seeds: a group of bars per family, or for a figure a curve of the mean."""
-    import matplotlib  # only this needs it
+def plots():
+    """matplotlib's pyplot, without a display; UserError if it is not installed: only plots need it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the plots need matplotlib: pip install -r requirements-dev.txt")
+    import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
+    return pyplot
+
+
+def plot(table, rows, path):
+    """Scores with the spread of the seeds: a group of bars per family, or for a figure a curve of the mean."""
+    pyplot = plots()
     figure, axes = pyplot.subplots(figsize=(11, 4))
     split = table.splits[0]
     if table.axis:
@@ -473,7 +483,7 @@ def probe(e, families, images):
 
 def embeddings(o):
     """The embeddings of held-out questions in two principal components, before and after stage 2, and what a probe reads in them."""
-    from matplotlib import pyplot  # only plots need it
+    pyplot = plots()
     after = weights.load(os.path.join(o.base, "stage2"))
     experts = {name: after.config["training"][name] for name in train.EXPERTS}
     before = weights.load(os.path.join(o.base, "stage1"), next(after.model.parameters()).dtype, experts | {"vlora": None})
@@ -501,12 +511,13 @@ def run():
     if o.score or o.table == "embeddings":
         (score if o.score else embeddings)(o)
         return
+    plots()  # to miss it before hours of training rather than after
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, by way of Jobs.stop
     table, began = TABLES[o.table], time.perf_counter()
     train_rows(o)
     rows = table_rows(o)
-    write(os.path.join(o.out, f"table_{o.table}.json"),
-          {"title": table.title, "options": dataclasses.asdict(o), "seconds": time.perf_counter() - began, "rows": rows})
+    world.write_json(os.path.join(o.out, f"table_{o.table}.json"), {
+        "title": table.title, "options": dataclasses.asdict(o), "seconds": time.perf_counter() - began, "rows": rows})
     print(f"{table.title}; {o.seeds} seeds, {o.steps} steps, {time.perf_counter() - began:.0f} s\n\n{markdown(table, rows)}", flush=True)
     plot(table, rows, os.path.join(o.out, f"table_{o.table}.png"))
 

@@ -6,7 +6,6 @@ exact matches. It writes scores.json and gallery.png beside the checkpoint's fol
 import collections
 import contextlib
 import dataclasses
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -180,10 +179,7 @@ def toy_scores(model, folder, out, began):
     f1 = object_f1(captions, answer(captions, "captions"))
     gallery(held, answers, os.path.join(out, "gallery.png"))
     scores = {"seconds": round(time.perf_counter() - began, 1), "splits": splits, "captions": {"object_f1": f1}}
-    path = os.path.join(out, "scores.json")
-    with open(path + ".tmp", "w") as f:
-        json.dump(scores, f, indent=2)
-    os.replace(path + ".tmp", path)
+    world.write_json(os.path.join(out, "scores.json"), scores)
     print(table(scores))
 
 

@@ -20,6 +20,7 @@ import train
 import weights
 import world
 from ablate import ALONE, PLAIN, TABLES
+from cli import UserError
 from flops import lora
 from model import VLMConfig
 
@@ -248,3 +249,33 @@ def test_a_row_that_fails_ends_the_program_with_a_line_that_says_where(base, tmp
     process = start(tmp_path / "base", tmp_path / "out", "--table", "vlora", "--jobs", 1)
     error = process.communicate(timeout=200)[1].splitlines()
     assert process.returncode == 1 and error[-1].startswith("error: train.py failed, see ") and "output.txt: error: no weights in" in error[-1]
+
+
+def test_a_base_with_another_world_is_left_alone(tmp_path):
+    train.toy_world(str(tmp_path), 6)
+    before = (tmp_path / "world" / "world.json").read_text()
+    with pytest.raises(UserError, match="--pictures 8: the world of .* has 6"):
+        ablate.train_rows(ablate.Options(base=str(tmp_path), out=str(tmp_path / "x"), pictures=8, jobs=1))
+    assert (tmp_path / "world" / "world.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_stage_0_that_was_stopped_goes_on(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "stage0" / "llm")
+    o = ablate.Options(base=str(tmp_path / "base"), out=str(tmp_path / "x"), pictures=40, jobs=1)
+    words = ("--stage", 0, "--part", "llm", "--out", o.base, "--pictures", 40, "--steps", 640)
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *map(str, words)], stderr=subprocess.DEVNULL)
+    log, began = tmp_path / "base" / "stage0" / "llm" / "log.jsonl", time.time()
+    while not (log.exists() and log.read_text().count("\n") > 1) and time.time() - began < 100:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    said = []
+
+    class Heard(ablate.Jobs):
+        def run(self, folder, program, *words):
+            said.append(words)
+
+    ablate.prepare(Heard(o), o)
+    assert [words[:4] for words in said] == [("--stage", 0, "--part", "llm")] and said[0][-1] == "--resume"

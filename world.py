@@ -588,7 +588,7 @@ def pairs_of(questions):
 
 def write_json(path, value):
     """Write `value`, a list one item a line; a killed run leaves the old file or none, never half of one."""
-    lines = ",\n".join(json.dumps(row) for row in value) if isinstance(value, list) else None
+    path, lines = pathlib.Path(path), ",\n".join(json.dumps(row) for row in value) if isinstance(value, list) else None
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(json.dumps(value, indent=1) if lines is None else f"[\n{lines}\n]\n")
     os.replace(partial, path)
