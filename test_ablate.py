@@ -65,8 +65,10 @@ def test_every_row_is_a_model_and_has_a_figure_for_each_of_the_papers_columns(ta
 
 @pytest.mark.parametrize("table", TABLES)
 def test_rows_of_a_table_differ(table):
-    names = [ablate.name_of(row.options) for row in TABLES[table].rows]
-    assert len(set(names)) == len(names) - (table == "fig4")  # where both curves meet
+    """In what they make, not in how it is said: an option that names a default would train the same row twice."""
+    made = [(config(row.options), row.options.get("tune"), row.options.get("guidance_pool")) for row in TABLES[table].rows]
+    alike = sum(made[i] == made[j] for i in range(len(made)) for j in range(i))
+    assert alike == (table == "fig4")  # where both curves meet
 
 
 def language(blocks):
