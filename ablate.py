@@ -1,14 +1,17 @@
 """The papers' tables in miniature: `python ablate.py --table 2` trains the rows of a table on the toy and compares them.
 
-A row is a few options of train.py. All rows start from one pair of stand-ins, and rows with the same projector from one stage 1;
-stage 2 is then run with several seeds, each by train.py in a process of its own, --jobs of them at a time. What is done stays in
-OUT and serves all tables: a call that was stopped, repeated, goes on where it was.
+A row is a few options of train.py. All rows start from one pair of stand-ins; stages 1 and 2 are then run with several seeds, each
+by train.py in a process of its own, --jobs of them at a time. Rows with the same projector share a seed's stage 1. What is done stays
+in OUT and serves all tables: a call that was stopped, repeated, goes on where it was.
 
 Each table ends with our scores beside the paper's, what each row costs, OUT/table_N.json and OUT/table_N.png.
 """
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -35,6 +38,8 @@ from flops import expert, flops
 from model import Cache, stream
 from sources import GUIDED
 
+BASE = ("world/captions.json", "world/instruct.json", "world/heldout.json",
+        "stage0/clip/model.safetensors", "stage0/llm/model.safetensors")  # what tells one base from another
 HERE = os.path.dirname(os.path.abspath(__file__))
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t of so many seeds, two-sided 95 %
 
@@ -132,7 +137,7 @@ class Options:
     table: Literal[(*TABLES, "embeddings")] = "2"  # 2, 3, 5, 6, fig3, fig4; experts, dialect, embeddings; VLoRA's 2 to 5: vlora, vlora3, ...
     base: str = "out/toy"      # run of train.py whose world and stage 0 all rows share; what is missing is made
     out: str = "out/ablate"    # folder of the rows, the tables and the plots
-    seeds: int = 3             # of stage 2: new weights and the order of the data
+    seeds: int = 3             # of stages 1 and 2: new weights and the order of the data
     steps: int = 150           # of stage 2
     align: int = 300           # steps of stage 1
     pictures: int = 16000      # of the base's world
@@ -181,7 +186,8 @@ class Jobs:
         process.wait()
         self.running.discard(process)
         if process.returncode and not self.stopped:
-            raise UserError(f"{program} failed, see {path}: {(open(path).read().splitlines() or [''])[-1]}")
+            last = (open(path).read().splitlines() or [""])[-1]
+            raise UserError(f"{program} failed with status {process.returncode}, see {path}: {last}")
 
     def stop(self):
         with self.lock:
@@ -197,7 +203,7 @@ def stage(jobs, o, n, folder, options):
     os.makedirs(folder, exist_ok=True)
     for name in ("world", "stage0"):
         if not os.path.lexists(os.path.join(folder, name)):
-            os.symlink(os.path.relpath(os.path.join(o.base, name), folder), os.path.join(folder, name))
+            os.symlink(os.path.relpath(os.path.realpath(os.path.join(o.base, name)), os.path.realpath(folder)), os.path.join(folder, name))
     begun = train.saved_steps(os.path.join(folder, f"stage{n}", "state"))
     words = [word for k, v in options.items() for word in (f"--{k}", v)]
     words += ["--resume"] * bool(begun) + ["--allow_random_llm"] * o.allow_random_llm
@@ -206,8 +212,8 @@ def stage(jobs, o, n, folder, options):
         raise UserError(f"{folder}: stopped before stage {n} was done")
 
 
-def stage_1_folder(o, row):
-    return os.path.join(o.out, f"aligned_{o.align}", name_of(aligned(row.options)))
+def stage_1_folder(o, row, seed):
+    return os.path.join(o.out, f"aligned_{o.align}", name_of(aligned(row.options)), f"seed{seed}")
 
 
 def row_folder(o, row, seed):
@@ -217,7 +223,7 @@ def row_folder(o, row, seed):
 def tune(jobs, o, row, seed):
     """Stage 2 of a row, and its scores."""
     folder = row_folder(o, row, seed)
-    options = {"init": os.path.join(stage_1_folder(o, row), "stage1"), "data": data_file(o), "steps": o.steps, "seed": seed}
+    options = {"init": os.path.join(stage_1_folder(o, row, seed), "stage1"), "data": data_file(o), "steps": o.steps, "seed": seed}
     stage(jobs, o, 2, folder, options | row.options)
     if not os.path.exists(os.path.join(folder, "scores.json")):
         jobs.run(folder, "ablate.py", "--score", folder, "--table", o.table, "--base", o.base)
@@ -249,17 +255,45 @@ def prepare(jobs, o):
     world.write_json(data_file(o), records)
 
 
+@contextlib.contextmanager
+def alone(o):
+    """For as long as no other process trains rows in OUT; UserError if one does."""
+    os.makedirs(o.out, exist_ok=True)
+    with open(os.path.join(o.out, "lock"), "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another ablate.py works in {o.out}: let it end, or name another --out") from None
+        yield
+
+
+def same_base(o):
+    """Note in OUT what its rows start from; UserError if it holds rows that started from something else."""
+    path = os.path.join(o.out, "base.json")
+    found = {}
+    for name in BASE:
+        with open(os.path.join(o.base, name), "rb") as f:
+            found[name] = hashlib.file_digest(f, "sha256").hexdigest()
+    if not os.path.exists(path):
+        return world.write_json(path, found)
+    with open(path) as f:
+        had = json.load(f)
+    if had != found:
+        changed = ", ".join(name for name in BASE if had[name] != found[name])
+        raise UserError(f"the rows in {o.out} started from another {changed} than {o.base} has now: name another --out")
+
+
 def train_rows(o):
     """All rows with all seeds, those of a seed before those of the next."""
     jobs, rows = Jobs(o), {name_of(row.options): row for row in TABLES[o.table].rows}.values()
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
         try:
             prepare(jobs, o)
-            firsts = {stage_1_folder(o, row): {"steps": o.align} | aligned(row.options) for row in rows}
+            same_base(o)
+            began, work = time.perf_counter(), [(row, seed) for seed in range(o.seeds) for row in rows]
+            firsts = {stage_1_folder(o, row, seed): {"steps": o.align, "seed": seed} | aligned(row.options) for row, seed in work}
             for _ in pool.map(lambda item: stage(jobs, o, 1, *item), firsts.items()):
                 pass
-            work = [(row, seed) for seed in range(o.seeds) for row in rows]
-            began = time.perf_counter()
             futures = {pool.submit(tune, jobs, o, *item): item for item in work}
             for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 future.result()
@@ -300,49 +334,49 @@ def generated(cfg):
     return sum(expert(cfg.weight_source, width, width, D, cfg.expert_embed, cfg.expert_rank)[1] // 2 for width in sites)
 
 
-def milliseconds(work, repeats):
-    """The least time that work() took: what else runs on a machine only adds to it."""
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return 1000 * min(seconds)
+def milliseconds(work):
+    began = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - began)
 
 
 @torch.no_grad()
-def costs(folder, options, steps=16):
-    """What a row costs: parameters that stage 2 trains, generated numbers, MFLOPs a token, and in ms, on one thread and in fp32,
-    prefilling a prompt of one question and each token after it."""
-    point = weights.load(os.path.join(folder, "stage2"), torch.float32)
-    model, layout = point.model.eval(), point.layout()
-    train.freeze(model, train.TRAINS[2, options.get("tune", "full")], torch.float32)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sample = encode_prompt([], "What colour is the thing at the top left?", point.tokenizer, layout, "picture")
-    batch = collate([sample], [torch.zeros(model.cfg.vision.tokens, model.cfg.vision.width)], None)
-    text = len(sample.ids) - model.cfg.image_tokens
+def costs(o, rounds=60, steps=16):
+    """What each row costs, list[dict]: parameters that stage 2 trains, generated numbers, and to answer a question about a picture
+    the MFLOPs of its prompt (beside CLIP's), and in ms, on one thread and in fp32, the prompt and each token after it.
+
+    Rows take turns, and the least of `rounds` times stands: what else runs on a machine only adds to it, and to all alike.
+    """
+    found, answers = [], []
+    for row in TABLES[o.table].rows:
+        point = weights.load(os.path.join(row_folder(o, row, 0), "stage2"), torch.float32)
+        model, layout = point.model.eval(), point.layout()
+        train.freeze(model, train.TRAINS[2, row.options.get("tune", "full")], torch.float32)
+        sample = encode_prompt([], "What colour is the thing at the top left?", point.tokenizer, layout, "picture")
+        batch = collate([sample], [torch.zeros(model.cfg.vision.tokens, model.cfg.vision.width)], None)
+        count = flops(model.cfg, len(sample.ids) - model.cfg.image_tokens)
+        found.append({"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "generated": generated(model.cfg),
+                      "tokens": len(sample.ids), "prompt_mflops": (sum(count.values()) - count["vision"]) / 1e6})
+
+        def answer(tokens, model=model, batch=batch):
+            cache = Cache(model.cfg.llm, 1, batch.ids.shape[1] + steps, "cpu", torch.float32)
+            collections.deque(stream(model, batch, tokens, -1, cache=cache), maxlen=0)
+
+        answers.append(answer)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-
-    def answer(tokens):
-        cache = Cache(model.cfg.llm, 1, len(sample.ids) + steps, "cpu", torch.float32)
-        collections.deque(stream(model, batch, tokens, -1, cache=cache), maxlen=0)
-
-    answer(steps)
-    first = milliseconds(lambda: answer(1), 60)
-    whole = milliseconds(lambda: answer(steps), 60)
+    times = np.array([[[milliseconds(lambda: answer(tokens)) for tokens in (1, steps)] for answer in answers] for _ in range(rounds)])
     torch.set_num_threads(threads)
-    count = flops(model.cfg, text)
-    return {"trained": trained, "generated": generated(model.cfg), "tokens": len(sample.ids),
-            "mflops_per_token": (sum(count.values()) - count["vision"]) / len(sample.ids) / 1e6,
-            "prefill_ms": first, "decode_ms": (whole - first) / (steps - 1)}
+    for row, (first, whole) in zip(found, times.min(0)):
+        row |= {"prefill_ms": first, "decode_ms": (whole - first) / (steps - 1)}
+    return found
 
 
 # ---- Comparing rows
 
 
 def mean_and_spread(values):
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def difference(scores, others, split):
@@ -353,9 +387,11 @@ def difference(scores, others, split):
     Over questions: they are the same in both, so what counts is each picture's difference, averaged over seeds; pictures are
     independent, questions about one are not. Over seeds: Student's t of the seeds' differences, the same data order in both.
     """
+    asked = scores[0]["splits"][split]["right"]
+    if any([q[:2] for q in run["splits"][split]["right"]] != [q[:2] for q in asked] for run in scores + others):
+        raise UserError(f"{split}: rows were asked different questions, so they cannot be compared: name another --out")
     right = lambda runs: np.array([[hit for _, _, hit in run["splits"][split]["right"]] for run in runs], float)
     gain = right(scores) - right(others)                                             # (seeds, questions)
-    asked = scores[0]["splits"][split]["right"]
     size = collections.Counter(family for family, _, _ in asked)
     share = np.array([100 / len(size) / size[family] for family, _, _ in asked])      # of a question in the mean over families
     by_picture = collections.defaultdict(float)
@@ -364,22 +400,18 @@ def difference(scores, others, split):
     values = np.array([*by_picture.values()])
     by_seed = (gain * share).sum(1)
     n = len(by_seed)
-    over_seeds = T_95.get(n, 2.3) * by_seed.std(ddof=1) / n ** 0.5 if n > 1 else float("nan")
+    over_seeds = T_95.get(n, 2.3) * by_seed.std(ddof=1) / n ** 0.5 if n > 1 else None
     return by_seed.mean(), 1.96 * (len(values) ** 0.5) * values.std(ddof=1), over_seeds
 
 
 def table_rows(o):
-    """What each row of the table is and scores, list[dict]; costs are measured now, one row after the other, unless they are known."""
+    """What each row of the table is, costs and scores, list[dict]."""
     table = TABLES[o.table]
     runs = [[json.load(open(os.path.join(row_folder(o, row, seed), "scores.json"))) for seed in range(o.seeds)] for row in table.rows]
     found = []
-    for row, seeds in zip(table.rows, runs):
-        folder = row_folder(o, row, 0)
-        path = os.path.join(folder, "costs.json")
-        if not os.path.exists(path):
-            world.write_json(path, costs(folder, row.options))
-        result = {"name": row.name, "options": row.options, "paper": row.paper, "costs": json.load(open(path))}
-        result["costs"]["step_s"] = min(run["step_s"] for run in seeds)  # of the seed that was disturbed least
+    for row, seeds, cost in zip(table.rows, runs, costs(o)):
+        step = min(run["step_s"] for run in seeds)  # of the seed that was disturbed least
+        result = {"name": row.name, "options": row.options, "paper": row.paper, "costs": cost | {"step_s": step}}
         first = table.splits[0]
         result["families"] = {f: mean_and_spread([100 * run["splits"][first]["families"][f] for run in seeds])
                               for f in seeds[0]["splits"][first]["families"]}
@@ -391,24 +423,24 @@ def table_rows(o):
 
 def markdown(table, rows):
     """The scores and the costs of a table's rows as two Markdown tables."""
-    pair = lambda value: f"{value[0]:.1f} ± {value[1]:.1f}"
+    pair = lambda value: f"{value[0]:.1f}" + (f" ± {value[1]:.1f}" if value[1] is not None else "")
     families, splits = list(rows[0]["families"]), list(table.splits)
     head = ["row", *(f"paper: {c}" if i == 0 else c for i, c in enumerate(table.columns))]
     head += [*(families if len(families) > 1 else []), f"**{splits[0]}**", *splits[1:],
-             f"against {table.rows[table.reference].name} (95 % over questions, over seeds)"]
+             f"against {table.rows[table.reference].name} (95 % over questions{', over seeds' if rows[0]['difference'][splits[0]][2] is not None else ''})"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["name"], *(map(str, row["paper"] or [""] * len(table.columns)))]
         cells += [f"{row['families'][f][0]:.1f}" for f in families] if len(families) > 1 else []
         cells += [f"**{pair(row['means'][splits[0]])}**", *(pair(row["means"][s]) for s in splits[1:])]
         gain = row["difference"][splits[0]]
-        cells.append("" if row is rows[table.reference] else f"{gain[0]:+.1f} (± {gain[1]:.1f}, ± {gain[2]:.1f})")
+        cells.append("" if row is rows[table.reference] else f"{gain[0]:+.1f} ({', '.join(f'± {x:.1f}' for x in gain[1:] if x is not None)})")
         lines.append("| " + " | ".join(cells) + " |")
-    head = ["row", "trained", "generated", "MFLOPs a token", "training step, s", "prefill, ms", "a further token, ms"]
+    head = ["row", "trained", "generated", "MFLOPs a prompt", "training step, s", "prefill, ms", "a further token, ms"]
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         c = row["costs"]
-        lines.append(f"| {row['name']} | {c['trained']:,} | {c['generated']:,} | {c['mflops_per_token']:.2f} | {c['step_s']:.2f} | "
+        lines.append(f"| {row['name']} | {c['trained']:,} | {c['generated']:,} | {c['prompt_mflops']:.0f} | {c['step_s']:.2f} | "
                      f"{c['prefill_ms']:.1f} | {c['decode_ms']:.2f} |")
     return "\n".join(lines)
 
@@ -435,7 +467,7 @@ def plot(table, rows, path):
             curves[letter].append((float(value), *row["means"][split]))
         for letter, points in curves.items():
             x, y, spread = zip(*sorted(points))
-            axes.errorbar(x, y, spread, marker="o", capsize=3, label=letter or None)
+            axes.errorbar(x, y, None if None in spread else spread, marker="o", capsize=3, label=letter or None)
         axes.set_xlabel(table.axis)
         if len(curves) > 1:
             axes.set_xscale("log", base=2)
@@ -446,7 +478,7 @@ def plot(table, rows, path):
             values = [*row["families"].values(), row["means"][split]]
             x = np.arange(len(groups)) + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
             y, spread = zip(*values)
-            axes.bar(x, y, 0.8 / len(rows), yerr=spread, capsize=2, label=row["name"])
+            axes.bar(x, y, 0.8 / len(rows), yerr=None if None in spread else spread, capsize=2, label=row["name"])
         axes.set_xticks(range(len(groups)), groups)
         axes.legend(fontsize=8)
     axes.set_ylabel(f"exact match on {split}, %")
@@ -471,14 +503,21 @@ def embedded(point, questions):
 
 
 def probe(e, families, images):
-    """How often a linear map of e, fitted to the questions about every second picture, tells the family of the others'."""
+    """How often a linear map of e, fitted to the questions about every second picture, tells the family of the others'.
+
+    returns  (share, half of its 95 % interval): pictures are independent, questions about one are not
+    """
     names, pictures = sorted(set(families)), sorted(set(images))
     odd = torch.tensor([pictures.index(image) % 2 == 1 for image in images])
     label = torch.tensor([names.index(family) for family in families])
     x = torch.cat([e, torch.ones(len(e), 1)], 1).double()
     target = torch.nn.functional.one_hot(label, len(names)).double()
     weight = torch.linalg.solve(x[~odd].mT @ x[~odd] + 1e-3 * torch.eye(x.shape[1]), x[~odd].mT @ target[~odd])
-    return ((x[odd] @ weight).argmax(1) == label[odd]).double().mean().item()
+    right = ((x[odd] @ weight).argmax(1) == label[odd]).double()
+    share, shift = right.mean().item(), collections.defaultdict(float)
+    for image, hit in zip([i for i, o in zip(images, odd) if o], (right - share).tolist()):
+        shift[image] += hit / len(right)
+    return share, 1.96 * (len(shift) ** 0.5) * statistics.stdev(shift.values())
 
 
 def embeddings(o):
@@ -492,14 +531,14 @@ def embeddings(o):
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5))
     for panel, name, point in zip(axes, ("before", "after"), (before, after)):
         e = embedded(point, questions)
-        accuracy = probe(e, families, images)
+        accuracy, half = probe(e, families, images)
         _, _, directions = torch.linalg.svd(e - e.mean(0), full_matrices=False)
         places = (e - e.mean(0)) @ directions[:2].mT
         for family in world.FAMILIES:
             some = places[[f == family for f in families]]
             panel.scatter(*some.mT, s=6, label=family)
         panel.set_title(f"{name} stage 2: a linear probe reads the family in {accuracy:.1%}")
-        print(f"{name}: {100 * accuracy:.1f} % of the families read from e (chance {100 / len(world.FAMILIES):.1f} %)")
+        print(f"{name}: {100 * accuracy:.1f} % (95 %: ± {100 * half:.1f}) of the families read from e (chance {100 / len(world.FAMILIES):.1f} %)")
     axes[1].legend(markerscale=2, fontsize=8)
     figure.tight_layout()
     os.makedirs(o.out, exist_ok=True)
@@ -514,7 +553,8 @@ def run():
     plots()  # to miss it before hours of training rather than after
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, by way of Jobs.stop
     table, began = TABLES[o.table], time.perf_counter()
-    train_rows(o)
+    with alone(o):
+        train_rows(o)
     rows = table_rows(o)
     world.write_json(os.path.join(o.out, f"table_{o.table}.json"), {
         "title": table.title, "options": dataclasses.asdict(o), "seconds": time.perf_counter() - began, "rows": rows})

@@ -148,6 +148,37 @@ def test_the_difference_is_that_of_the_means_and_its_interval_covers_the_truth_a
     assert over_seeds == pytest.approx(4.30 * np.std([mean(a) - mean(b) for a, b in zip(*runs)], ddof=1) / 3 ** 0.5)
 
 
+def test_rows_that_were_asked_different_questions_are_not_compared():
+    one, other = scored([1, 0], "ab", [1, 2]), scored([1, 0], "ab", [1, 3])
+    with pytest.raises(UserError, match="x: rows were asked different questions"):
+        ablate.difference([one], [other], "x")
+
+
+def test_one_seed_has_no_spread_and_is_not_shown_as_if_it_had(tmp_path):
+    runs = [scored(hits, "aabb", [0, 1, 2, 3]) for hits in ([1, 0, 1, 1], [0, 0, 1, 1])]
+    table = dataclasses.replace(TABLES["dialect"], splits=("x",), rows=TABLES["dialect"].rows[:2])
+    cost = dict.fromkeys(("trained", "generated", "prompt_mflops", "step_s", "prefill_ms", "decode_ms"), 1)
+    found = [{"name": row.name, "options": {}, "paper": (), "costs": cost, "families": {"shift": (50.0, None)},
+              "means": {"x": ablate.mean_and_spread([50.0])}, "difference": {"x": ablate.difference([run], [runs[1]], "x")}}
+             for row, run in zip(table.rows, runs)]
+    text = ablate.markdown(table, found)
+    assert "**50.0** |" in text and "+25.0 (± " in text and "nan" not in text and "None" not in text and "seeds" not in text
+    ablate.plot(table, found, tmp_path / "x.png")
+    assert "NaN" not in json.dumps(found)
+
+
+def test_a_probe_reads_what_is_there_and_no_more():
+    rng = np.random.default_rng(0)
+    families, images = [str(f) for f in rng.integers(4, size=2000)], [f"{i // 4:04}.png" for i in range(2000)]
+    noise = torch.from_numpy(rng.standard_normal((2000, 3))).float()
+    share, half = ablate.probe(noise, families, images)
+    assert abs(share - 0.25) < 0.05 and 0.02 < half < 0.035      # of 1000 questions
+    told = torch.nn.functional.one_hot(torch.tensor([int(f) for f in families]), 4).float() + 0.1 * torch.randn(2000, 4)
+    assert ablate.probe(told, families, images)[0] > 0.99
+    told[::2] = torch.randn(1000, 4)                             # half of the questions say nothing
+    assert ablate.probe(told, families, images)[0] == pytest.approx(0.625, abs=0.05)
+
+
 def test_the_dialect_has_one_right_answer_for_each_step(tmp_path):
     world.write_world(tmp_path, pictures=30, texts=2, test_pictures=8)
     world.write_dialect(tmp_path)
@@ -214,8 +245,9 @@ def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
     assert process.returncode == 143
     assert not running(tmp_path)  # its trainings ended with it
     assert not list(tmp_path.glob("table_*"))
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("aligned_2/*/stage1/model.safetensors")}
-    assert len(kept) == 2
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("aligned_2/*/seed*/stage1/model.safetensors")}
+    assert len(kept) == 4
+    assert len({path.read_bytes() for path in kept}) == 4  # seeds differ from stage 1 on
 
     process = start(base, tmp_path, "--table", "vlora")
     text, error = process.communicate(timeout=400)
@@ -250,7 +282,31 @@ def test_a_row_that_fails_ends_the_program_with_a_line_that_says_where(base, tmp
     os.remove(tmp_path / "base" / "stage0" / "llm" / "model.safetensors")
     process = start(tmp_path / "base", tmp_path / "out", "--table", "vlora", "--jobs", 1)
     error = process.communicate(timeout=200)[1].splitlines()
-    assert process.returncode == 1 and error[-1].startswith("error: train.py failed, see ") and "output.txt: error: no weights in" in error[-1]
+    assert process.returncode == 1 and error[-1].startswith("error: train.py failed with status 1, see ") and "output.txt: error: no weights in" in error[-1]
+
+
+def test_rows_of_another_base_are_not_taken_for_this_ones(tmp_path):
+    for name in ablate.BASE:
+        (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "base" / name).write_text(name)
+    o = ablate.Options(base=str(tmp_path / "base"), out=str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    ablate.same_base(o)
+    ablate.same_base(dataclasses.replace(o, base=shutil.copytree(tmp_path / "base", tmp_path / "moved")))
+    (tmp_path / "base" / "stage0" / "llm" / "model.safetensors").write_text("trained anew")
+    with pytest.raises(UserError, match="started from another stage0/llm/model.safetensors than .*base has now: name another --out"):
+        ablate.same_base(o)
+
+
+def test_two_programs_do_not_train_in_one_folder(tmp_path):
+    o = ablate.Options(base=str(tmp_path / "none"), out=str(tmp_path / "out"))
+    with ablate.alone(o):
+        process = start(o.base, o.out)
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 1 and error.splitlines()[-1].startswith(f"error: another ablate.py works in {o.out}")
+    assert not os.path.exists(o.base)
+    with ablate.alone(o):
+        pass
 
 
 def test_a_base_with_another_world_is_left_alone(tmp_path):
