@@ -38,7 +38,7 @@ from flops import expert, flops
 from model import Cache, stream
 from sources import GUIDED
 
-BASE = ("world/captions.json", "world/instruct.json", "world/heldout.json",
+BASE = ("world/captions.json", "world/instruct.json", "world/dialect.json", "world/heldout.json", "world/grounds.json", "world/numbers.json",
         "stage0/clip/model.safetensors", "stage0/llm/model.safetensors")  # what tells one base from another
 HERE = os.path.dirname(os.path.abspath(__file__))
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t of so many seeds, two-sided 95 %
@@ -54,7 +54,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """`reference` counts the row that the others are compared with; `data` is what stage 2 learns, of the toy world's files."""
+    """`reference` counts the row that the others are compared with; `data` is what stage 2 learns, of the toy world's files.
+
+    tuned  so many steps LLaVA is tuned for first, once: all rows and seeds then start from it, not from a stage 1 of their own
+    """
     title: str
     rows: tuple
     reference: int = -1
@@ -62,9 +65,11 @@ class Table:
     data: str = "instruct"
     splits: tuple = ("heldout", "combination", "grounds", "numbers")
     axis: str | None = None  # a figure: what its rows' names count
+    tuned: int = 0
 
 
 PLAIN = {"visual_expert": "none", "language_expert": "none"}
+LLAVA = Row("LLaVA", PLAIN)
 ALONE = {"visual_expert": "none", "tune": "peft"}  # Table 6: the language side alone, beside a frozen Llama
 VLORA = ("MMB", "MME", "SQA", "Hallu", "MMMU", "CCB")
 
@@ -95,7 +100,7 @@ TABLES = {
         Row("Hypernetwork+Adapter", ALONE | {"weight_source": "latent"}, (49.0, 63.6, 48.3, 84.6, 1140.0)),
         Row("Language Expert", ALONE, (62.5, 70.4, 58.1, 85.9, 1486.0)))),
     "experts": Table("one expert, both, or as many static parameters", (
-        Row("LLaVA", PLAIN), Row("E_V", {"language_expert": "none"}), Row("E_L", {"visual_expert": "none"}), Row("both", {}),
+        LLAVA, Row("E_V", {"language_expert": "none"}), Row("E_L", {"visual_expert": "none"}), Row("both", {}),
         Row("both static, of equal parameters", {"weight_source": "static", "expert_rank": 185})), reference=0, columns=()),
     "vlora": Table("pictures as tokens or as weights", (
         Row("LLaVA", PLAIN, (64.6, 1470.0, 67.7, 27.4, 33.8, 25.3)),  # aligned, as VLoRA is, on CapsFusion
@@ -106,7 +111,7 @@ TABLES = {
         Row("LoRA in the same blocks, equal parameters", ALONE | {"weight_source": "lora", "expert_rank": 24}),
         Row("LoRA in all blocks, equal parameters", ALONE | {"weight_source": "lora", "expert_rank": 12, "language_expert": "all"}),
         Row("generated, guided by the whole prompt", ALONE | {"guidance_pool": "prompt"}),
-        Row("generated", ALONE)), columns=(), data="dialect", splits=("heldout_dialect",)),
+        Row("generated", ALONE)), columns=(), data="dialect", splits=("heldout_dialect",), tuned=400),
     "fig3": Table("the block after which guidance is taken", tuple(
         Row(str(k), {"guidance_after": k} if k != 2 else {}) for k in (1, 2, 3)), reference=1, columns=(), axis="blocks before guidance"),
     "fig4": Table("the width of the embedding (rank 16), the rank (embedding 16)", tuple(
@@ -168,10 +173,10 @@ def aligned(options):
 
 
 class Jobs:
-    """Programs that run in processes of their own, each with its share of the cores; `stop` ends those that do."""
+    """Programs that run in processes of their own, with `threads` threads each; `stop` ends those that do."""
 
-    def __init__(self, o):
-        self.threads, self.running, self.lock = max(1, (os.cpu_count() or 1) // o.jobs), set(), threading.Lock()
+    def __init__(self):
+        self.threads, self.running, self.lock = os.cpu_count() or 1, set(), threading.Lock()
         self.stopped = False
 
     def run(self, folder, program, *words):
@@ -220,22 +225,37 @@ def row_folder(o, row, seed):
     return os.path.join(o.out, f"{TABLES[o.table].data}_{o.align}_{o.steps}", name_of(row.options), f"seed{seed}")
 
 
+def tuned_folder(o):
+    return os.path.join(o.out, f"tuned_{o.align}_{TABLES[o.table].tuned}")
+
+
+def start_of(o, row, seed):
+    """The checkpoint that stage 2 of a row begins with."""
+    if TABLES[o.table].tuned:
+        return os.path.join(tuned_folder(o), "stage2")
+    return os.path.join(stage_1_folder(o, row, seed), "stage1")
+
+
+def align(jobs, o, row, seed):
+    stage(jobs, o, 1, stage_1_folder(o, row, seed), {"steps": o.align, "seed": seed} | aligned(row.options))
+
+
 def tune(jobs, o, row, seed):
     """Stage 2 of a row, and its scores."""
-    folder = row_folder(o, row, seed)
-    options = {"init": os.path.join(stage_1_folder(o, row, seed), "stage1"), "data": data_file(o), "steps": o.steps, "seed": seed}
+    folder, table = row_folder(o, row, seed), TABLES[o.table]
+    options = {"init": start_of(o, row, seed), "data": data_file(o, table.data, o.steps), "steps": o.steps, "seed": seed}
     stage(jobs, o, 2, folder, options | row.options)
     if not os.path.exists(os.path.join(folder, "scores.json")):
         jobs.run(folder, "ablate.py", "--score", folder, "--table", o.table, "--base", o.base)
 
 
-def data_file(o):
-    """The file with as many conversations as a row sees, so that it makes features of no more pictures."""
-    return os.path.join(o.base, "world", f"{TABLES[o.table].data}_{o.steps}.json")
+def data_file(o, data, steps):
+    """The file with as many conversations as so many steps see, so that features are made of no more pictures."""
+    return os.path.join(o.base, "world", f"{data}_{steps}.json")
 
 
 def prepare(jobs, o):
-    """The base's world and stand-ins, the further splits, and the rows' data."""
+    """The base's world and stand-ins, the further splits, and what the rows learn."""
     folder = os.path.join(o.base, "world")
     if os.path.exists(os.path.join(folder, "world.json")):
         with open(os.path.join(folder, "world.json")) as f:
@@ -250,9 +270,12 @@ def prepare(jobs, o):
                      *["--resume"] * bool(begun))
     world.write_unseen(folder, side=toy.VISION.image_size, pictures=min(100, o.pictures))
     world.write_dialect(folder)
-    with open(os.path.join(folder, f"{TABLES[o.table].data}.json")) as f:
-        records = json.load(f)[:o.steps * train.PRESETS["toy"][2]["batch_size"]]
-    world.write_json(data_file(o), records)
+    table = TABLES[o.table]
+    for data, steps in ((table.data, o.steps), ("instruct", table.tuned)):
+        with open(os.path.join(folder, f"{data}.json")) as f:
+            records = json.load(f)[:steps * train.PRESETS["toy"][2]["batch_size"]]
+        if records:
+            world.write_json(data_file(o, data, steps), records)
 
 
 @contextlib.contextmanager
@@ -285,15 +308,22 @@ def same_base(o):
 
 def train_rows(o):
     """All rows with all seeds, those of a seed before those of the next."""
-    jobs, rows = Jobs(o), {name_of(row.options): row for row in TABLES[o.table].rows}.values()
+    jobs, table = Jobs(), TABLES[o.table]
+    rows = {name_of(row.options): row for row in table.rows}.values()
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
         try:
             prepare(jobs, o)
             same_base(o)
             began, work = time.perf_counter(), [(row, seed) for seed in range(o.seeds) for row in rows]
-            firsts = {stage_1_folder(o, row, seed): {"steps": o.align, "seed": seed} | aligned(row.options) for row, seed in work}
-            for _ in pool.map(lambda item: stage(jobs, o, 1, *item), firsts.items()):
-                pass
+            if table.tuned:
+                align(jobs, o, LLAVA, 0)
+                stage(jobs, o, 2, tuned_folder(o), PLAIN | {"init": os.path.join(stage_1_folder(o, LLAVA, 0), "stage1"), "steps": table.tuned,
+                                                            "data": data_file(o, "instruct", table.tuned)})
+            jobs.threads = max(1, jobs.threads // o.jobs)
+            if not table.tuned:
+                firsts = {stage_1_folder(o, *item): item for item in work}.values()  # one of those that share it
+                for _ in pool.map(lambda item: align(jobs, o, *item), firsts):
+                    pass
             futures = {pool.submit(tune, jobs, o, *item): item for item in work}
             for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 future.result()

@@ -78,8 +78,7 @@ TEMPLATES = {
               "Tell me which is {larger}, the {first} or the {second}."),
 }
 
-SHIFTS = ("Which letter is {steps} after the one in the picture?", "What letter comes {steps} places after the one you see?",
-          "Read the letter and go {steps} on.", "Which letter do you get {steps} after the letter shown?")  # for ablate.py alone
+SHIFTS = tuple(question + " Go on by {steps}." for question in TEMPLATES["read"])  # for ablate.py alone
 STEPS = tuple(range(6))
 
 ANCHORS = {  # a muted and the pure colour; what is drawn lies somewhere between the two
