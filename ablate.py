@@ -111,7 +111,7 @@ TABLES = {
         Row("LoRA in the same blocks, equal parameters", ALONE | {"weight_source": "lora", "expert_rank": 24}),
         Row("LoRA in all blocks, equal parameters", ALONE | {"weight_source": "lora", "expert_rank": 12, "language_expert": "all"}),
         Row("generated, guided by the whole prompt", ALONE | {"guidance_pool": "prompt"}),
-        Row("generated", ALONE)), columns=(), data="dialect", splits=("heldout_dialect",), tuned=400),
+        Row("generated", ALONE)), columns=(), data="dialect", splits=("heldout_dialect",), tuned=150),
     "fig3": Table("the block after which guidance is taken", tuple(
         Row(str(k), {"guidance_after": k} if k != 2 else {}) for k in (1, 2, 3)), reference=1, columns=(), axis="blocks before guidance"),
     "fig4": Table("the width of the embedding (rank 16), the rank (embedding 16)", tuple(
@@ -237,7 +237,8 @@ def start_of(o, row, seed):
 
 
 def align(jobs, o, row, seed):
-    stage(jobs, o, 1, stage_1_folder(o, row, seed), {"steps": o.align, "seed": seed} | aligned(row.options))
+    options = {"data": data_file(o, "captions", o.align), "steps": o.align, "seed": seed}
+    stage(jobs, o, 1, stage_1_folder(o, row, seed), options | aligned(row.options))
 
 
 def tune(jobs, o, row, seed):
@@ -271,7 +272,7 @@ def prepare(jobs, o):
     world.write_unseen(folder, side=toy.VISION.image_size, pictures=min(100, o.pictures))
     world.write_dialect(folder)
     table = TABLES[o.table]
-    for data, steps in ((table.data, o.steps), ("instruct", table.tuned)):
+    for data, steps in (("captions", o.align), (table.data, o.steps), ("instruct", table.tuned)):
         with open(os.path.join(folder, f"{data}.json")) as f:
             records = json.load(f)[:steps * train.PRESETS["toy"][2]["batch_size"]]
         if records:

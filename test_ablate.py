@@ -184,7 +184,7 @@ def test_the_dialect_has_one_right_answer_for_each_step(tmp_path):
     world.write_dialect(tmp_path)
     training, test = (json.load(open(tmp_path / f)) for f in ("dialect.json", "heldout_dialect.json"))
     captions = {r["image"]: r["conversations"][1]["value"] for r in json.load(open(tmp_path / "captions.json"))}
-    assert 5 < len(training) < 30 and len(test) % 6 == 0 and {r["family"] for r in test} == {"shift"}
+    assert 5 < len(training) < 30 and len(test) % len(world.STEPS) == 0 and {r["family"] for r in test} == {"shift"}
     for record in training:
         letter = captions[record["image"]].split("the letter ")[1][0]
         said = record["conversations"]

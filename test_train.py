@@ -281,6 +281,7 @@ def test_states_rotate_and_the_last_good_one_outlives_a_full_disk(run, mesh, tmp
     names = [[f"step_{n:06d}" for n in kept] for kept in ([1], [1, 2], [1, 2], [2, 4], [4, 5])]
     assert [n for n, _ in seen] == names
     assert [bool(fault) for _, fault in seen] == [False, False, True, False, False]
+    assert ["save_s" in row for row in log_of(tmp_path, 2)] == [False] + 5 * [True]  # how long training waited, before this step
     assert "No space left on device" in seen[2][1]
     assert capfd.readouterr().err.count("training goes on, the states saved before are kept") == 1
 

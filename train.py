@@ -662,7 +662,11 @@ def tensors_of(model, prefixes, dtype):
 
 
 def keep_state(folder, steps, model, opts, o, stop, bar):
-    """Save the state after so many steps. A failure is a warning; after the signal `stop` it is an error, else the run ends."""
+    """Save the state after so many steps -> the seconds that took.
+
+    A failure is a warning; after the signal `stop` it is an error, else the run ends.
+    """
+    began = time.perf_counter()
     fault = save_state(folder, steps, model, opts, o)
     if fault and stop:
         raise Agreed(f"stopped by {signal.Signals(stop).name}, and {fault}")
@@ -672,6 +676,7 @@ def keep_state(folder, steps, model, opts, o, stop, bar):
         if dist.get_rank() == 0:
             bar.write(f"stopped by {signal.Signals(stop).name} after step {steps}, state saved: --resume goes on", file=sys.stderr)
         sys.exit(130 if stop == signal.SIGINT else 0)
+    return time.perf_counter() - began
 
 
 def train(job, o, mesh):
@@ -699,6 +704,7 @@ def train(job, o, mesh):
                              num_workers=o.workers, multiprocessing_context="fork" if o.workers else None,
                              worker_init_fn=deaf))
     first = began = time.perf_counter()
+    saving = 0.0  # seconds, before this step
     with open(log_path, "a") if rank == 0 else contextlib.nullcontext() as log, \
             tqdm(range(start, o.steps), f"stage {o.stage}", initial=start, total=o.steps, disable=rank > 0,
                  mininterval=1 if sys.stderr.isatty() else 15) as bar, Signals() as signals:
@@ -716,16 +722,17 @@ def train(job, o, mesh):
             now = time.perf_counter()
             row = row_of(done, step, now - began, waited, (now - first) / (step + 1 - start), o)
             skipped += int(done.skipped)
-            row |= {"skipped_images": skipped} if skipped else {}
+            row |= ({"skipped_images": skipped} if skipped else {}) | ({"save_s": saving} if saving else {})
             if step + 1 == o.steps or (step + 1) % o.val_every == 0:
                 row |= evaluate(job, model, o, mesh)
-            began = time.perf_counter()
             if rank == 0:
                 print(json.dumps(row), file=log, flush=True)
             if rank == 0 and (step % o.log_every == 0 or {"held_out", "answer"} & row.keys()):
                 bar.write(line(row, o), file=sys.stderr)
+            saving = 0.0
             if done.stop or (step + 1) % o.save_every == 0 and step + 1 < o.steps:
-                keep_state(states, step + 1, model, opts, o, done.stop, bar)
+                saving = keep_state(states, step + 1, model, opts, o, done.stop, bar)
+            began = time.perf_counter()
     if skipped and rank == 0:
         print(f"{skipped} times a picture could not be read and the next record took its place", file=sys.stderr)
     tensors = tensors_of(model, job.keeps, getattr(torch, o.dtype))

@@ -79,7 +79,7 @@ TEMPLATES = {
 }
 
 SHIFTS = tuple(question + " Go on by {steps}." for question in TEMPLATES["read"])  # for ablate.py alone
-STEPS = tuple(range(6))
+STEPS = tuple(range(4))
 
 ANCHORS = {  # a muted and the pure colour; what is drawn lies somewhere between the two
     "red": ((205, 50, 45), (255, 0, 0)), "orange": ((240, 130, 40), (255, 165, 0)),
