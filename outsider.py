@@ -1,7 +1,8 @@
 """Does what the toy learnt carry over to pictures that others draw? `python outsider.py --model out/toy/stage2`
 
-Pictures in the style of the toy world by code that shares nothing with world.py: flat ground, 200 to 800 px, not square, things
-anywhere rather than in cells, Pillow's own named colours, saved as JPEG of quality 75. Asks for colours, shapes and counts.
+Pictures in the style of the toy world by code that shares nothing with world.py: flat ground, 200 to 800 px, not square, Pillow's
+own named colours, saved as JPEG of quality 75. As in that world, things lie in different ninths of the picture; with --scattered,
+which it never shows, they lie anywhere. Asks for colours, shapes and counts.
 """
 import io
 import math
@@ -28,6 +29,7 @@ class Options:
     model: str = "out/toy/stage2"  # checkpoint
     pictures: int = 20             # how many to draw
     seed: int = 0                  # of the drawing
+    scattered: bool = False        # things anywhere, across the borders of ninths too
     out: str | None = None         # folder to keep the pictures in; none: they are not kept
 
 
@@ -49,19 +51,25 @@ def shape(pen, kind, x, y, r, colour):
         pen.polygon([(x + d * math.sin(a), y - d * math.cos(a)) for d, a in tips], fill=colour)
 
 
-def picture(chance):
+def spot(chance, r, wide, high, ninth):
+    """A centre for a thing of radius r within a ninth of the picture, or anywhere if that is None."""
+    left, top, w, h = (0, 0, wide, high) if ninth is None else (ninth % 3 * wide / 3, ninth // 3 * high / 3, wide / 3, high / 3)
+    return chance.uniform(left + r, left + w - r), chance.uniform(top + r, top + h - r)
+
+
+def picture(chance, scattered=False):
     """(JPEG as PIL image, [(colour, kind), ...]) of 2 to 5 things that do not touch."""
     wide, high = chance.randint(200, 800), chance.randint(200, 800)
     while not 0.66 < wide / high < 1.5 or wide == high:
         wide, high = chance.randint(200, 800), chance.randint(200, 800)
     image = Image.new("RGB", (wide, high), chance.choice(GROUNDS))
     pen, placed, things = ImageDraw.Draw(image), [], []
-    wanted = chance.randint(2, 5)
+    wanted, ninths = chance.randint(2, 5), chance.sample(range(9), 9)
     while len(things) < wanted:
         r = min(wide, high) / 3 * chance.choice([0.27, 0.44])
-        x, y = chance.uniform(r, wide - r), chance.uniform(r, high - r)
+        x, y = spot(chance, r, wide, high, None if scattered else ninths[len(things)])
         thing = chance.choice(NAMED), chance.choice(KINDS)
-        if thing not in NEVER and all(math.dist((x, y), p[:2]) > 1.15 * (r + p[2]) for p in placed):
+        if thing not in NEVER and (not scattered or all(math.dist((x, y), p[:2]) > 1.15 * (r + p[2]) for p in placed)):
             shape(pen, thing[1], x, y, r, thing[0])
             placed.append((x, y, r))
             things.append(thing)
@@ -87,7 +95,7 @@ def run():
     answer, chance = Answerer(weights.load(o.model)), random.Random(o.seed)
     asked = []
     for i in range(o.pictures):
-        image, things = picture(chance)
+        image, things = picture(chance, o.scattered)
         name = f"{i:03d}"
         answer.show(name, image)
         asked += questions(things, name)

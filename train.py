@@ -108,7 +108,7 @@ VLORA = {
     2: dict(lr=2e-5,                              # the script's; the paper says 5e-5. Batch 128 in both
             workers=32),                          # --dataloader_num_workers
 }
-VLORA_TOY = dict(vlora_every=1, vlora_rank=16, vlora_embed=128, vlora_depth=2, vlora_heads=4)
+VLORA_TOY = dict(lr=1e-3, vlora_every=1, vlora_rank=16, vlora_embed=128, vlora_depth=2, vlora_heads=4)  # at 3e-3 stage 1 jumps
 TOY = dict(vision="stage0/clip", llm="stage0/llm", system="", aspect="pad", expert_embed=16, group_by_length=True, cache_features=True,
            attention="plain", log_every=20, val_every=300, save_every=200)
 
