@@ -847,14 +847,25 @@ def fits(value, kind):
     return isinstance(value, kind)
 
 
+def described(kind):
+    """What `fits` asks for, in words."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if typing.get_origin(kind) is tuple:
+        return "three numbers"
+    if inner:
+        return "a whole number of 0 or more, or null" if int in inner else "an object, or null"
+    return {int: "a whole number more than 0", float: "a number more than 0", bool: "true or false", str: "text"}.get(kind, "an object")
+
+
 def build(kind, values, label):
     """The dataclass `kind` of exactly the fields in `values`; UserError names what is unknown, lacking or of no use."""
     expect_keys(values, {f.name for f in dataclasses.fields(kind)}, label)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, wanted in typing.get_type_hints(kind).items():
         if not fits(values[name], wanted):
-            words = "more than 0" if wanted in (int, float) else getattr(wanted, "__name__", str(wanted)).replace("typing.", "")
-            raise UserError(f"{label}: {name} is {values[name]!r}, expected {words}")
+            raise UserError(f"{label}: {name} is {values[name]!r}, expected {described(wanted)}")
     return kind(**values)
 
 
@@ -862,7 +873,14 @@ def build_config(values, label):
     """VLMConfig of its nested dict."""
     expect_keys(values, {f.name for f in dataclasses.fields(VLMConfig)}, label)
     parts = {"vision": VisionConfig, "llm": LlamaConfig} | ({} if values["vlora"] is None else {"vlora": VLoRAConfig})
-    return build(VLMConfig, values | {name: build(kind, values[name], f"{label}.{name}") for name, kind in parts.items()}, label)
+    cfg = build(VLMConfig, values | {name: build(kind, values[name], f"{label}.{name}") for name, kind in parts.items()}, label)
+    for name, part in (("vision", cfg.vision), ("llm", cfg.llm)):
+        if part.width % part.heads:
+            raise UserError(f"{label}.{name}: width {part.width} does not divide by heads {part.heads}")
+    if cfg.llm.heads % cfg.llm.kv_heads or cfg.llm.width // cfg.llm.heads % 2:
+        raise UserError(f"{label}.llm: {cfg.llm.heads} heads of {cfg.llm.width // cfg.llm.heads}, {cfg.llm.kv_heads} of keys: expected heads "
+                        "of an even size, in as many as divide by those of keys")
+    return cfg
 
 
 def same_method(cfg, asked, label):
