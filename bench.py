@@ -1,13 +1,18 @@
-"""How long a model takes to load and how much memory that needs, here and in transformers; how much of a batch is padding.
+"""How fast training is; how long a model takes to load, here and in transformers; how much of a batch is padding.
 
+    python bench.py --train 7b --out DIR    trains both stages for some steps on random weights, with experts and without
     python bench.py --make 7b --out DIR     a folder like llava-hf's with the true shapes of LLaVA-1.5 and random weights
     python bench.py --load DIR              loads it in a fresh process with weights.load, in another with transformers
     python bench.py --padding J.json --llm DIR  the share of padding in batches put together at random, as LLaVA does, and as here
 
 The last line of standard output is one JSON object. `--load` needs Linux, and transformers.
 """
+import dataclasses
 import json
 import os
+import re
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -16,25 +21,30 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import weights
 from cli import UserError, main, parse
 from data import SYSTEM, Conversations, Layout, Order, padding, Preprocess, Tokenizer, layout_of_llama
-from model import LlamaConfig, VisionConfig, VLMConfig
+from model import CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
 
 SHAPES = {  # CLIP and Llama
     "7b": (VisionConfig(), LlamaConfig(context=4096)),
     "13b": (VisionConfig(), LlamaConfig(5120, 40, 40, 40, 13824, context=4096)),
     "1b": (VisionConfig(), LlamaConfig(1536, 10, 12, 12, 4096)),  # half a billion, for a quick try
+    "tiny": (VisionConfig(28, 14, 32, 2, 2, 64), LlamaConfig(32, 4, 4, 4, 64, 400)),  # to try the program
 }
+WARM = 2  # steps of a run that are not counted
 
 
 @dataclass
 class Options:
-    """Measure how a checkpoint loads. First --make one, then --load it."""
-    make: Literal["7b", "13b", "1b"] | None = None  # write a folder with a model of this size, its weights random
-    out: str | None = None                # that folder
+    """Measure how training runs (--train), how a checkpoint loads (first --make one, then --load it), how orders pad (--padding)."""
+    train: Literal[(*SHAPES,)] | None = None  # train a model of this size, its weights random
+    steps: int = 12                       # of each stage, the first two not counted
+    make: Literal[(*SHAPES,)] | None = None  # write a folder with a model of this size, its weights random
+    out: str | None = None                # the folder of either
     dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of its weights
     format: Literal["safetensors", "bin"] = "safetensors"  # of its files
     load: str | None = None               # folder to load in bfloat16, here and with transformers
@@ -44,12 +54,14 @@ class Options:
     llm: str | None = None                # folder or hub name of a Llama, for its tokenizer
     image_tokens: int = 576               # positions of a picture
     ranks: int = 8                        # that take a step's samples together
-    micro_batch_size: int = 16            # samples of a rank
+    micro_batch_size: int = 16            # samples that a rank takes at once
 
     def __post_init__(self):
-        wanted = [bool(self.make), bool(self.load), bool(self.padding)]
-        if sum(wanted) != 1 or bool(self.make) != bool(self.out) or bool(self.padding) != bool(self.llm):
-            raise UserError("say --make SIZE --out FOLDER, --load FOLDER, or --padding FILE --llm FOLDER")
+        wanted = [bool(self.train), bool(self.make), bool(self.load), bool(self.padding)]
+        if sum(wanted) != 1 or any(wanted[:2]) != bool(self.out) or bool(self.padding) != bool(self.llm):
+            raise UserError("say --train SIZE --out FOLDER, --make SIZE --out FOLDER, --load FOLDER, or --padding FILE --llm FOLDER")
+        if self.steps <= WARM:
+            raise UserError(f"--steps {self.steps}: expected more than {WARM}, which are not counted")
         if min(self.ranks, self.micro_batch_size) < 1:
             raise UserError(f"--ranks {self.ranks}, --micro_batch_size {self.micro_batch_size}: expected more than 0")
 
@@ -157,6 +169,83 @@ def compare(o):
     print(json.dumps(found))
 
 
+# ---- Training
+
+
+def made_up_data(folder, samples):
+    """FOLDER/images, captions.json and chat.json: pictures of 640 x 480, and words that mean nothing, as many as LLaVA's data has about."""
+    rng = np.random.default_rng(0)
+    os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+    for i in range(64):  # smooth, as photographs are: noise takes a JPEG decoder longer
+        rough = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        rough.resize((640, 480), Image.Resampling.BICUBIC).save(os.path.join(folder, "images", f"{i}.jpg"))
+
+    def words(least, most):
+        return " ".join(map(str, rng.integers(10, 100, rng.integers(least, most))))
+
+    def record(i, turns):
+        said = [{"from": who, "value": text} for pair in turns for who, text in zip(("human", "gpt"), pair)]
+        said[0]["value"] = f"<image>\n{said[0]['value']}".strip()
+        return {"id": str(i), "image": f"{i % 64}.jpg", "conversations": said}
+
+    captions = [record(i, [("", words(8, 30))]) for i in range(samples)]
+    chats = [record(i, [(words(8, 40), words(5, 120)) for _ in range(rng.integers(1, 7))]) for i in range(samples)]
+    for name, records in (("captions", captions), ("chat", chats)):
+        weights.write_json(os.path.join(folder, f"{name}.json"), records)
+
+
+def made_up_parts(folder, size):
+    """FOLDER/clip and FOLDER/llm in Hugging Face's layout, their weights random."""
+    vision, llm = SHAPES[size]
+    vision = dataclasses.replace(vision, depth=vision.depth + 1)  # the last block, which LLaVA does not run
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        clip, llama = CLIP(vision).to(torch.bfloat16), Llama(llm, VLMConfig(vision, llm, "none", "none")).to(torch.bfloat16)
+        norms = {f"post_layernorm.{n}": torch.empty(vision.width, dtype=torch.bfloat16) for n in ("weight", "bias")}
+    random = lambda folder, state: write_random(folder, state, "safetensors")
+    tokenizer = made_up_tokenizer(llm.vocab)
+    weights.write_vision(os.path.join(folder, "clip"), clip.state_dict() | norms, vision, Preprocess(vision.image_size), random)
+    weights.write_llama(os.path.join(folder, "llm"), llama.state_dict(), llm, tokenizer, tokenizer.bos, tokenizer.eos, random)
+
+
+def rehearse(o):
+    """Train some steps of both stages by train.py, with generated experts and with none, and say what its logs say."""
+    world = torch.cuda.device_count() or 1
+    batch = 2 * world * o.micro_batch_size  # accumulated once, as larger batches are many times
+    made_up_data(o.out, batch * o.steps)
+    made_up_parts(o.out, o.train)
+    found = []
+    for experts in ("none", "generated"):
+        folder = os.path.join(o.out, experts)
+        for stage, data in ((1, "captions"), (2, "chat")):
+            words = ["--stage", stage, "--preset", "1b" if o.train == "tiny" else o.train, "--out", folder, "--steps", o.steps,
+                     "--data", f"{o.out}/{data}.json", "--images", f"{o.out}/images", "--batch_size", batch,
+                     "--micro_batch_size", o.micro_batch_size, "--overwrite"]
+            words += ["--vision", f"{o.out}/clip", "--llm", f"{o.out}/llm", "--allow_random_llm"] if stage == 1 else []
+            words += ["--visual_expert", "none", "--language_expert", "none"] if experts == "none" else []
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+            output = os.path.join(o.out, f"{experts}_{stage}.txt")
+            with open(output, "w") as f:
+                done = subprocess.run([sys.executable, *launch, os.path.join(os.path.dirname(__file__), "train.py"), *map(str, words)], stdout=f, stderr=f)
+            text = open(output).read()
+            if done.returncode:
+                raise UserError(f"stage {stage} ended with status {done.returncode}, see {output}: {text.strip().splitlines()[-1]}")
+            with open(os.path.join(folder, f"stage{stage}", "log.jsonl")) as f:
+                rows = [json.loads(line) for line in f][WARM:]
+            of = lambda name: [row[name] for row in rows]
+            found.append({"stage": stage, "experts": experts, "tokens_per_s": statistics.median(of("tokens_per_s")),
+                          "mfu": statistics.median(of("mfu")) if rows[0]["mfu"] is not None else None,
+                          "data_wait": statistics.median(of("data_wait")), "peak_gb": max(of("peak_gb")),
+                          "foreseen_gb": float(re.search(r"at its peak ([\d.]+)", text)[1])})
+            share = "n/a" if found[-1]["mfu"] is None else f"{found[-1]['mfu']:.1%}"
+            print("stage {stage}, experts {experts:<9}  {tokens_per_s:8.0f} tokens/s  MFU {0:>5}  data {data_wait:.1%}  peak {peak_gb:.1f} GB, "
+                  "foreseen {foreseen_gb:.1f}".format(share, **found[-1]), flush=True)
+        shutil.rmtree(os.path.join(folder, "stage2"))  # 13 GB that nobody wants
+    for plain, ours in zip(found[:2], found[2:]):
+        print(f"stage {plain['stage']}: experts cost {plain['tokens_per_s'] / ours['tokens_per_s'] - 1:.1%} of the time")
+    print(json.dumps(found))
+
+
 # ---- Padding
 
 
@@ -210,7 +299,7 @@ def compare_padding(o):
 
 def run():
     o = Options(**parse(Options))
-    compare_padding(o) if o.padding else make(o) if o.make else measure(o) if o.only else compare(o)
+    rehearse(o) if o.train else compare_padding(o) if o.padding else make(o) if o.make else measure(o) if o.only else compare(o)
 
 
 if __name__ == "__main__":

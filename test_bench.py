@@ -1,4 +1,4 @@
-"""bench.py counts padding; that it measures loading is in test_foreign.py, with the layouts it loads."""
+"""bench.py counts padding, and trains; that it measures loading is in test_foreign.py, with the layouts it loads."""
 import json
 
 import numpy as np
@@ -35,3 +35,21 @@ def test_bench_counts_the_padding_of_three_orders(tmp_path, capsys):
     assert 1 < found["ours"]["slowest"] < found["llava"]["slowest"]
     with pytest.raises(UserError, match="a step of 32 x 16 wants more"):
         bench.compare_padding(bench.Options(padding=str(tmp_path / "instruct.json"), llm=str(tmp_path), ranks=32))
+
+
+@pytest.mark.slow
+def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys):
+    bench.rehearse(bench.Options(train="tiny", out=str(tmp_path), steps=4, micro_batch_size=2))
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert [(run["stage"], run["experts"]) for run in found] == [(1, "none"), (2, "none"), (1, "generated"), (2, "generated")]
+    for run in found:
+        assert run["tokens_per_s"] > 0 and run["mfu"] is None and 0 <= run["data_wait"] <= 1 and run["peak_gb"] > 0.1
+    with open(tmp_path / "generated" / "stage1" / "log.jsonl") as f:
+        rates = [json.loads(line)["tokens_per_s"] for line in f]
+    assert len(rates) == 4 and found[2]["tokens_per_s"] == pytest.approx(sum(rates[2:]) / 2)
+    assert json.load(open(tmp_path / "generated" / "stage1" / "config.json"))["model"]["visual_expert"] == "1"
+    assert json.load(open(tmp_path / "none" / "stage1" / "config.json"))["model"]["visual_expert"] == "none"
+    assert not (tmp_path / "none" / "stage2").exists()
+    cost = found[0]["tokens_per_s"] / found[2]["tokens_per_s"] - 1
+    assert f"stage 1: experts cost {cost:.1%} of the time" in lines

@@ -643,7 +643,7 @@ def image_values(preprocess, kind):
             "image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
 
 
-def write_vision(folder, state, config, preprocess):
+def write_vision(folder, state, config, preprocess, write=write_tensors):
     """Write a CLIP tower in Hugging Face's layout, for `vision_config` or transformers' CLIPVisionModel to read.
 
     state   {name in model.CLIP: tensor} of all blocks, and post_layernorm.weight and .bias
@@ -651,12 +651,12 @@ def write_vision(folder, state, config, preprocess):
     """
     values = {"architectures": ["CLIPVisionModel"], **vision_values(config, config.depth), "torch_dtype": dtype_name(state)}
     with written(folder) as new:
-        write_tensors(new, {"vision_model." + re.sub(r"^layers", "encoder.layers", n): t for n, t in state.items()})
+        write(new, {"vision_model." + re.sub(r"^layers", "encoder.layers", n): t for n, t in state.items()})
         write_json(os.path.join(new, "preprocessor_config.json"), image_values(preprocess, "CLIPImageProcessor"))
         write_json(os.path.join(new, "config.json"), values)
 
 
-def write_llama(folder, state, config, tokenizer, bos, eos):
+def write_llama(folder, state, config, tokenizer, bos, eos, write=write_tensors):
     """Write a Llama in Hugging Face's layout, for `llama_config` or transformers' LlamaForCausalLM to read.
 
     state     {name in model.Llama: tensor}
@@ -664,7 +664,7 @@ def write_llama(folder, state, config, tokenizer, bos, eos):
     """
     values = {"architectures": ["LlamaForCausalLM"], **text_values(config, bos, eos), "torch_dtype": dtype_name(state)}
     with written(folder) as new:
-        write_tensors(new, {n if n.startswith("lm_head") else f"model.{n}": t for n, t in state.items()})
+        write(new, {n if n.startswith("lm_head") else f"model.{n}": t for n, t in state.items()})
         tokenizer.save(new)
         write_json(os.path.join(new, "config.json"), values)
 
