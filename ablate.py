@@ -110,7 +110,6 @@ TABLES = {
         Row("Adapter, equal parameters", ALONE | {"weight_source": "static", "expert_rank": 150}),
         Row("LoRA in the same blocks, equal parameters", ALONE | {"weight_source": "lora", "expert_rank": 24}),
         Row("LoRA in all blocks, equal parameters", ALONE | {"weight_source": "lora", "expert_rank": 12, "language_expert": "all"}),
-        Row("generated, guided by the whole prompt", ALONE | {"guidance_pool": "prompt"}),
         Row("generated", ALONE)), columns=(), data="dialect", splits=("heldout_dialect",), tuned=150),
     "fig3": Table("the block after which guidance is taken", tuple(
         Row(str(k), {"guidance_after": k} if k != 2 else {}) for k in (1, 2, 3)), reference=1, columns=(), axis="blocks before guidance"),
