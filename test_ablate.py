@@ -280,10 +280,10 @@ def test_a_row_of_other_tables_starts(base, tmp_path, table, monkeypatch):
 @pytest.mark.slow
 def test_a_row_that_fails_ends_the_program_with_a_line_that_says_where(base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
-    os.remove(tmp_path / "base" / "stage0" / "llm" / "model.safetensors")
+    (tmp_path / "base" / "stage0" / "llm" / "model.safetensors").write_bytes(b"half")
     process = start(tmp_path / "base", tmp_path / "out", "--table", "vlora", "--jobs", 1)
     error = process.communicate(timeout=200)[1].splitlines()
-    assert process.returncode == 1 and error[-1].startswith("error: train.py failed with status 1, see ") and "output.txt: error: no weights in" in error[-1]
+    assert process.returncode == 1 and error[-1].startswith("error: train.py failed with status 1, see ") and "model.safetensors: " in error[-1] and "output.txt: error: " in error[-1]
 
 
 def test_rows_of_another_base_are_not_taken_for_this_ones(tmp_path):
