@@ -381,7 +381,7 @@ def costs(o, rounds=60, steps=16):
     for row in TABLES[o.table].rows:
         point = weights.load(os.path.join(row_folder(o, row, 0), "stage2"), torch.float32)
         model, layout = point.model.eval(), point.layout()
-        train.freeze(model, train.TRAINS[2, row.options.get("tune", "full")], torch.float32)
+        train.freeze(model, train.TRAINS[2, row.options.get("tune", "full")])
         sample = encode_prompt([], "What colour is the thing at the top left?", point.tokenizer, layout, "picture")
         batch = collate([sample], [torch.zeros(model.cfg.vision.tokens, model.cfg.vision.width)], None)
         count = flops(model.cfg, len(sample.ids) - model.cfg.image_tokens)

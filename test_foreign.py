@@ -167,6 +167,14 @@ def test_a_foreign_checkpoint_is_cast_as_a_whole(small, dtype):
         assert {p.dtype for p in weights.load(str(small.folder(layout)), dtype).model.parameters()} == {dtype}
 
 
+def test_training_casts_what_is_new_and_leaves_the_rest_in_the_file(small):
+    for layout in ("today", "original"):
+        stored = {n: (p.dtype, p.detach()) for n, p in weights.load(str(small.folder(layout))).model.named_parameters()}
+        model = weights.load(str(small.folder(layout)), torch.float64, {"visual_expert": "1"}, cast=False).model
+        for name, p in model.named_parameters():
+            assert p.dtype == torch.float64 if ".expert_1." in name else torch.equal(p, stored[name][1]) and p.dtype == stored[name][0], name
+
+
 def test_a_tower_apart_takes_the_dtype_of_the_llama(small, tmp_path):
     folder = shutil.copytree(small.folder("original"), small.root / "half", dirs_exist_ok=True)
     state = torch.load(folder / "pytorch_model.bin", weights_only=True)

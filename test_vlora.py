@@ -644,7 +644,7 @@ def test_at_the_start_a_vlora_is_its_llama_bit_for_bit():
 
 def test_the_first_step_of_stage_1_moves_W_s_alone_and_the_second_all_of_the_generator():
     whole, batch = vlm(torch.float32, start=True), talked(torch.float32)
-    train.freeze(whole, train.TRAINS[1, "full"], torch.float32)
+    train.freeze(whole, train.TRAINS[1, "full"])
     moving = []
     for _ in range(2):
         whole.zero_grad()

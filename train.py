@@ -238,20 +238,24 @@ def shard(model, mesh, dtype):
     A hypernetwork is called from many blocks, so it is a unit of its own that none of them owns. What joins the generators
     is none: it hands out its own parameters, which must still be there when the blocks use them.
 
-    What trains becomes fp32 masters unit by unit, of which a rank keeps its rows: never is all of a model there in fp32.
+    The units are made without storage, and each rank then gets its own rows of every parameter, as fp32 masters of what trains
+    and in `dtype` of what is frozen: of weights that are mapped from files it reads and casts no others.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-
-    def unit(module):
-        for p in module.parameters():
-            if p.requires_grad and not isinstance(p, DTensor):  # else a unit within has it already
-                p.data = p.data.float()
-        return fully_shard(module, mesh=mesh, mp_policy=policy)
-
+    whole = {name: p.detach() for name, p in model.named_parameters()}
+    model.to("meta")
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
     for module in reversed(list(model.modules())):  # children before parents
-        if isinstance(module, (Block, VisionBlock, HyperNetwork, MatrixNetwork, Generator, CLIP)):
-            unit(module)
-    return unit(model)
+        if module is model or isinstance(module, (Block, VisionBlock, HyperNetwork, MatrixNetwork, Generator, CLIP)):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    state = {}
+    for name, p in model.named_parameters():
+        first = -(-len(p) // mesh.shape[-1]) * mesh.get_coordinate()[-1]  # FSDP deals rows out as torch.chunk does
+        rows = whole.pop(name)[first:first + len(p.to_local())].to(mesh.device_type, p.dtype, copy=True)
+        state[name] = DTensor.from_local(rows, mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 def compiled(model):
@@ -267,16 +271,14 @@ def recompute(model, which):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def freeze(model, prefixes, dtype):
-    """Leave trainable what starts with one of `prefixes`; the rest is frozen, in `dtype`.
+def freeze(model, prefixes):
+    """Leave trainable what starts with one of `prefixes`.
 
     "llm.expert." stands for the experts of all blocks, and for LoRA in their place.
     """
     for name, p in model.named_parameters():
         name = "llm.expert." if re.match(r"llm\..*\.(expert|lora)\.", name) else name
-        trains = name.startswith(prefixes)
-        p.requires_grad_(trains)
-        p.data = p.data if trains else p.data.to(dtype)
+        p.requires_grad_(name.startswith(prefixes))
 
 
 # ---- Optimisation
@@ -629,7 +631,7 @@ def prepared(model, o, mesh):
     for module in model.modules():
         if isinstance(module, (Attention, VisionAttention)):
             module.plain = o.attention == "plain"
-    freeze(model, TRAINS[o.stage, o.tune], getattr(torch, o.dtype))
+    freeze(model, TRAINS[o.stage, o.tune])
     if o.compile:
         compiled(model)
     recompute(model, o.checkpointing)
@@ -900,9 +902,8 @@ def pictures(data, model, preprocess, o):
     if not o.cache_features:
         return lambda sample: read(sample.image, f"{sample.record}: {sample.image}")
     paths = sorted({p for d in data for p in d.pictures()})
-    dtype = next(model.vision.parameters()).dtype
-    found = {}
-    model.vision.to(o.device)
+    dtype, found = getattr(torch, o.dtype), {}
+    model.vision.to(o.device, dtype)
     with torch.no_grad():
         for i in tqdm(range(0, len(paths), 64), "features", mininterval=5):
             some = paths[i:i + 64]
@@ -991,10 +992,10 @@ def stage_1_or_2(o):
     if o.stage == 1 or projector:
         parts = {"vision": o.vision, "llm": o.llm}
         folders = [weights.resolve(name) for name in parts.values()]
-        model, tokenizer, preprocess = weights.assemble(*folders, options, dtype, o.seed, projector)
+        model, tokenizer, preprocess = weights.assemble(*folders, options, dtype, o.seed, projector, cast=False)
         sources = {part: weights.source(name, stage_folder(o)) for part, name in parts.items() if o.stage == 1}
     else:
-        point, sources = weights.load(o.init, dtype, options, o.seed), {}
+        point, sources = weights.load(o.init, dtype, options, o.seed, cast=False), {}
         model, tokenizer, preprocess = point.model, point.tokenizer, point.preprocess
     preprocess = dataclasses.replace(preprocess, aspect=o.aspect)
     context = o.context or min(2048, model.cfg.llm.context)

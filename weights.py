@@ -487,11 +487,12 @@ def tokenizer_of(folder, llm):
     return tokenizer
 
 
-def assemble(vision_folder, llm_folder, options, dtype=torch.float32, seed=0, projector=None):
+def assemble(vision_folder, llm_folder, options, dtype=torch.float32, seed=0, projector=None, cast=True):
     """(VLM, Tokenizer, Preprocess) of a CLIP and a Llama in Hugging Face's layout; what is new starts from `seed`.
 
     options    dict of the fields of VLMConfig that choose the experts
     projector  path of an mm_projector.bin for the projector's static part, see `projector_file`
+    cast       whether what the folders hold is cast to `dtype` as well; if not it stays mapped as it is there
     """
     vision, preprocess = vision_config(vision_folder)
     llm = llama_config(llm_folder)
@@ -500,7 +501,7 @@ def assemble(vision_folder, llm_folder, options, dtype=torch.float32, seed=0, pr
     parts = [(vision_folder, clip_rules(vision.depth)), (llm_folder, llama_rules(llm.tied))]
     parts += [(projector, ORIGINAL_PROJECTOR)] if projector else []
     held = {n for n in names_of(VLMConfig(vision, llm, "none", "none")) if projector or not n.startswith("projector.")}
-    fill(model, parts, dtype, names_of(model.cfg) - held)
+    fill(model, parts, dtype if cast else None, names_of(model.cfg) - held)
     initialise(model, seed, dtype)
     return model, tokenizer, preprocess
 
@@ -909,17 +910,17 @@ def with_experts(cfg, experts, label):
     return grown
 
 
-def filled(cfg, sources, dtype, seed, experts, label, added=0):
-    """The VLM of `cfg` with what `sources` hold, see `fill`, and the experts that `experts` adds, new from `seed`."""
+def filled(cfg, sources, dtype, cast, seed, experts, label, added=0):
+    """The VLM of `cfg` with what `sources` hold, see `fill` and `load`, and the experts that `experts` adds, new from `seed`."""
     grown = cfg if experts is None else with_experts(cfg, experts, label)
     model = without_storage(grown)
     new = names_of(grown) - names_of(cfg) if experts else ()
-    fill(model, sources, dtype, new, added)
+    fill(model, sources, dtype if cast else None, new, added)
     initialise(model, seed, dtype)
     return model
 
 
-def load_ours(folder, config, dtype, seed, experts):
+def load_ours(folder, config, dtype, cast, seed, experts):
     path = os.path.join(folder, "config.json")
     keys = {"format", "version", "model", "preprocess", "template", "stage", "sources", "training"}
     expect_keys(config, keys, path)
@@ -934,7 +935,7 @@ def load_ours(folder, config, dtype, seed, experts):
         rules = {"vision": clip_rules(cfg.vision.depth), "llm": llama_rules(cfg.llm.tied)}
         parts += [(source_folder(noted, folder), rules[part]) for part, noted in config["sources"].items()]
         dtype = dtype or next(tensors(folder))[1].dtype  # that of the trained part for the frozen ones, too
-    model = filled(cfg, parts, dtype, seed, experts, path)
+    model = filled(cfg, parts, dtype, cast, seed, experts, path)
     return Checkpoint(model, Tokenizer.load(folder), preprocess, config["template"]["system"], config)
 
 
@@ -1028,7 +1029,7 @@ def read_original(folder, config, path):
     return vision, llm, preprocess, [(folder, rules), (clip, clip_rules(vision.depth))]
 
 
-def load_llava(folder, config, dtype, seed, experts):
+def load_llava(folder, config, dtype, cast, seed, experts):
     path = os.path.join(folder, "config.json")
     read = read_original if "mm_vision_tower" in config else read_llava
     vision, llm, preprocess, sources = read(folder, config, path)
@@ -1037,7 +1038,7 @@ def load_llava(folder, config, dtype, seed, experts):
     tokenizer = tokenizer_of(folder, llm)
     dtype = dtype or (next(tensors(folder))[1].dtype if sources[1:] else None)  # that of the Llama for a tower apart, too
     vlora = vlora_config(config, path, vision, llm) if config["model_type"] == PUBLISHED else None
-    model = filled(VLMConfig(vision, llm, "none", "none", vlora=vlora), sources, dtype, seed, experts, path, added)
+    model = filled(VLMConfig(vision, llm, "none", "none", vlora=vlora), sources, dtype, cast, seed, experts, path, added)
     return Checkpoint(model, tokenizer, preprocess, config.get("system_prompt", SYSTEM), config)
 
 
@@ -1068,12 +1069,13 @@ def projector_file(name):
     return file
 
 
-def load(name, dtype=None, experts=None, seed=0):
+def load(name, dtype=None, experts=None, seed=0, cast=True):
     """The `Checkpoint` in a folder or under a hub id: ours, LLaVA-1.5 as its authors or transformers write it, or VLoRA's.
 
     dtype    of all parameters; None: as stored
     experts  dict of the fields of VLMConfig that choose experts and method, to add the experts that the checkpoint has not
     seed     of the experts that are added
+    cast     False: `dtype` is that of the added experts alone; what the folder holds stays mapped as it is there
     Falls back to `name`.old where a save was killed. Raises UserError: no checkpoint, another format, an unknown key, a
     tensor that is missing, left over or mis-shaped, a frozen part that is not the one it was trained on.
     """
@@ -1084,7 +1086,7 @@ def load(name, dtype=None, experts=None, seed=0):
     kind = config.get("format", config.get("model_type"))
     if not isinstance(kind, str) or kind not in LOADERS:
         raise UserError(f"{folder}/config.json: {kind!r} is no format that can be opened, expected {', '.join(LOADERS)}")
-    return LOADERS[kind](folder, config, dtype, seed, experts)
+    return LOADERS[kind](folder, config, dtype, cast, seed, experts)
 
 
 # ---- python weights.py
