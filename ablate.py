@@ -34,7 +34,7 @@ import world
 from cli import UserError, main, parse
 from data import collate, encode_prompt
 from eval import Answerer, exact, questions_of
-from flops import expert, flops
+from flops import expert, flops, token_flops
 from model import Cache, stream
 from sources import GUIDED
 
@@ -101,7 +101,7 @@ TABLES = {
         Row("Language Expert", ALONE, (62.5, 70.4, 58.1, 85.9, 1486.0)))),
     "experts": Table("one expert, both, or as many static parameters", (
         LLAVA, Row("E_V", {"language_expert": "none"}), Row("E_L", {"visual_expert": "none"}), Row("both", {}),
-        Row("both static, of equal parameters", {"weight_source": "static", "expert_rank": 185})), reference=0, columns=()),
+        Row("both static, of equal parameters", {"weight_source": "static", "expert_rank": 185})), reference=3, columns=()),
     "vlora": Table("pictures as tokens or as weights", (
         Row("LLaVA", PLAIN, (64.6, 1470.0, 67.7, 27.4, 33.8, 25.3)),  # aligned, as VLoRA is, on CapsFusion
         Row("VLoRA", vlora(), (63.4, 1311.3, 66.4, 26.4, 36.0, 28.6))), reference=0, columns=VLORA),
@@ -116,7 +116,7 @@ TABLES = {
     "fig4": Table("the width of the embedding (rank 16), the rank (embedding 16)", tuple(
         [Row(f"E={e}", {"expert_embed": e} if e != 16 else {}) for e in (4, 8, 16, 32, 64)]
         + [Row(f"R={r}", {"expert_rank": r} if r != 16 else {}) for r in (2, 4, 8, 16, 32)]), reference=2, columns=(),
-        axis="width"),
+        axis="E: width of the embedding, R: of the bottleneck"),
     "vlora3": Table("VLoRA: which weights a picture changes", (
         Row("qkvom", vlora(), (63.4, 1311.3, 66.4, 26.4, 36.0, 28.6)),
         Row("qkvm", vlora(vlora_sites="qkvm"), (59.6, 1227.5, 64.6, 23.4, 34.7, 24.9)),
@@ -190,7 +190,8 @@ class Jobs:
         process.wait()
         self.running.discard(process)
         if process.returncode and not self.stopped:
-            last = (open(path).read().splitlines() or [""])[-1]
+            with open(path) as output:
+                last = (output.read().splitlines() or [""])[-1]
             raise UserError(f"{program} failed with status {process.returncode}, see {path}: {last}")
 
     def stop(self):
@@ -279,14 +280,14 @@ def prepare(jobs, o):
 
 
 @contextlib.contextmanager
-def alone(o):
-    """For as long as no other process trains rows in OUT; UserError if one does."""
-    os.makedirs(o.out, exist_ok=True)
-    with open(os.path.join(o.out, "lock"), "w") as f:
+def alone(folder, option):
+    """For as long as no other process works in a folder; UserError, which says that the `option` may name another, if one does."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another ablate.py works in {o.out}: let it end, or name another --out") from None
+            raise UserError(f"another ablate.py works in {folder}: let it end, or name another {option}") from None
         yield
 
 
@@ -302,7 +303,7 @@ def same_base(o):
     with open(path) as f:
         had = json.load(f)
     if had != found:
-        changed = ", ".join(name for name in BASE if had[name] != found[name])
+        changed = ", ".join(name for name in BASE if had.get(name) != found[name])
         raise UserError(f"the rows in {o.out} started from another {changed} than {o.base} has now: name another --out")
 
 
@@ -312,7 +313,8 @@ def train_rows(o):
     rows = {name_of(row.options): row for row in table.rows}.values()
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
         try:
-            prepare(jobs, o)
+            with alone(o.base, "--base"):
+                prepare(jobs, o)
             same_base(o)
             began, work = time.perf_counter(), [(row, seed) for seed in range(o.seeds) for row in rows]
             if table.tuned:
@@ -347,10 +349,7 @@ def score(o):
         answers = answer(questions, split)
         found[split] = exact(questions, answers) | {
             "right": [[q.family, os.path.basename(q.image), int(q.answer == a)] for q, a in zip(questions, answers)]}
-    with open(os.path.join(o.score, "stage2", "log.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
-    found = {"splits": found, "step_s": rows[-2]["eta_s"]}  # one step was left then
-    world.write_json(os.path.join(o.score, "scores.json"), found)
+    world.write_json(os.path.join(o.score, "scores.json"), {"splits": found})
 
 
 def generated(cfg):
@@ -373,7 +372,7 @@ def milliseconds(work):
 @torch.no_grad()
 def costs(o, rounds=60, steps=16):
     """What each row costs, list[dict]: parameters that stage 2 trains, generated numbers, and to answer a question about a picture
-    the MFLOPs of its prompt (beside CLIP's), and in ms, on one thread and in fp32, the prompt and each token after it.
+    the MFLOPs of its prompt (beside CLIP's) and of a token after it, and in ms, on one thread and in fp32, the same two.
 
     Rows take turns, and the least of `rounds` times stands: what else runs on a machine only adds to it, and to all alike.
     """
@@ -384,9 +383,10 @@ def costs(o, rounds=60, steps=16):
         train.freeze(model, train.TRAINS[2, row.options.get("tune", "full")])
         sample = encode_prompt([], "What colour is the thing at the top left?", point.tokenizer, layout, "picture")
         batch = collate([sample], [torch.zeros(model.cfg.vision.tokens, model.cfg.vision.width)], None)
-        count = flops(model.cfg, len(sample.ids) - model.cfg.image_tokens)
+        count = flops(model.cfg, len(sample.ids) - model.cfg.image_tokens, at=1)
         found.append({"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "generated": generated(model.cfg),
-                      "tokens": len(sample.ids), "prompt_mflops": (sum(count.values()) - count["vision"]) / 1e6})
+                      "tokens": len(sample.ids), "prompt_mflops": (sum(count.values()) - count["vision"]) / 1e6,
+                      "token_mflops": token_flops(model.cfg, len(sample.ids) + 1) / 1e6})
 
         def answer(tokens, model=model, batch=batch):
             cache = Cache(model.cfg.llm, 1, batch.ids.shape[1] + steps, "cpu", torch.float32)
@@ -434,14 +434,29 @@ def difference(scores, others, split):
     return by_seed.mean(), 1.96 * (len(values) ** 0.5) * values.std(ddof=1), over_seeds
 
 
+def scores_of(folder):
+    with open(os.path.join(folder, "scores.json")) as f:
+        return json.load(f)
+
+
+def logged(folders):
+    """What stage 2 took: the mean seconds of a step with the seed that was disturbed least, and the peak of its memory in GB."""
+    logs = []
+    for folder in folders:
+        with open(os.path.join(folder, "stage2", "log.jsonl")) as f:
+            logs.append([json.loads(line) for line in f])
+    return {"step_s": min(log[-2]["eta_s"] for log in logs),  # one step was left then
+            "peak_gb": max(line["peak_gb"] for log in logs for line in log)}
+
+
 def table_rows(o):
     """What each row of the table is, costs and scores, list[dict]."""
     table = TABLES[o.table]
-    runs = [[json.load(open(os.path.join(row_folder(o, row, seed), "scores.json"))) for seed in range(o.seeds)] for row in table.rows]
+    folders = [[row_folder(o, row, seed) for seed in range(o.seeds)] for row in table.rows]
+    runs = [[scores_of(folder) for folder in of_row] for of_row in folders]
     found = []
-    for row, seeds, cost in zip(table.rows, runs, costs(o)):
-        step = min(run["step_s"] for run in seeds)  # of the seed that was disturbed least
-        result = {"name": row.name, "options": row.options, "paper": row.paper, "costs": cost | {"step_s": step}}
+    for row, seeds, of_row, cost in zip(table.rows, runs, folders, costs(o)):
+        result = {"name": row.name, "options": row.options, "paper": row.paper, "costs": cost | logged(of_row)}
         first = table.splits[0]
         result["families"] = {f: mean_and_spread([100 * run["splits"][first]["families"][f] for run in seeds])
                               for f in seeds[0]["splits"][first]["families"]}
@@ -466,12 +481,12 @@ def markdown(table, rows):
         gain = row["difference"][splits[0]]
         cells.append("" if row is rows[table.reference] else f"{gain[0]:+.1f} ({', '.join(f'± {x:.1f}' for x in gain[1:] if x is not None)})")
         lines.append("| " + " | ".join(cells) + " |")
-    head = ["row", "trained", "generated", "MFLOPs a prompt", "training step, s", "prefill, ms", "a further token, ms"]
+    head = ["row", "trained", "generated", "MFLOPs a prompt", "a further token", "training step, s", "peak, GB", "prompt, ms", "a further token, ms"]
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         c = row["costs"]
-        lines.append(f"| {row['name']} | {c['trained']:,} | {c['generated']:,} | {c['prompt_mflops']:.0f} | {c['step_s']:.2f} | "
-                     f"{c['prefill_ms']:.1f} | {c['decode_ms']:.2f} |")
+        lines.append(f"| {row['name']} | {c['trained']:,} | {c['generated']:,} | {c['prompt_mflops']:.0f} | {c['token_mflops']:.2f} | "
+                     f"{c['step_s']:.2f} | {c['peak_gb']:.2f} | {c['prefill_ms']:.1f} | {c['decode_ms']:.2f} |")
     return "\n".join(lines)
 
 
@@ -523,9 +538,16 @@ def plot(table, rows, path):
 
 @torch.no_grad()
 def embedded(point, questions):
-    """e float[questions, E], the embedding of each question's guidance at the first block with an expert (Eq. 3)."""
+    """e float[questions, E], the embedding of each question's guidance at the first block with an expert (Eq. 3).
+
+    Raises UserError if the checkpoint has no language experts that guidance changes.
+    """
+    cfg = point.model.cfg
+    if cfg.weight_source not in GUIDED or not cfg.expert_blocks():
+        raise UserError(f"--table embeddings: no language expert of this model has embeddings (weight_source {cfg.weight_source}, "
+                        f"language_expert {cfg.language_expert}); name the --base of another run")
     answer, found = Answerer(point, max_new_tokens=1), []
-    block = point.model.llm.layers[point.model.cfg.expert_blocks()[0]]
+    block = point.model.llm.layers[cfg.expert_blocks()[0]]
     handle = block.expert.encoder.register_forward_hook(lambda module, inputs, e: found.append(e[:, 0].float()))
     answer(questions, "embeddings")
     handle.remove()
@@ -583,7 +605,7 @@ def run():
     plots()  # to miss it before hours of training rather than after
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, by way of Jobs.stop
     table, began = TABLES[o.table], time.perf_counter()
-    with alone(o):
+    with alone(o.out, "--out"):
         train_rows(o)
     rows = table_rows(o)
     world.write_json(os.path.join(o.out, f"table_{o.table}.json"), {

@@ -55,6 +55,15 @@ def tuning(cfg, tokens, guidances):
     return len(cfg.expert_blocks()) * (guidances * weights + tokens * run)
 
 
+def token_flops(cfg, length):
+    """FLOPs of one further token of an answer, whose cache then holds `length` tokens: weights that were generated are kept."""
+    llm, D = cfg.llm, cfg.llm.width
+    count = llm.depth * (transformer(1, D, D * llm.kv_heads // llm.heads, llm.hidden, 3) + 4 * (length - 1) * D) + 2 * D * llm.vocab
+    if cfg.vlora:
+        return count + len(cfg.vlora.sites) * len(cfg.vlora.blocks(llm)) * 4 * D * cfg.vlora.rank
+    return count + tuning(cfg, 1, 0)
+
+
 def flops(cfg, text, turns=1, at=None):
     """FLOPs of one forward pass over a picture and `text` tokens, without a cache; the same for each row of a batch.
 

@@ -20,9 +20,10 @@ import train
 import weights
 import world
 from ablate import ALONE, PLAIN, TABLES
-from cli import UserError
+from cli import UserError, parse
 from flops import lora
 from model import VLMConfig
+from vlora import VLoRAConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 C, D, E, R = toy.VISION.width, toy.LLAMA.width, 16, 16
@@ -118,6 +119,8 @@ def test_generated_numbers_are_those_of_the_weights():
     assert ablate.generated(config({"weight_source": "static"})) == ablate.generated(config(ALONE | {"weight_source": "lora"})) == 0
     assert ablate.generated(config({"weight_source": "mlp"})) == C * D + 2 * D * D
     assert ablate.generated(config({"method": "vlora"})) == 5 * 4 * D * 16
+    assert ablate.generated(VLMConfig()) == 16 * 3 * 16 * 4096 + 16 * (2 * 1024 + 4096) == 3_244_032     # of a 7B
+    assert ablate.generated(VLMConfig(visual_expert="none", language_expert="none", vlora=VLoRAConfig())) == 5 * 8 * 4096 * 64 == 10_485_760
 
 
 def test_rows_share_stage_1_where_their_projectors_agree_and_nowhere_else():
@@ -154,17 +157,43 @@ def test_rows_that_were_asked_different_questions_are_not_compared():
         ablate.difference([one], [other], "x")
 
 
+COST = dict.fromkeys(("trained", "generated", "prompt_mflops", "token_mflops", "step_s", "peak_gb", "prefill_ms", "decode_ms"), 1)
+
+
 def test_one_seed_has_no_spread_and_is_not_shown_as_if_it_had(tmp_path):
     runs = [scored(hits, "aabb", [0, 1, 2, 3]) for hits in ([1, 0, 1, 1], [0, 0, 1, 1])]
     table = dataclasses.replace(TABLES["dialect"], splits=("x",), rows=TABLES["dialect"].rows[:2])
-    cost = dict.fromkeys(("trained", "generated", "prompt_mflops", "step_s", "prefill_ms", "decode_ms"), 1)
-    found = [{"name": row.name, "options": {}, "paper": (), "costs": cost, "families": {"shift": (50.0, None)},
+    found = [{"name": row.name, "options": {}, "paper": (), "costs": COST, "families": {"shift": (50.0, None)},
               "means": {"x": ablate.mean_and_spread([50.0])}, "difference": {"x": ablate.difference([run], [runs[1]], "x")}}
              for row, run in zip(table.rows, runs)]
     text = ablate.markdown(table, found)
     assert "**50.0** |" in text and "+25.0 (± " in text and "nan" not in text and "None" not in text and "seeds" not in text
     ablate.plot(table, found, tmp_path / "x.png")
     assert "NaN" not in json.dumps(found)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns(tmp_path, name, monkeypatch):
+    table, drawn = TABLES[name], []
+    found = [{"name": row.name, "options": row.options, "paper": row.paper, "costs": COST,
+              "families": {family: (50.0 + i, 1.0) for family in (world.FAMILIES if name != "dialect" else ("shift",))},
+              "means": {split: (60.0 + i, 2.0) for split in table.splits}, "difference": {split: (1.0, 2.0, 3.0) for split in table.splits}}
+             for i, row in enumerate(table.rows)]
+    scores, costs = ablate.markdown(table, found).split("\n\n")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in scores.splitlines()]
+    assert len({len(line) for line in lines}) == 1 and [line[0] for line in lines[2:]] == [row.name for row in table.rows]
+    assert [line[1:1 + len(table.columns)] for line in lines[2:]] == [[str(x) for x in row.paper] for row in table.rows]
+    assert [line[-1] == "" for line in lines[2:]] == [row is table.rows[table.reference] for row in table.rows]
+    assert len(costs.splitlines()) == 2 + len(table.rows)
+    pyplot = ablate.plots()
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    ablate.plot(table, found, tmp_path / "x.png")
+    axes, = drawn[0].axes
+    if table.axis:  # each row is a point of a curve
+        assert sum(len(container.lines[0].get_xdata()) for container in axes.containers) == len(table.rows)
+    else:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [row.name for row in table.rows]
+    assert (tmp_path / "x.png").stat().st_size > 5000
 
 
 def test_a_probe_reads_what_is_there_and_no_more():
@@ -264,17 +293,37 @@ def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/model.safetensors")} == before
 
 
+class Here(ablate.Jobs):
+    """Programs that run in this process, which has torch already."""
+    mesh = None
+
+    def run(self, folder, program, *words):
+        given = parse({"train.py": train.Options, "ablate.py": ablate.Options}[program], map(str, words))
+        if program == "ablate.py":
+            ablate.score(ablate.Options(**given))
+        else:
+            train.run_stage(given, given["stage"], self.mesh)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("table", ["dialect", "fig3"])
-def test_a_row_of_other_tables_starts(base, tmp_path, table, monkeypatch):
-    """Each row is a command of train.py, which the other tests run: one of each kind goes all the way here."""
+@pytest.mark.parametrize("table", ["dialect", "fig3", "fig4", "vlora3", "vlora4", "vlora5"])
+def test_a_row_of_other_tables_goes_all_the_way(base, mesh, tmp_path, table, monkeypatch):
+    """The last one; the others are the same commands of train.py with options that are tested above."""
+    monkeypatch.setattr(Here, "mesh", mesh)
+    monkeypatch.setattr(ablate, "Jobs", Here)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # only the main thread may
     monkeypatch.setitem(TABLES, table, dataclasses.replace(
-        TABLES[table], rows=TABLES[table].rows[-1:], reference=0, tuned=min(TABLES[table].tuned, 3)))
+        TABLES[table], rows=TABLES[table].rows[-1:], reference=0, splits=TABLES[table].splits[-1:], tuned=min(TABLES[table].tuned, 3)))
+    monkeypatch.setattr(ablate.costs, "__defaults__", (2, 4))
     o = ablate.Options(table=table, base=str(base), out=str(tmp_path), seeds=1, steps=3, align=2, pictures=40, jobs=1, allow_random_llm=True)
     ablate.train_rows(o)
-    found = ablate.table_rows(o)
-    ablate.plot(TABLES[table], found, tmp_path / "x.png")
-    assert len(found) == 1 and ablate.markdown(TABLES[table], found).count("\n") == 6
+    row, = ablate.table_rows(o)
+    ablate.plot(TABLES[table], [row], tmp_path / "x.png")
+    assert ablate.markdown(TABLES[table], [row]).count("\n") == 6
+    with open(os.path.join(ablate.row_folder(o, TABLES[table].rows[0], 0), "stage2", "log.jsonl")) as f:
+        steps = [json.loads(line) for line in f]
+    assert len(steps) == 3 and row["costs"]["peak_gb"] == max(step["peak_gb"] for step in steps) > 0.1
+    assert row["costs"]["step_s"] > 0 and row["costs"]["token_mflops"] < row["costs"]["prompt_mflops"]
 
 
 @pytest.mark.slow
@@ -294,20 +343,36 @@ def test_rows_of_another_base_are_not_taken_for_this_ones(tmp_path):
     (tmp_path / "out").mkdir()
     ablate.same_base(o)
     ablate.same_base(dataclasses.replace(o, base=shutil.copytree(tmp_path / "base", tmp_path / "moved")))
+    noted = json.loads((tmp_path / "out" / "base.json").read_text())
+    (tmp_path / "out" / "base.json").write_text(json.dumps({name: noted[name] for name in noted if "grounds" not in name}))
+    with pytest.raises(UserError, match="started from another world/grounds.json than"):
+        ablate.same_base(o)
+    (tmp_path / "out" / "base.json").write_text(json.dumps(noted))
     (tmp_path / "base" / "stage0" / "llm" / "model.safetensors").write_text("trained anew")
     with pytest.raises(UserError, match="started from another stage0/llm/model.safetensors than .*base has now: name another --out"):
         ablate.same_base(o)
 
 
-def test_two_programs_do_not_train_in_one_folder(tmp_path):
-    o = ablate.Options(base=str(tmp_path / "none"), out=str(tmp_path / "out"))
-    with ablate.alone(o):
-        process = start(o.base, o.out)
+def test_two_programs_do_not_train_in_one_folder_nor_make_one_base(tmp_path):
+    base, out = str(tmp_path / "base"), str(tmp_path / "out")
+    with ablate.alone(out, "--out"):
+        process = start(base, out)
         error = process.communicate(timeout=120)[1]
-        assert process.returncode == 1 and error.splitlines()[-1].startswith(f"error: another ablate.py works in {o.out}")
-    assert not os.path.exists(o.base)
-    with ablate.alone(o):
+        assert process.returncode == 1 and error.splitlines()[-1] == f"error: another ablate.py works in {out}: let it end, or name another --out"
+    assert not os.path.exists(base)
+    with ablate.alone(base, "--base"):
+        with pytest.raises(UserError, match=f"another ablate.py works in {base}: let it end, or name another --base"):
+            ablate.train_rows(ablate.Options(base=base, out=out, pictures=8, jobs=1))
+    assert not os.path.exists(os.path.join(base, "world"))
+    with ablate.alone(out, "--out"):
         pass
+
+
+def test_embeddings_are_of_a_model_whose_experts_are_guided():
+    for options in ({"language_expert": "none"}, {"weight_source": "latent"}):
+        point = weights.Checkpoint(weights.without_storage(config(options)), None, None, "", {})
+        with pytest.raises(UserError, match=f"--table embeddings: no language expert .*{next(iter(options.values()))}"):
+            ablate.embedded(point, [])
 
 
 def test_a_base_with_another_world_is_left_alone(tmp_path):
