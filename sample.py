@@ -42,7 +42,7 @@ class Options:
     top_p: float = 1.0                  # draw from the smallest set of tokens that has this probability
     max_new_tokens: int = 256           # longest answer
     seed: int = 0                       # of the draw
-    merge: bool = True                  # VLoRA: make a picture's weights part of the Llama's own while it answers about it
+    merge: bool = False                 # VLoRA: make a picture's weights part of the Llama's own while it answers; for long answers
     device: Literal["cuda", "mps", "cpu"] | None = None  # none: the first of them that there is
     dtype: Literal["bfloat16", "float32"] | None = None  # of the computation; none: bfloat16 where it is fast
 
@@ -61,6 +61,8 @@ class Options:
             raise UserError("--batch has questions and pictures from its file: leave out --image, --prompt and --chat")
         if self.batch is None and (self.images is not None or self.out is not None):
             raise UserError("--images and --out belong to --batch")
+        if self.batch is not None and self.merge:
+            raise UserError("--merge is for one picture: --batch runs its changes as branches")
 
 
 def newest(root="out"):
@@ -82,6 +84,8 @@ def load(o):
     name = o.model or newest()
     dtype = o.dtype or weights.fast_dtype(device)
     checkpoint = weights.load(name, getattr(torch, dtype))
+    if o.merge and checkpoint.model.cfg.vlora is None:
+        raise UserError(f"--merge: in {name} pictures change no weights, as VLoRA's do")
     checkpoint.model.to(device)
     return checkpoint, f"{name} on {device} in {dtype}"
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ import train
 import weights
 from cli import UserError
 from data import IGNORE, Layout, Preprocess, encode, encode_prompt
-from flops import flops, paper_flops
+from flops import flops, paper_flops, token_flops
 from model import VLM, LlamaConfig, VisionConfig, VLMConfig, generate
 from sample import Chat
 from test_model import TOKENIZER, TURNS, batch_of, conversations, pictures, segments
@@ -581,6 +582,23 @@ def test_the_count_for_vlora_is_what_torch_counts(vlora):
     assert sum(found["VLM.perceptual"].values()) == B * parts["generator"]
 
 
+@pytest.mark.parametrize("llm, options", [
+    (GROUPED, dict(visual_expert="none", language_expert="none")), (GROUPED, dict()), (EVEN, dict(language_expert="all", guidance_after=0)),
+    (GROUPED, dict(weight_source="static")), (GROUPED, dict(weight_source="latent")), (GROUPED, dict(weight_source="mlp")),
+    (GROUPED, dict(visual_expert="none", weight_source="lora")), (EVEN, dict(visual_expert="none", language_expert="none", vlora=SMALL)),
+], ids=["LLaVA", "paper's", "all", "static", "latent", "mlp", "lora", "VLoRA"])
+def test_the_count_of_a_further_token_is_what_torch_counts(llm, options):
+    cfg = VLMConfig(TOWER, llm, **{"expert_embed": 12, "expert_rank": 5, **options})
+    vlm, ids = VLM(cfg), np.array([model.IMAGE] * cfg.image_tokens + [1] * 9)
+    batch = sample.together([data.Sample(ids, ids, 0 * ids, 0 * ids, 1, "picture", "record", 0)], [torch.randn(TOWER.tokens, TOWER.width)], vlm)
+    found, length = [], len(ids) + 2
+    for tokens in (1, 2):
+        cache = model.Cache(llm, 1, length, "cpu", torch.float32)
+        found.append(counted(lambda: list(model.stream(vlm, batch, tokens, -1, cache=cache)), vlm))
+    one, two = (sum(counts["Global"].values()) for counts in found)
+    assert two - one == token_flops(cfg, length)
+
+
 # ---- The whole model: collate, forward, chat, generate
 
 TEXT = LlamaConfig(width=32, depth=4, heads=4, kv_heads=4, hidden=48, vocab=TOKENIZER.vocab, context=200)
@@ -735,7 +753,7 @@ def test_after_a_merged_answer_the_llama_is_what_it_was_however_it_ended(end):
     checkpoint = checkpoint_of(vlm(torch.float32))
     before = dict(checkpoint.model.named_parameters())
     bits = {name: p.detach().clone() for name, p in before.items()}
-    chat, during = Chat(checkpoint, noise(0), sample.Options(max_new_tokens=5)), set()
+    chat, during = Chat(checkpoint, noise(0), sample.Options(max_new_tokens=5, merge=True)), set()
     pieces = chat.ask("How many?")
     with contextlib.suppress(KeyboardInterrupt):
         for i, _ in enumerate(pieces):
@@ -750,8 +768,9 @@ def test_after_a_merged_answer_the_llama_is_what_it_was_however_it_ended(end):
     assert all(after[name] is p and torch.equal(p, bits[name]) for name, p in before.items())
 
 
-def test_a_new_conversation_and_another_picture_start_from_what_is_seen_then():
-    checkpoint, o = checkpoint_of(vlm(torch.float32)), sample.Options(max_new_tokens=8)
+@pytest.mark.parametrize("merge", [False, True], ids=["branches", "merged"])
+def test_a_new_conversation_and_another_picture_start_from_what_is_seen_then(merge):
+    checkpoint, o = checkpoint_of(vlm(torch.float32)), sample.Options(max_new_tokens=8, merge=merge)
     first, other = (["".join(c.ask(q)) for q in ("How many?", "Is there?")] for c in
                     (Chat(checkpoint, noise(0), o), Chat(checkpoint, noise(1), o)))
     chat = Chat(checkpoint, noise(0), o)
@@ -1073,6 +1092,7 @@ def test_the_presets_are_the_papers_and_the_scripts(given, mesh, tmp_path):
     assert (one.batch_size, one.lr, one.template, one.aspect, one.epochs) == (768, 5e-5, "plain", "crop", 1)
     assert (two.batch_size, two.lr, two.template, two.aspect, two.group_by_length) == (128, 2e-5, "v1", "pad", True)
     assert train.form(one)["vlora"] == VLoRAConfig() == train.form(two)["vlora"]
+    assert one.micro_batch_size == 96 and train.complete(bare | {"preset": "1b"}, 1).micro_batch_size == 16  # of one small card
 
 
 @pytest.mark.parametrize("more, words", [
@@ -1159,7 +1179,7 @@ def test_the_toy_runs_with_vlora_from_nothing_to_scores(tmp_path):
     config = json.load(open(tmp_path / "a" / "stage2" / "config.json"))
     assert config["model"]["vlora"]["every"] == 1 and config["model"]["visual_expert"] == "none"
     picture = next((tmp_path / "a" / "world" / "images").iterdir())
-    for more in ((), ("--no_merge",)):
+    for more in ((), ("--merge",)):
         asked = call("sample.py", "--model", tmp_path / "a" / "stage2", "--image", picture, "--prompt", "How many?", *more)
         assert asked.returncode == 0, asked.stderr[-2000:]
     again = call("train.py", *words, "--stage", 1, "--out", tmp_path / "b", "--vision", tmp_path / "a" / "stage0" / "clip",

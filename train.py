@@ -87,13 +87,13 @@ LLAVA = {
             group_by_length=True,      # --group_by_modality_length; here by length alone
             checkpointing="full", workers=4),
 }
-# TinyLlama and CLIP-L on one card of 24 GB: the same recipe, in bites that fit.
-SMALL = {stage: recipe | dict(micro_batch_size=size) for (stage, recipe), size in zip(LLAVA.items(), (16, 4))}
+# TinyLlama and CLIP-L on one card of 24 GB: the same recipe, in bites that fit, by stage.
+BITES = {1: dict(micro_batch_size=16), 2: dict(micro_batch_size=4)}
 PARTS = ("clip", "llm")  # of stage 0, one after the other
 PRESETS = {
     "7b": LLAVA,
     "13b": LLAVA,
-    "1b": SMALL,
+    "1b": LLAVA,
     "toy": {
         "clip": dict(batch_size=64, lr=2e-3, muon_lr=15e-3, steps=500, schedule="wsd", clip=1.0),  # of pairs of pictures
         "llm": dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=640, schedule="wsd", clip=1.0),
@@ -1051,6 +1051,8 @@ def complete(given, stage):
     preset = dict(PRESETS[o.preset].get(o.part or stage, {})) | (TOY if o.preset == "toy" else {})
     if o.method == "vlora":
         preset |= VLORA_TOY if o.preset == "toy" else VLORA[stage]
+    if o.preset == "1b":
+        preset |= BITES[stage]
     if o.preset == "toy":
         folder = os.path.join(o.out, "world")
         preset |= {"images": os.path.join(folder, "images")}

@@ -155,9 +155,9 @@ class PerceptualWeights(nn.Module):
 
         Queries and positions stay at unit variance, since the code's initialiser never meets a bare parameter. W_v
         starts out some fifty times as large as LoRA's A, which makes W_s learn faster than its learning rate says. The
-        std of 0.02 is that of E = 512; a narrower generator takes more, or the picture is lost beside the positions.
+        std of 0.02 is the code's; a generator narrower than 512 takes more, or the picture is lost beside the positions.
         """
-        std = 0.02 * (512 / self.visual_proj.out_features) ** 0.5
+        std = 0.02 * max(1, 512 / self.visual_proj.out_features) ** 0.5
         for part in self.modules():
             if isinstance(part, nn.Linear):
                 nn.init.trunc_normal_(part.weight, std=std)
