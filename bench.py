@@ -219,6 +219,7 @@ def rehearse(o):
         folder = os.path.join(o.out, experts)
         for stage, data in ((1, "captions"), (2, "chat")):
             words = ["--stage", stage, "--preset", "1b" if o.train == "tiny" else o.train, "--out", folder, "--steps", o.steps,
+                     "--save_every", o.steps - 1,  # once
                      "--data", f"{o.out}/{data}.json", "--images", f"{o.out}/images", "--batch_size", batch,
                      "--micro_batch_size", o.micro_batch_size, "--overwrite"]
             words += ["--vision", f"{o.out}/clip", "--llm", f"{o.out}/llm", "--allow_random_llm"] if stage == 1 else []
@@ -231,15 +232,18 @@ def rehearse(o):
             if done.returncode:
                 raise UserError(f"stage {stage} ended with status {done.returncode}, see {output}: {text.strip().splitlines()[-1]}")
             with open(os.path.join(folder, f"stage{stage}", "log.jsonl")) as f:
-                rows = [json.loads(line) for line in f][WARM:]
+                log = [json.loads(line) for line in f]
+            rows = log[WARM:]
             of = lambda name: [row[name] for row in rows]
+            save_s = log[-1]["save_s"]
             found.append({"stage": stage, "experts": experts, "tokens_per_s": statistics.median(of("tokens_per_s")),
                           "mfu": statistics.median(of("mfu")) if rows[0]["mfu"] is not None else None,
                           "data_wait": statistics.median(of("data_wait")), "peak_gb": max(of("peak_gb")),
-                          "foreseen_gb": float(re.search(r"at its peak ([\d.]+)", text)[1])})
+                          "foreseen_gb": float(re.search(r"at its peak ([\d.]+)", text)[1]),
+                          "save_s": save_s, "save_share": save_s / (save_s + 1000 * log[-2]["eta_s"])})
             share = "n/a" if found[-1]["mfu"] is None else f"{found[-1]['mfu']:.1%}"
             print("stage {stage}, experts {experts:<9}  {tokens_per_s:8.0f} tokens/s  MFU {0:>5}  data {data_wait:.1%}  peak {peak_gb:.1f} GB, "
-                  "foreseen {foreseen_gb:.1f}".format(share, **found[-1]), flush=True)
+                  "foreseen {foreseen_gb:.1f}  state saved in {save_s:.1f} s, every 1000 steps {save_share:.2%}".format(share, **found[-1]), flush=True)
         shutil.rmtree(os.path.join(folder, "stage2"))  # 13 GB that nobody wants
     for plain, ours in zip(found[:2], found[2:]):
         print(f"stage {plain['stage']}: experts cost {plain['tokens_per_s'] / ours['tokens_per_s'] - 1:.1%} of the time")

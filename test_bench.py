@@ -47,6 +47,7 @@ def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys):
         assert run["tokens_per_s"] > 0 and run["mfu"] is None and 0 <= run["data_wait"] <= 1 and run["peak_gb"] > 0.1
     with open(tmp_path / "generated" / "stage1" / "log.jsonl") as f:
         rates = [json.loads(line)["tokens_per_s"] for line in f]
+    assert all(0 < run["save_share"] < run["save_s"] < 60 for run in found)
     assert len(rates) == 4 and found[2]["tokens_per_s"] == pytest.approx(sum(rates[2:]) / 2)
     assert json.load(open(tmp_path / "generated" / "stage1" / "config.json"))["model"]["visual_expert"] == "1"
     assert json.load(open(tmp_path / "none" / "stage1" / "config.json"))["model"]["visual_expert"] == "none"
