@@ -158,6 +158,71 @@ def test_accumulation_leaves_the_run_as_it_is(run, mesh, tmp_path):
     assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-4)
 
 
+PLACES = {  # stage, options
+    "stage 1, none": (1, {"visual_expert": "none"}), "stage 1, static": (1, {"weight_source": "static"}), "stage 1, generated": (1, {}),
+    "stage 2, none": (2, {"visual_expert": "none", "language_expert": "none"}), "stage 2, static": (2, {"weight_source": "static"}),
+    "stage 2, generated": (2, {})}
+WAYS = {1: ([[[0, 1, 2, 3]]], [[[0, 1], [2, 3]]], [[[0], [1], [2], [3]]]),  # for each rank, the rows of each of its micro-batches
+        2: ([[[0, 1]], [[2, 3]]], [[[0], [2]], [[3], [1]]])}
+
+
+def gradients(out, mesh):
+    """Write OUT/PLACE.pt for each of PLACES: for each way to share four samples out, {name: the gradient of a step}."""
+    for place, (stage, options) in PLACES.items():
+        found = []
+        for ranks in WAYS[train.dist.get_world_size()]:
+            o = train.complete({"out": os.path.join(out, place.split(", ")[1]), "batch_size": 4, "dtype": "float32", "device": "cpu",
+                                "data": os.path.join(out, f"stage{stage}.json"), "images": os.path.join(out, "images"),
+                                "val": None, "vision": os.path.join(out, "clip"), "llm": os.path.join(out, "llm"),
+                                "allow_random_llm": True, **options}, stage)
+            job = train.stage_1_or_2(o)
+            for name, p in job.model.named_parameters():  # what starts at zero would hide what is behind it
+                if not p.any():
+                    p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 20
+            model, opts = train.prepared(job.model, o, mesh)
+            for opt in opts:
+                opt.step = opt.zero_grad = lambda: None
+            train.train_step(job, model, opts, [job.batch(rows) for rows in ranks[train.dist.get_rank()]], 0, o, mesh)
+            found.append({name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad})
+        if train.dist.get_rank() == 0:
+            torch.save(found, os.path.join(out, f"{place} on {train.dist.get_world_size()}.pt"))
+
+
+def test_gradients_are_the_same_whole_accumulated_and_on_two_ranks_one_of_which_has_text_alone(run, mesh, tmp_path):
+    """Of samples of 1 and of 20 turns, of 2 words and of 60, with pictures and without."""
+    for part in ("clip", "llm"):
+        os.symlink(f"{run}/stage0/{part}", tmp_path / part)
+    os.symlink(f"{run}/world/images", tmp_path / "images")
+    names = sorted(os.listdir(f"{run}/world/images"))
+    said = lambda *texts: [{"from": who, "value": text} for pair in texts for who, text in zip(("human", "gpt"), pair)]
+    turn = ("Is there a red circle?", "yes")
+    captions = [{"image": name, "conversations": said(("<image>", "a red circle and " * n + "a star"))} for name, n in zip(names, (0, 15, 3, 1))]
+    talks = [{"image": names[0], "conversations": said(("<image>\nWhat colour is the star?", "green"), *[turn] * 6)},
+             {"image": names[1], "conversations": said(("How many things are there?\n<image>", "3"))},
+             {"conversations": said(*[turn, ("How many?", "5")] * 10)}, {"conversations": said(("What colour?", "blue"))}]
+    for stage, records in ((1, captions), (2, talks)):
+        json.dump(records, open(tmp_path / f"stage{stage}.json", "w"))
+    for place, (stage, options) in PLACES.items():
+        if stage == 1:
+            given = {**TINY, "steps": 1, "out": str(tmp_path / place.split(", ")[1]), "data": str(tmp_path / "stage1.json"), "images": str(tmp_path / "images"),
+                     "vision": str(tmp_path / "clip"), "llm": str(tmp_path / "llm"), "val": None, **options}
+            train.run_stage(given, 1, mesh)
+    gradients(str(tmp_path), mesh)
+    script = f"import test_train; test_train.gradients({str(tmp_path)!r}, test_train.train.start_world('cpu')); test_train.train.dist.barrier()"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", script],
+                          cwd=HERE, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for place in PLACES:
+        whole, *others = [way for ranks in WAYS for way in torch.load(tmp_path / f"{place} on {ranks}.pt", weights_only=True)]
+        assert len(others) == 4
+        for name, expected in whole.items():
+            largest = expected.abs().max()
+            assert largest > 0, (place, name)
+            for other in others:
+                assert (other[name] - expected).abs().max() <= 1e-5 * largest, (place, name)
+
+
 @pytest.mark.parametrize("stage, part", [(0, "clip"), (0, "llm"), (1, None), (2, None)])
 def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_run(run, mesh, tmp_path, monkeypatch, stage, part):
     def given(name):
