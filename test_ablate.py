@@ -38,7 +38,8 @@ def config(options):
 def added(cfg):
     """{name: shape} of what a row has beyond LLaVA's tensors."""
     shapes = {name: tuple(p.shape) for name, p in weights.without_storage(cfg).named_parameters()}
-    return {name: shape for name, shape in shapes.items() if name not in weights.names_of(config(PLAIN))}
+    static = weights.names_of(config(PLAIN))
+    return {name: shape for name, shape in shapes.items() if name not in static}
 
 
 def count(cfg):
