@@ -39,7 +39,7 @@ def test_bench_counts_the_padding_of_three_orders(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys):
-    bench.rehearse(bench.Options(train="tiny", out=str(tmp_path), steps=4, micro_batch_size=2))
+    bench.rehearse(bench.Options(train="tiny", out=str(tmp_path), steps=4, micro_batch_size=2, save=True))
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
     assert [(run["stage"], run["experts"]) for run in found] == [(1, "none"), (2, "none"), (1, "generated"), (2, "generated")]
