@@ -280,15 +280,16 @@ def prepare(jobs, o):
 
 
 @contextlib.contextmanager
-def alone(folder, option):
-    """For as long as no other process works in a folder; UserError, which says that the `option` may name another, if one does."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as f:
+def locked(path, wait=False):
+    """While no other ablate.py holds this lock, a file; if one does, True after waiting for it, or False at once."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "w") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"another ablate.py works in {folder}: let it end, or name another {option}") from None
-        yield
+            yield False
+            return
+        yield True
 
 
 def same_base(o):
@@ -313,7 +314,7 @@ def train_rows(o):
     rows = {name_of(row.options): row for row in table.rows}.values()
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
         try:
-            with alone(o.base, "--base"):
+            with locked(os.path.join(o.base, "base.lock"), wait=True):  # one makes what is missing, others wait for it
                 prepare(jobs, o)
             same_base(o)
             began, work = time.perf_counter(), [(row, seed) for seed in range(o.seeds) for row in rows]
@@ -605,7 +606,9 @@ def run():
     plots()  # to miss it before hours of training rather than after
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, by way of Jobs.stop
     table, began = TABLES[o.table], time.perf_counter()
-    with alone(o.out, "--out"):
+    with locked(os.path.join(o.out, "lock")) as ours:
+        if not ours:
+            raise UserError(f"another ablate.py works in {o.out}: let it end, or name another --out")
         train_rows(o)
     rows = table_rows(o)
     world.write_json(os.path.join(o.out, f"table_{o.table}.json"), {

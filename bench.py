@@ -61,8 +61,8 @@ class Options:
         wanted = [bool(self.train), bool(self.make), bool(self.load), bool(self.padding)]
         if sum(wanted) != 1 or any(wanted[:2]) != bool(self.out) or bool(self.padding) != bool(self.llm):
             raise UserError("say --train SIZE --out FOLDER, --make SIZE --out FOLDER, --load FOLDER, or --padding FILE --llm FOLDER")
-        if self.steps <= WARM:
-            raise UserError(f"--steps {self.steps}: expected more than {WARM}, which are not counted")
+        if self.steps <= WARM + self.save:
+            raise UserError(f"--steps {self.steps}: expected more than {WARM + self.save}, {WARM} are not counted")
         if min(self.ranks, self.micro_batch_size) < 1:
             raise UserError(f"--ranks {self.ranks}, --micro_batch_size {self.micro_batch_size}: expected more than 0")
 
@@ -209,6 +209,12 @@ def made_up_parts(folder, size):
     weights.write_llama(os.path.join(folder, "llm"), llama.state_dict(), llm, tokenizer, tokenizer.bos, tokenizer.eos, random)
 
 
+def step_seconds(log, start, stop):
+    """Seconds a step takes, the mean of those from `start` to before `stop`: what a log says of the time left has the mean of all so far."""
+    spent = lambda n: n * log[n - 1]["eta_s"] / (len(log) - n)
+    return (spent(stop) - spent(start)) / (stop - start)
+
+
 def rehearse(o):
     """Train some steps of both stages by train.py, with generated experts and with none, and say what its logs say."""
     world = torch.cuda.device_count() or 1
@@ -246,8 +252,8 @@ def rehearse(o):
             if o.save:
                 if "training goes on, the states saved before are kept" in text:
                     raise UserError(f"the state could not be saved, see {output}")
-                save_s = log[-1]["save_s"]
-                found[-1] |= {"save_s": save_s, "save_share": save_s / (save_s + 1000 * log[-2]["eta_s"])}  # the average of the steps before
+                save_s, step_s = log[-1]["save_s"], step_seconds(log, WARM, o.steps - 1)
+                found[-1] |= {"save_s": save_s, "save_share": save_s / (save_s + 1000 * step_s)}
                 print(f"         its state saved in {save_s:.1f} s: if every 1000 steps, {found[-1]['save_share']:.2%} of the time", flush=True)
         shutil.rmtree(os.path.join(folder, "stage2"))  # 13 GB that nobody wants
     for plain, ours in zip(found[:2], found[2:]):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -158,7 +159,8 @@ def test_rows_that_were_asked_different_questions_are_not_compared():
         ablate.difference([one], [other], "x")
 
 
-COST = dict.fromkeys(("trained", "generated", "prompt_mflops", "token_mflops", "step_s", "peak_gb", "prefill_ms", "decode_ms"), 1)
+COST = {"trained": 1234, "generated": 99, "prompt_mflops": 251.6, "token_mflops": 4.021, "step_s": 0.651, "peak_gb": 1.437,
+        "prefill_ms": 6.61, "decode_ms": 1.744}
 
 
 def test_one_seed_has_no_spread_and_is_not_shown_as_if_it_had(tmp_path):
@@ -186,6 +188,9 @@ def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns
     assert [line[1:1 + len(table.columns)] for line in lines[2:]] == [[str(x) for x in row.paper] for row in table.rows]
     assert [line[-1] == "" for line in lines[2:]] == [row is table.rows[table.reference] for row in table.rows]
     assert len(costs.splitlines()) == 2 + len(table.rows)
+    assert costs.splitlines()[0] == ("| row | trained | generated | MFLOPs a prompt | a further token | training step, s | peak, GB | prompt, ms | "
+                                     "a further token, ms |")
+    assert costs.splitlines()[2] == f"| {table.rows[0].name} | 1,234 | 99 | 252 | 4.02 | 0.65 | 1.44 | 6.6 | 1.74 |"
     pyplot = ablate.plots()
     monkeypatch.setattr(pyplot, "close", drawn.append)
     ablate.plot(table, found, tmp_path / "x.png")
@@ -354,19 +359,31 @@ def test_rows_of_another_base_are_not_taken_for_this_ones(tmp_path):
         ablate.same_base(o)
 
 
-def test_two_programs_do_not_train_in_one_folder_nor_make_one_base(tmp_path):
+def test_two_programs_do_not_train_in_one_folder_and_wait_for_each_other_at_one_base(tmp_path, monkeypatch):
     base, out = str(tmp_path / "base"), str(tmp_path / "out")
-    with ablate.alone(out, "--out"):
+    with ablate.locked(f"{out}/lock") as ours:
+        assert ours
         process = start(base, out)
         error = process.communicate(timeout=120)[1]
         assert process.returncode == 1 and error.splitlines()[-1] == f"error: another ablate.py works in {out}: let it end, or name another --out"
     assert not os.path.exists(base)
-    with ablate.alone(base, "--base"):
-        with pytest.raises(UserError, match=f"another ablate.py works in {base}: let it end, or name another --base"):
-            ablate.train_rows(ablate.Options(base=base, out=out, pictures=8, jobs=1))
-    assert not os.path.exists(os.path.join(base, "world"))
-    with ablate.alone(out, "--out"):
-        pass
+    with ablate.locked(f"{out}/lock") as ours:
+        assert ours
+
+    made = []
+    monkeypatch.setattr(ablate, "prepare", lambda jobs, o: made.append("theirs") or sys.exit())
+
+    def there():
+        with contextlib.suppress(SystemExit):
+            ablate.train_rows(ablate.Options(base=base, out=base, jobs=1))
+
+    with ablate.locked(f"{base}/base.lock"):
+        other = threading.Thread(target=there)
+        other.start()
+        time.sleep(0.3)
+        made.append("ours")
+    other.join(60)
+    assert made == ["ours", "theirs"]
 
 
 def test_embeddings_are_of_a_model_whose_experts_are_guided():

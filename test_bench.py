@@ -47,7 +47,10 @@ def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys):
         assert run["tokens_per_s"] > 0 and run["mfu"] is None and 0 <= run["data_wait"] <= 1 and run["peak_gb"] > 0.1
     with open(tmp_path / "generated" / "stage1" / "log.jsonl") as f:
         rates = [json.loads(line)["tokens_per_s"] for line in f]
-    assert all(0 < run["save_share"] < run["save_s"] < 60 for run in found)
+    log = [json.loads(line) for line in open(tmp_path / "generated" / "stage1" / "log.jsonl")]
+    assert ["save_s" in row for row in log] == [False] * 3 + [True] and found[2]["save_s"] == log[3]["save_s"]
+    third = found[2]["save_s"] * (1 / found[2]["save_share"] - 1) / 1000  # seconds of the one step that counts
+    assert third == pytest.approx(3 * log[2]["eta_s"] - 2 * log[1]["eta_s"] / 2) and third > 0
     assert len(rates) == 4 and found[2]["tokens_per_s"] == pytest.approx(sum(rates[2:]) / 2)
     assert json.load(open(tmp_path / "generated" / "stage1" / "config.json"))["model"]["visual_expert"] == "1"
     assert json.load(open(tmp_path / "none" / "stage1" / "config.json"))["model"]["visual_expert"] == "none"
