@@ -410,7 +410,7 @@ def test_the_memory_of_weights_gradients_and_optimiser_is_foreseen_to_the_byte(r
         assert real[0] / 2 <= parts[0] <= real[0] / 2 * 1.01 and real[0] / 4 <= parts[1] <= real[0] / 4 * 1.02
 
 
-RANK_2_OF_4 = """
+RANK_3_OF_4 = """
 import sys
 import torch
 import torch.distributed as dist
@@ -421,7 +421,7 @@ import train, weights
 from model import LlamaConfig, VisionConfig, VLMConfig
 
 class Read(TorchDispatchMode):
-    numbers = 0  # of tensors of half precision, which only the file has, that became others with a storage
+    numbers = 0  # copied out of tensors of half precision, which are the file's
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         source = args[0] if args and isinstance(args[0], torch.Tensor) else None
@@ -431,29 +431,31 @@ class Read(TorchDispatchMode):
 
 vision = VisionConfig(width=20, depth=2, heads=2, hidden=80, image_size=56, patch=14)
 llm = LlamaConfig(width=100, depth=2, heads=10, kv_heads=10, hidden=402, vocab=200)  # 402 rows: 101, 101, 101 and 99
-model = weights.without_storage(VLMConfig(vision, llm, expert_embed=30))
-file, shapes = sys.argv[1], {name: p.shape for name, p in model.named_parameters()}
+model = weights.without_storage(VLMConfig(vision, llm, expert_embed=9))                 # 9: 3, 3, 3 and none
+(file, *dims), shapes = sys.argv[1:], {name: p.shape for name, p in model.named_parameters()}
 save_file({name: torch.randn(shape).half() for name, shape in shapes.items()}, file)
 weights.fill(model, [(file, weights.OURS)])
-dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
-mesh = train.init_device_mesh("cpu", (4,))
+dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+mesh = train.init_device_mesh("cpu", tuple(map(int, dims)), mesh_dim_names=("replicate", "shard")[-len(dims):])
 train.freeze(model, ("projector.", "llm.layers.1."))
 with Read() as read:
     train.shard(model, mesh, torch.bfloat16)
 rows = 0
 for name, tensor, _ in weights.tensors(file):
-    p, mine = model.get_parameter(name), (tensor.chunk(4) + (tensor[:0],) * 3)[2]
+    ranks = int(dims[-1])
+    p, mine = model.get_parameter(name), (tensor.chunk(ranks) + (tensor[:0],) * ranks)[ranks - 1]
     assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
     assert torch.equal(p.to_local(), mine.to(p.dtype)), name
     rows += mine.numel()
-assert read.numbers == rows, (read.numbers, rows)
+assert 0 < read.numbers == rows, (read.numbers, rows)
 print("right")
 """
 
 
-def test_a_rank_reads_and_casts_its_own_rows_of_the_files_and_no_others(tmp_path):
-    """Rank 2 of four, the others of which are not there."""
-    done = subprocess.run([sys.executable, "-c", RANK_2_OF_4, str(tmp_path / "model.safetensors")], capture_output=True, text=True, cwd=HERE)
+@pytest.mark.parametrize("dims", [("4",), ("2", "2")], ids=["sharded", "in two copies"])
+def test_a_rank_reads_and_casts_its_own_rows_of_the_files_and_no_others(tmp_path, dims):
+    """The last rank of four, the others of which are not there."""
+    done = subprocess.run([sys.executable, "-c", RANK_3_OF_4, str(tmp_path / "model.safetensors"), *dims], capture_output=True, text=True, cwd=HERE)
     assert done.stdout == "right\n", done.stderr[-2000:]
 
 
