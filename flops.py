@@ -56,7 +56,7 @@ def tuning(cfg, tokens, guidances):
 
 
 def token_flops(cfg, length):
-    """FLOPs of one further token of an answer, whose cache then holds `length` tokens: weights that were generated are kept."""
+    """FLOPs of one further token of an answer, which attends to `length` positions; weights that were generated are kept."""
     llm, D = cfg.llm, cfg.llm.width
     count = llm.depth * (transformer(1, D, D * llm.kv_heads // llm.heads, llm.hidden, 3) + 4 * (length - 1) * D) + 2 * D * llm.vocab
     if cfg.vlora:

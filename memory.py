@@ -7,8 +7,8 @@
     activations   what the forward pass keeps for the backward pass, and what the backward pass makes of one block
     update        what there is when the activations are gone: the root's gradients on their way, then Muon's matrices
 
-The first three are exact, the others count tensors. Not counted: the process itself, the tower while it runs, what an
-allocator keeps of freed memory. The caching one of cuda rounds a little; the C library's, on a CPU, may keep as much again as
+The first three are exact, the others count tensors. Not counted: the process itself, the tower while it runs, the mapped
+files and a second copy of rows that the ranks do not divide, both while the model is dealt out, what an allocator keeps of freed memory. The caching one of cuda rounds a little; the C library's, on a CPU, may keep as much again as
 the activations, unless MALLOC_MMAP_THRESHOLD_=131072 in the environment makes it return them at once, at a cost in time.
 train.py prints the plan and refuses what cannot fit.
 """

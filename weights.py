@@ -174,7 +174,7 @@ def tensors(folder, dtype=None):
     """Yield (name, tensor, file) of all weights in a folder, shard by shard, mapped rather than read.
 
     Pages that were read stay in memory as long as their map; mapping anew now and then lets go of those whose tensors
-    were cast, to `dtype`, so that a whole model is never in memory twice.
+    were cast, to `dtype`, so that of a model that is cast as a whole there are never two in memory.
     Raises UserError naming the file or tensor: no weights, a missing or damaged shard, a tensor in two shards.
     """
     seen = {}
