@@ -681,6 +681,24 @@ def keep_state(folder, steps, model, opts, o, stop, bar):
     return time.perf_counter() - began
 
 
+def start_run(job, model, opts, states, log_path, o, mesh):
+    """Go on from the newest of the saved `states`, or begin anew -> (the first step to take, pictures skipped before it, on rank 0)."""
+    start = agreed(lambda: first_step(o))
+    if start:
+        load_state(states, start, model, opts)
+    elif dist.get_rank() == 0:
+        shutil.rmtree(states, ignore_errors=True)
+    if o.stage == 1 and not start and not o.allow_random_llm:
+        check_reads(job, model, mesh)
+    return start, cut_log(log_path, start).get("skipped_images", 0) if dist.get_rank() == 0 else 0
+
+
+def loaded(feed, start, o):
+    """An iterator over the micro-batches of a `Feed` from step `start` on, prepared by --workers processes."""
+    return iter(DataLoader(feed, batch_size=None, sampler=range(start * feed.accumulation, len(feed)), num_workers=o.workers,
+                           multiprocessing_context="fork" if o.workers else None, worker_init_fn=deaf))
+
+
 def train(job, o, mesh):
     """Run a job for o.steps optimiser steps and write its checkpoint."""
     out, rank = stage_folder(o), dist.get_rank()
@@ -691,20 +709,9 @@ def train(job, o, mesh):
         print(text, file=sys.stderr)
 
     states, log_path = os.path.join(out, "state"), os.path.join(out, "log.jsonl")
-    start = agreed(lambda: first_step(o))
-    if start:
-        load_state(states, start, model, opts)
-    elif rank == 0:
-        shutil.rmtree(states, ignore_errors=True)
-    if o.stage == 1 and not start and not o.allow_random_llm:
-        check_reads(job, model, mesh)
-    skipped = 0
-    if rank == 0:
-        skipped = cut_log(log_path, start).get("skipped_images", 0)
+    start, skipped = start_run(job, model, opts, states, log_path, o, mesh)
     feed = Feed(job, o)
-    loader = iter(DataLoader(feed, batch_size=None, sampler=range(start * feed.accumulation, len(feed)),
-                             num_workers=o.workers, multiprocessing_context="fork" if o.workers else None,
-                             worker_init_fn=deaf))
+    loader = loaded(feed, start, o)
     first = began = time.perf_counter()
     saving = 0.0  # seconds, before this step
     with open(log_path, "a") if rank == 0 else contextlib.nullcontext() as log, \
