@@ -406,7 +406,7 @@ def test_a_stage_0_that_was_stopped_goes_on(base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     shutil.rmtree(tmp_path / "base" / "stage0" / "llm")
     o = ablate.Options(base=str(tmp_path / "base"), out=str(tmp_path / "x"), pictures=40, jobs=1)
-    words = ("--stage", 0, "--part", "llm", "--out", o.base, "--pictures", 40, "--steps", 640)
+    words = ("--stage", 0, "--part", "llm", "--out", o.base, "--pictures", 40, "--steps", train.PRESETS["toy"]["llm"]["steps"])
     process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *map(str, words)], stderr=subprocess.DEVNULL)
     log, began = tmp_path / "base" / "stage0" / "llm" / "log.jsonl", time.time()
     while not (log.exists() and log.read_text().count("\n") > 1) and time.time() - began < 100:

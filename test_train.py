@@ -19,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memory
 import sample
+import toy
 import train
 import weights
 import world
 from cli import UserError
 from data import IGNORE, Order, Sample, collate, padding
-from model import IMAGE, MLP, Block, LlamaConfig, VisionConfig, VLM, VLMConfig, rotary
+from model import IMAGE, MLP, Block, LlamaConfig, VisionConfig, VLM, VLMConfig, rotary, rotate
 
 TINY = {"batch_size": 4, "steps": 4, "dtype": "float32", "log_every": 1000, "muon_lr": 4e-3, "val_every": 2,
         "allow_random_llm": True}
@@ -596,6 +597,19 @@ def test_the_learning_rate_rises_once_and_falls_to_nothing(schedule):
     assert rates[30] == max(rates) == 1 and all(a < b for a, b in zip(rates[:29], rates[1:30]))
     assert all(a >= b for a, b in zip(rates[30:], rates[31:])) and rates[-1] < 0.003
     assert rates[0] == (0 if schedule == "cosine" else 1 / 30)
+
+
+def test_the_stand_in_llama_begins_by_looking_back():
+    torch.manual_seed(0)
+    llm, T = toy.StandInLlama().llm, 40
+    block = llm.layers[0]
+    x = block.input_layernorm(llm.embed_tokens(torch.randint(toy.LLAMA.vocab, (8, T))))
+    turned = rotary(torch.arange(T)[None], block.self_attn.width, toy.LLAMA.theta)
+    q, k = (rotate(p(x).view(8, T, -1, block.self_attn.width).transpose(1, 2), *turned)
+            for p in (block.self_attn.q_proj, block.self_attn.k_proj))
+    weight = (q @ k.mT * block.self_attn.width ** -0.5).masked_fill(torch.ones(T, T).triu(1) > 0, float("-inf")).softmax(-1)
+    for head in range(toy.LLAMA.heads):
+        assert weight[:, head].diagonal(-1 - head, dim1=-2, dim2=-1).mean() > 0.6
 
 
 def test_muon_makes_the_update_of_each_matrix_orthogonal():

@@ -38,6 +38,23 @@ def begin(model):
                 nn.init.zeros_(p)
 
 
+def look_back(attention, common):
+    """Let head h of a block begin by looking at the token h + 1 places back.
+
+    common  float[D], what all embeddings share: queries and keys get a part of it, turned against one another so that
+            the rotary angle of that distance brings them in line
+    """
+    heads, width = LLAMA.heads, LLAMA.width // LLAMA.heads
+    frequency = LLAMA.theta ** (-torch.arange(0, width, 2) / width)
+    size = 0.5 * (torch.arange(width // 2) < 12) / common.norm()  # fast rotations alone tell neighbours apart
+    queries, keys = (p.weight.data.view(heads, width, -1) for p in (attention.q_proj, attention.k_proj))
+    for head in range(heads):
+        angle = (head + 1) * frequency
+        queries[head] += torch.cat([size * angle.cos(), -size * angle.sin()])[:, None] * common
+        keys[head] += torch.cat([size, 0 * size])[:, None] * common
+    nn.init.normal_(attention.o_proj.weight, std=LLAMA.width ** -0.5)  # they have something to say at once
+
+
 class StandInCLIP(nn.Module):
     """A CLIP tower and what it needs besides to be trained; its loss is `contrast_loss` below."""
 
@@ -69,7 +86,9 @@ class StandInLlama(nn.Module):
         # Llama's projections have no biases: heads can attend to a place, such as "the token before", only by what all
         # embeddings share. Born with it, and as large as what blocks add, the Llama learns much sooner (README, Results).
         nn.init.normal_(self.llm.embed_tokens.weight)
-        self.llm.embed_tokens.weight.data += SHARED * torch.randn(LLAMA.width)
+        common = torch.randn(LLAMA.width)
+        self.llm.embed_tokens.weight.data += SHARED * common
+        look_back(self.llm.layers[0].self_attn, common)
 
     def forward(self, batch):
         """Logits float[P, V] at the batch's supervised positions."""

@@ -41,11 +41,14 @@ PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPE
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 COUNT_WEIGHTS = (1.0, 1.3, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0)  # the larger a count, the fewer scenes offer it
 
-# How often training asks for what. A letter is soon learnt; answers of one bit teach little, and a yes or no to "is A left of
-# B" is learnt late, as it depends on the relation that is asked for and on the one that holds, and on neither alone. So training,
-# and training only, also lets choose: "side" between two relations, "which" between two things.
-SHARES = {"colour": 1.2, "shape": 1.2, "count": 1.1, "exist": 1.1, "spatial": 0.9, "where": 1.2, "compare": 0.7,
-          "read": 0.4, "side": 0.8, "which": 0.6}
+# How often training asks for what; "tell", all there is to say about one thing, is asked in training only.
+SHARES = {"colour": 1.0, "shape": 1.1, "count": 2.2, "exist": 1.1, "spatial": 1.1, "where": 0.9, "compare": 0.9, "read": 0.4,
+          "tell": 1.2}
+
+# Whether "is A left of B" is true depends on the relation that is asked for and on the one that holds, and on neither alone: while
+# both are as likely as their opposites, no gradient points at either, and such questions are learnt late or never. So training,
+# and training only, mostly asks in one direction: of the questions in the other, it turns so many round.
+RARE, TURNED = ("right of", "below", "smaller"), 0.7
 
 CAPTION_REQUESTS = ("Describe the image.", "What is in the picture?", "List everything you can see.",
                     "Give a description of the picture.", "What does the image show?")
@@ -70,12 +73,8 @@ TEMPLATES = {
                 "Would you say that the {first} is {larger} than the {second}?"),
     "read": ("Which letter is written here?", "What letter can you see?", "Read the letter in the picture.",
              "Which letter does the picture show?"),
-    "side": ("Is the {first} {one} the {second} or {other} it?", "Does the {first} lie {one} or {other} the {second}?",
-             "What is true: the {first} is {one} the {second}, or {other} it?",
-             "Would you say that the {first} is {one} or {other} the {second}?"),
-    "which": ("Which is {larger}, the {first} or the {second}?", "Which one looks {larger}: the {first} or the {second}?",
-              "Name the {larger} one of the {first} and the {second}.",
-              "Tell me which is {larger}, the {first} or the {second}."),
+    "tell": ("Describe the {thing}.", "Tell me about the {thing}.", "What can you say about the {thing}?",
+             "What is {place}?", "What can you see {place}?", "Describe the thing {place}."),
 }
 
 SHIFTS = tuple(question + " Go on by {steps}." for question in TEMPLATES["read"])  # for ablate.py alone
@@ -341,9 +340,14 @@ def draw(scene, rng, side=56, ground=ground):
 
 # -------------------------------------------------------------------------------------------------------- captions
 
+def phrase(thing):
+    """What a caption says of a thing."""
+    return f"a {thing.size} {thing.colour} {thing.shape} {AT[thing.cell]}"
+
+
 def phrases(scene):
     """One phrase for each thing and for the letter, in raster order of their cells."""
-    found = [(t.cell, f"a {t.size} {t.colour} {t.shape} {AT[t.cell]}") for t in scene.things]
+    found = [(t.cell, phrase(t)) for t in scene.things]
     if scene.letter:
         found.append((scene.letter_cell, f"the letter {scene.letter} {AT[scene.letter_cell]}"))
     return [phrase for _, phrase in sorted(found)]
@@ -360,9 +364,12 @@ def caption(scene):
 
 
 def describe(scene, rng):
-    """The scene as text for a model without eyes: the caption, half of the time in random order."""
-    parts = phrases(scene)
-    return sentence(some(rng, parts, len(parts)) if rng.random() < 0.5 else parts)
+    """The scene as text for a model without eyes: its things in few words, half of the time in random order."""
+    parts = [(t.cell, f"{t.size} {t.colour} {t.shape} {PLACES[t.cell]}") for t in scene.things]
+    if scene.letter:
+        parts.append((scene.letter_cell, f"letter {scene.letter} {PLACES[scene.letter_cell]}"))
+    parts = [part for _, part in sorted(parts)]
+    return ", ".join(some(rng, parts, len(parts)) if rng.random() < 0.5 else parts) + "."
 
 
 def objects_in(text):
@@ -478,20 +485,11 @@ def spatial_question(scene, rng, split):
     first, second = pick(rng, pairs)
     relation = pick(rng, relations(first, second))  # never empty: no two things share a cell
     yes = rng.random() < 0.5
-    slots = {"first": name(scene, first), "second": name(scene, second), "relation": relation if yes else OPPOSITE[relation]}
+    asked = relation if yes else OPPOSITE[relation]
+    if split == "train" and asked in RARE and rng.random() < TURNED:
+        first, second, asked = second, first, OPPOSITE[asked]
+    slots = {"first": name(scene, first), "second": name(scene, second), "relation": asked}
     return pick(rng, TEMPLATES["spatial"]), slots, "yes" if yes else "no"
-
-
-def side_question(scene, rng, split):
-    """Which of two opposite relations holds between two things; both are named, the true one first in half of the cases."""
-    pairs = named_pairs(scene, split)
-    if not pairs:
-        return None
-    first, second = pick(rng, pairs)
-    relation = pick(rng, relations(first, second))
-    one, other = some(rng, (relation, OPPOSITE[relation]), 2)
-    slots = {"first": name(scene, first), "second": name(scene, second), "one": one, "other": other}
-    return pick(rng, TEMPLATES["side"]), slots, f"{relation} it"
 
 
 def where_question(scene, rng, split):
@@ -510,21 +508,19 @@ def compare_question(scene, rng, split):
         return None
     first, second = pick(rng, pairs)
     yes = rng.random() < 0.5
-    slots = {"first": name(scene, first), "second": name(scene, second),
-             "larger": "larger" if (first.size == "large") == yes else "smaller"}
+    asked = "larger" if (first.size == "large") == yes else "smaller"
+    if split == "train" and asked in RARE and rng.random() < TURNED:
+        first, second, asked = second, first, "larger"
+    slots = {"first": name(scene, first), "second": name(scene, second), "larger": asked}
     return pick(rng, TEMPLATES["compare"]), slots, "yes" if yes else "no"
 
 
-def which_question(scene, rng, split):
-    """Which of two things is the larger or the smaller one; as in compare, neither may need its size as a part of its name."""
-    pairs = sized_pairs(scene, split)
-    if not pairs:
-        return None
-    first, second = pick(rng, pairs)
-    larger = rng.random() < 0.5
-    answer = first if (first.size == "large") == larger else second
-    slots = {"first": name(scene, first), "second": name(scene, second), "larger": "larger" if larger else "smaller"}
-    return pick(rng, TEMPLATES["which"]), slots, f"the {name(scene, answer)}"
+def tell_question(scene, rng, split):
+    """All there is to say about a thing known by its name or place."""
+    thing = pick(rng, subjects(scene, split))
+    known = name(scene, thing)
+    template = pick(rng, [t for t in TEMPLATES["tell"] if known or "{place}" in t])
+    return template, {"thing": known, "place": AT[thing.cell]}, phrase(thing)
 
 
 def read_question(scene, rng, split):
@@ -534,7 +530,7 @@ def read_question(scene, rng, split):
 
 ASK = dict(colour=colour_question, shape=shape_question, count=count_question, exist=exist_question,
            spatial=spatial_question, where=where_question, compare=compare_question, read=read_question,
-           side=side_question, which=which_question)
+           tell=tell_question)
 
 
 def ask(scene, family, rng, split="train"):
