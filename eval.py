@@ -197,21 +197,21 @@ def gallery(questions, answers, path, columns=4, rows=3, scale=4):
     """A sheet of pictures, each with three of its questions, the answer in green if right and in red, with the truth, if not."""
     shown = collections.defaultdict(list)
     for q, a in zip(questions, answers):
-        shown[q.image].append((q, a))
+        shown[q.image].append((q.text.removeprefix("<image>\n"), a, q.answer))
     images = list(shown)[::max(1, len(shown) // (columns * rows))][:columns * rows]
-    side = max(max(open_image(image, image).size) for image in images) * scale
-    font, wide, high = ImageFont.load_default(13), 400, side + 125
+    shown = {image: shown[image][i % 3::3][:3] for i, image in enumerate(images)}
+    side, font = max(max(open_image(image, image).size) for image in images) * scale, ImageFont.load_default(13)
+    wide, high = 30 + max(side, *(round(font.getlength(text)) for said in shown.values() for text, *_ in said)), side + 125
     sheet = Image.new("RGB", (columns * wide, rows * high), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = i % columns * wide + 10, i // columns * high + 10
         picture = open_image(image, image)
         sheet.paste(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST), (x, y))
-        for j, (q, a) in enumerate(shown[image][i % 3::3][:3]):
-            text, top = q.text.removeprefix("<image>\n"), y + side + 5 + 34 * j
+        for j, (text, answer, truth) in enumerate(shown[image]):
+            top, right = y + side + 5 + 34 * j, answer == truth
             pen.text((x, top), text, "black", font)
-            right = a == q.answer
-            pen.text((x, top + 15), a if right else f"{a}   (truth: {q.answer})", "green" if right else "red", font)
+            pen.text((x, top + 15), answer if right else f"{answer}   (truth: {truth})", "green" if right else "red", font)
     sheet.save(path)
 
 
