@@ -1020,6 +1020,12 @@ def losses(out, stage=2):
     return [(row["loss"], row["grad_norm"]) for row in log_of(out, stage)]
 
 
+@pytest.mark.parametrize("part", train.PARTS)
+def test_the_stand_ins_of_the_toy_are_trained_alike_for_both_methods(part, mesh):
+    plain, other = (train.complete({"part": part, "method": method}, 0) for method in ("hyperllava", "vlora"))
+    assert dataclasses.replace(other, method="hyperllava") == plain
+
+
 @pytest.mark.parametrize("stage, tune, moves", [(1, "full", ("perceptual.",)), (2, "full", ("perceptual.", "llm.")),
                                                 (2, "peft", ("perceptual.",))])
 def test_a_stage_of_vlora_moves_exactly_what_it_names(given, aligned, mesh, tmp_path, stage, tune, moves):

@@ -1059,7 +1059,7 @@ def complete(given, stage):
     if given.keys() & others:
         raise UserError(f"--{min(given.keys() & others)} is no option of --method {o.method}")
     preset = dict(PRESETS[o.preset].get(o.part or stage, {})) | (TOY if o.preset == "toy" else {})
-    if o.method == "vlora":
+    if o.method == "vlora" and stage > 0:  # the stand-ins are the same for both
         preset |= VLORA_TOY | {"steps": VLORA_STEPS[stage]} if o.preset == "toy" else VLORA[stage]
     if o.preset == "1b":
         preset |= BITES[stage]
