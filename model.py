@@ -116,8 +116,8 @@ def attend(q, k, v, mask=None, causal=False, plain=False):
     scores = q * q.shape[-1] ** -0.5 @ k.mT
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    if mask is not None:  # added, and to the scores themselves: a masked_fill of them is a copy of them, there and on the way back
+        scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
     return scores.softmax(-1) @ v
 
 

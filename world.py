@@ -18,9 +18,11 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import re
+import signal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -599,27 +601,26 @@ def training_turns(scene, rng, caption_share):
 
 
 def save_picture(folder, image, scene, side, ground=ground):
-    """Draw `scene` by its own seed into folder/images/`image`."""
+    """Draw `scene` by its own seed into folder/images/`image`: it is the same in whatever order, and process, pictures are drawn."""
     picture = draw(scene, np.random.default_rng(scene.seed), side, ground)
     picture.save(folder / "images" / image, compress_level=1)
 
 
 def write_training(folder, rng, pictures, side):
-    """Write the training pictures, captions.json (stage 1) and instruct.json (stage 2); returns the set of scenes.
+    """Write captions.json (stage 1) and instruct.json (stage 2) of the training pictures; returns what `save_picture` needs to draw those.
 
     Every odd picture is an edit of the one before it: neighbours are each other's hard negatives.
     """
-    captions, instruct, seen, scene = [], [], set(), None
+    captions, instruct, drawn, scene = [], [], [], None
     for i in range(pictures):
         scene = edit(scene, rng) if i % 2 else sample_scene(rng, "train")
-        seen.add(scene)
         id = f"train_{i:06d}"
-        save_picture(folder, f"{id}.png", scene, side)
+        drawn.append((folder, f"{id}.png", scene, side))
         captions.append(record(id, f"{id}.png", pairs_of([ask_caption(scene, rng)])))
         instruct.append(record(id, f"{id}.png", pairs_of(training_turns(scene, rng, 1 / 6))))
     write_json(folder / "captions.json", captions)
     write_json(folder / "instruct.json", instruct)
-    return seen
+    return drawn
 
 
 def write_texts(folder, file, rng, split, texts, seen):
@@ -639,25 +640,28 @@ def question_record(id, image, question):
 
 
 def write_test(folder, rng, split, pictures, side, name=None, ground=ground, **things):
-    """Write the pictures of a test split and SPLIT.json: each family that applies asked once of each, and a caption.
+    """Write SPLIT.json of a test split: each family that applies asked once of each picture, and a caption; returns as `write_training`.
 
     SPLIT_captions.json has the captions alone. A split that differs from `split` in its ground or number of things has a `name`.
     """
-    rows, name = [], name or split
+    rows, drawn, name = [], [], name or split
     for i in range(pictures):
         scene, id = sample_scene(rng, split, **things), f"{name}_{i:06d}"
-        save_picture(folder, f"{id}.png", scene, side, ground)
+        drawn.append((folder, f"{id}.png", scene, side, ground))
         questions = [ask(scene, family, rng, split) for family in FAMILIES] + [ask_caption(scene, rng)]
         rows += [question_record(id, f"{id}.png", question) for question in questions if question is not None]
     write_json(folder / f"{name}.json", rows)
     write_json(folder / f"{name}_captions.json", [row for row in rows if row["family"] == "caption"])
+    return drawn
 
 
 def write_unseen(folder, seed=0, side=56, pictures=100):
     """Beside a world, write two further test splits: `grounds`, on a checkerboard, and `numbers`, of six or seven things."""
     folder = pathlib.Path(folder)
-    write_test(folder, np.random.default_rng([seed, 5]), "heldout", pictures, side, "grounds", checks)
-    write_test(folder, np.random.default_rng([seed, 6]), "heldout", pictures, side, "numbers", fewest=6, most=7)
+    drawn = write_test(folder, np.random.default_rng([seed, 5]), "heldout", pictures, side, "grounds", checks)
+    drawn += write_test(folder, np.random.default_rng([seed, 6]), "heldout", pictures, side, "numbers", fewest=6, most=7)
+    for picture in drawn:
+        save_picture(*picture)
 
 
 def shift_question(letter, steps, rng):
@@ -700,10 +704,15 @@ def write_world(folder, pictures=16000, seed=0, side=56, texts=16000, test_pictu
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "world.json").unlink(missing_ok=True)  # from here on the folder is a mixture, until the stamp is back
     train, text, *tests = (np.random.default_rng([seed, i]) for i in range(5))
-    seen = write_training(folder, train, pictures, side)
-    write_texts(folder, "text.json", text, "train", texts, seen)
-    write_texts(folder, "validation_text.json", text, "validation", test_pictures, ())
-    for rng, split in zip(tests, SPLITS[1:]):
-        write_test(folder, rng, split, test_pictures, side)
+    drawn = write_training(folder, train, pictures, side)
+    # Every core draws. A fork, for a new interpreter would import all that its parent did; Ctrl-C is the parent's affair.
+    with multiprocessing.get_context("fork").Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        saved = [pool.starmap_async(save_picture, drawn, 64)]
+        write_texts(folder, "text.json", text, "train", texts, {scene for _, _, scene, _ in drawn})
+        write_texts(folder, "validation_text.json", text, "validation", test_pictures, ())
+        for rng, split in zip(tests, SPLITS[1:]):
+            saved.append(pool.starmap_async(save_picture, write_test(folder, rng, split, test_pictures, side), 64))
+        for result in saved:
+            result.get()  # raises what a process raised
     write_json(folder / "world.json", stamp)
     return True
