@@ -120,7 +120,7 @@ def pixels(image, prep):
         image = image.crop((left, top, left + prep.size, top + prep.size))
     x = np.array(image, np.float32) / 255                                      # (S, S, 3)
     x = (x - np.array(prep.mean, np.float32)) / np.array(prep.std, np.float32)
-    return torch.from_numpy(x).permute(2, 0, 1).contiguous()                   # (3, S, S)
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))        # (3, S, S)
 
 
 # 2. Tokens

@@ -111,20 +111,21 @@ def activations(cfg, samples, length, supervised, pictures, size, trains_llm, pl
     """Bytes kept for the backward pass of a micro-batch of a VLM, and what it makes itself.
 
     cfg  VLMConfig; samples and pictures of a micro-batch; length: positions of a sample; supervised: tokens of a sample
-    size  bytes of a number; plain: attention keeps its scores; checkpointing: none|selective|full
+    size  bytes of a number; plain: attention and norms spelt out; checkpointing: none|selective|full
 
     With D, F, V of the Llama, KV = kv_heads * head width (D for `plain`), a block keeps numbers per position
         4 D + 2 KV + 4 F    both norms' outputs, q, k, v, what attention found; gate, SiLU, up and their product
         2 D + 2 KV + 3 F    if it is frozen: a product with a frozen matrix does not need its input again
-    and for each of two norms D of its input on cuda; a cpu spells a norm out in fp32: 8 D bytes, 4 D if frozen. `plain` keeps
-    T scores a head; an expert 9 R numbers a position, and its weights twice, 6 R D a sample.
+    and for each of two norms D of its input, and D more of what its weight scales if that is trained and the norm `plain`; where
+    it is neither that nor on cuda, it is spelt out in fp32: 8 D bytes, 4 D if frozen. `plain` attention keeps T scores a head; an
+    expert 9 R numbers a position, and its weights twice, 6 R D a sample.
     A checkpointed block keeps D, its input; one at a time is whole again. A picture takes C + 3 D per patch. In VLoRA, with E of
     its generators and Q changed blocks, it takes C + 2 E per patch and for each generator's block 2 E per patch and 20 E per
     query; each site of a changed block keeps R a position, and D R a sample. `backward` comes on top.
     """
     llm, tokens = cfg.llm, samples * length
     D, F, kv = llm.width, llm.hidden, llm.width if plain else llm.kv_heads * (llm.width // llm.heads)
-    norm = size * D if device == "cuda" else (8 if trains_llm else 4) * D
+    norm = (1 + trains_llm) * size * D if plain else size * D if device == "cuda" else (8 if trains_llm else 4) * D
     block = tokens * (2 * norm + size * ((4 * D + 4 * F if trains_llm else 2 * D + 3 * F) + 2 * kv))
     block += plain * size * samples * llm.heads * length ** 2
     expert = len(cfg.expert_blocks()) * size * samples * cfg.expert_rank * (9 * length + 6 * D)

@@ -20,7 +20,7 @@ import sample
 import weights
 from data import IGNORE, Layout, Preprocess, check_causal, collate, encode, encode_prompt
 from hypernet import Expert, HyperNetwork, pool, rms
-from model import CLIP, VLM, Attention, Cache, LlamaConfig, VisionConfig, VLMConfig, attend, choose, generate, stream
+from model import CLIP, VLM, Attention, Cache, LlamaConfig, RMSNorm, VisionConfig, VLMConfig, attend, choose, generate, stream
 from projector import Projector
 
 torch.set_num_threads(1)  # tiny matrices: more only get in each other's way
@@ -238,7 +238,7 @@ def test_plain_attention_is_the_fused_kernels(kv_heads, masked):
     assert torch.allclose(fused, scores.softmax(-1) @ v, atol=1e-12)
 
 
-def test_a_model_gives_the_same_logits_with_plain_attention():
+def test_a_model_gives_the_same_logits_with_plain_attention_and_norms():
     model, batch = trained(**EVERY), whole_batch()
     fused = logits_of(model, batch)
     for part in model.modules():
@@ -246,6 +246,7 @@ def test_a_model_gives_the_same_logits_with_plain_attention():
             part.plain = True
     assert close(logits_of(model, batch), fused, 1e-6)
     assert sum(isinstance(part, Attention) and part.plain for part in model.modules()) == LLAMA.depth
+    assert sum(isinstance(part, RMSNorm) and part.plain for part in model.modules()) == 2 * LLAMA.depth + 2  # the last one, guidance's
 
 
 def test_the_tower_is_built_one_block_short_and_its_features_leave_out_cls():

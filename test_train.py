@@ -476,7 +476,7 @@ SIZES = {
         dict(stage=2, tune="peft", dtype="bfloat16", micro_batch_size=4, batch_size=4, checkpointing="selective")),
     "the projector": (
         LlamaConfig(width=1024, depth=20, heads=8, kv_heads=8, hidden=2816, vocab=8000),
-        dict(stage=1, dtype="float32", micro_batch_size=4, batch_size=4, checkpointing="full", attention="plain")),
+        dict(stage=1, dtype="float32", micro_batch_size=4, batch_size=4, checkpointing="full", kernels="plain")),
 }
 
 
@@ -524,7 +524,8 @@ def test_the_memory_of_a_step_is_foreseen_within_15_percent(tmp_path, name):
 def test_the_activations_of_a_block_are_what_autograd_keeps(plain, trains):
     cfg = VLMConfig(llm=LlamaConfig(width=64, depth=1, heads=4, kv_heads=2, hidden=160, vocab=10), language_expert="none")
     block = Block(cfg.llm).bfloat16().requires_grad_(trains)
-    block.self_attn.plain = plain
+    for part in (block.self_attn, block.input_layernorm, block.post_attention_layernorm):
+        part.plain = plain
     x = torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)
     kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
     keep = lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
@@ -824,6 +825,52 @@ def test_a_state_of_two_ranks_goes_on_on_one_and_on_two_by_two_and_a_rank_that_d
     for other in rows[1:]:
         assert len(other) == 21 and other[0] == pytest.approx(rows[0][0], rel=1e-6) and other == pytest.approx(rows[0], rel=1e-4)
     assert rows[0][0] - rows[0][-1] > 0.1  # something was learnt meanwhile
+
+
+@pytest.mark.slow
+def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_one_after_the_other(tmp_path):
+    given = TINY | {"stage": 0, "steps": 6, "save_every": 1, "pictures": 40, "out": tmp_path / "turns"}
+    start = lambda threads, **more: subprocess.Popen(
+        [sys.executable, os.path.join(HERE, "train.py"), *words_of(given | more)], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    logs = lambda out: [tmp_path / out / "stage0" / part / "log.jsonl" for part in train.PARTS]
+    lines = lambda log: log.read_text().count("\n") if log.exists() else 0
+    turns = start(1)
+    assert turns.communicate(timeout=200)[1] is not None and turns.returncode == 0
+
+    def under_way(process):  # both parts have taken a step
+        began = time.time()
+        while not all(lines(log) > before for log, before in zip(logs("beside"), had)):
+            assert process.poll() is None and time.time() - began < 200
+            time.sleep(0.01)
+
+    had, beside = [0, 0], {"out": tmp_path / "beside", "steps": 400}
+    process = start(2, **beside)
+    under_way(process)
+    process.terminate()
+    text = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and text.count("stopped by SIGTERM after step") == 2 and "leaked" not in text
+
+    had = [lines(log) for log in logs("beside")]
+    process = start(2, resume=True, **beside)
+    under_way(process)
+    process.kill()
+    process.communicate(timeout=60)  # a child that lived on would keep its end of the pipe open
+    assert all(train.saved_steps(tmp_path / "beside" / "stage0" / part / "state") for part in train.PARTS)
+
+    done = start(2, out=tmp_path / "beside", overwrite=True)
+    text = done.communicate(timeout=200)[1]
+    assert done.returncode == 0, text[-2000:]
+    for part in train.PARTS:
+        files = [(tmp_path / out / "stage0" / part / "model.safetensors").read_bytes() for out in ("turns", "beside")]
+        assert files[0] == files[1]
+
+    for part in train.PARTS:
+        shutil.rmtree(tmp_path / "turns" / "stage0" / part)
+    os.makedirs(tmp_path / "turns" / "stage0" / "llm" / "log.jsonl")  # a folder where a file should be
+    process = start(2, steps=400)
+    text = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and text.count("error: ") == 1 and "log.jsonl" in text.partition("error: ")[2]
 
 
 UNITS = ("stage0/clip", "stage0/llm", "stage1", "stage2")  # what a run of all stages leaves, one after the other

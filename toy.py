@@ -71,9 +71,8 @@ class StandInCLIP(nn.Module):
         """How well each picture fits each phrase, float32[M, Q]."""
         patches = F.normalize(self.post_layernorm(self.vision(batch.pixels)[:, 1:]), dim=-1)            # (M, N, C)
         states = self.caption(self.caption.embed_tokens(batch.phrases)).flatten(0, 1)[batch.ends]       # (Q, width)
-        phrases = F.normalize(self.caption_projection(states), dim=-1)                                  # (Q, C)
-        similarity = self.logit_scale.exp() * (patches @ phrases.mT).float()                            # (M, N, Q)
-        return similarity.logsumexp(1)
+        phrases = F.normalize(self.caption_projection(states), dim=-1) * self.logit_scale.exp()         # (Q, C)
+        return (patches @ phrases.mT).float().logsumexp(1)                                              # of (M, N, Q)
 
 
 class StandInLlama(nn.Module):

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import multiprocessing.connection
 import os
 import re
 import shutil
@@ -47,7 +48,7 @@ from data import (IGNORE, MULTIPLE, SYSTEM, TAG, Conversations, Layout, Order, c
                   open_image, padding, pixels, train_tokenizer)
 from flops import flops, tuning
 from hypernet import HyperNetwork
-from model import Attention, Block, Cache, CLIP, generate, VisionAttention, VisionBlock
+from model import Attention, Block, Cache, CLIP, generate, RMSNorm, VisionAttention, VisionBlock
 from muon import Muon
 from sources import GUIDED, MatrixNetwork
 from vlora import Generator, VLoRAConfig
@@ -112,7 +113,7 @@ VLORA = {
 VLORA_TOY = dict(lr=1e-3, vlora_every=1, vlora_rank=16, vlora_embed=128, vlora_depth=2, vlora_heads=4)  # at 3e-3 stage 1 jumps
 VLORA_STEPS = {1: 300, 2: 1000}  # of the toy: it learns more slowly
 TOY = dict(vision="stage0/clip", llm="stage0/llm", system="", aspect="pad", expert_embed=16, group_by_length=True,
-           attention="plain", log_every=20, val_every=300, save_every=200)
+           kernels="plain", log_every=20, val_every=300, save_every=200)
 
 
 @dataclass
@@ -163,7 +164,7 @@ class Options:
     context: int | None = None       # longest sequence, image tokens included; none: the Llama's, 2048 at most
     group_by_length: bool = False    # samples of like length share a step, so that less is padded
     cache_features: bool = False     # run the frozen tower once per picture, before training; kept in memory
-    attention: Literal["fused", "plain"] = "fused"  # plain is faster in bf16 on a CPU
+    kernels: Literal["fused", "plain"] = "fused"  # attention and RMS norms; plain is faster in bf16 on a CPU
     checkpointing: Literal["none", "selective", "full"] = "none"  # recompute every second block, or each, in the backward pass
     compile: bool = False            # let torch.compile make the blocks faster: minutes at the start, and a C++ compiler
     replicate: int = 1               # copies of the sharded state, a divisor of the ranks: with one a node, each shards within itself
@@ -632,8 +633,8 @@ def cut_log(path, step):
 def prepared(model, o, mesh):
     """(the model frozen where the stage does not train it, and sharded; its optimisers)."""
     for module in model.modules():
-        if isinstance(module, (Attention, VisionAttention)):
-            module.plain = o.attention == "plain"
+        if isinstance(module, (Attention, VisionAttention, RMSNorm)):
+            module.plain = o.kernels == "plain"
     freeze(model, TRAINS[o.stage, o.tune])
     if o.compile:
         compiled(model)
@@ -718,7 +719,7 @@ def train(job, o, mesh):
     first = began = time.perf_counter()
     saving = 0.0  # seconds, before this step
     with open(log_path, "a") if rank == 0 else contextlib.nullcontext() as log, \
-            tqdm(range(start, o.steps), f"stage {o.stage}", initial=start, total=o.steps, disable=rank > 0,
+            tqdm(range(start, o.steps), title(o), initial=start, total=o.steps, disable=rank > 0,
                  mininterval=1 if sys.stderr.isatty() else 15) as bar, Signals() as signals:
         for step in bar:
             asked = time.perf_counter()
@@ -772,7 +773,7 @@ def foreseen(model, opts, samples, o):
         estimate.update = max(reduced, memory.muon(opts))
         estimate.activations = memory.activations(
             model.cfg, o.micro_batch_size, max(len(s.ids) for s in samples), max(map(supervised, samples)), o.micro_batch_size,
-            size, TRAINS[o.stage, o.tune] == TRAINS[2, "full"] or model.cfg.weight_source == "lora", o.attention == "plain",
+            size, TRAINS[o.stage, o.tune] == TRAINS[2, "full"] or model.cfg.weight_source == "lora", o.kernels == "plain",
             o.checkpointing, o.device)  # LoRA needs again what a frozen product does not
     return estimate
 
@@ -799,7 +800,7 @@ def plan(model, opts, job, o):
     n, ranks = len(job.lengths), dist.get_world_size()
     some = [job.sample(i) for i in range(0, n, max(1, n // 256))] if job.sample else []
     epochs = o.steps * o.batch_size / n
-    text = [f"stage {o.stage}{' ' + o.part if o.part else ''}: {n:,} samples, {o.steps:,} steps of {o.batch_size} ({epochs:.2f} epochs), "
+    text = [f"{title(o)}: {n:,} samples, {o.steps:,} steps of {o.batch_size} ({epochs:.2f} epochs), "
             f"{o.dtype} on {ranks} x {o.device}{f' in {o.replicate} copies' if o.replicate > 1 else ''}, "
             f"{o.micro_batch_size} samples a rank at once"]
     text += [f"  {part:<12} {a:>14,} trained {b:>14,} frozen" for part, (a, b) in parts.items()]
@@ -856,7 +857,7 @@ def line(row, o):
     """One aligned line of the log."""
     mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
     left = f"{row['eta_s'] // 3600:.0f}:{row['eta_s'] % 3600 // 60:02.0f}:{row['eta_s'] % 60:02.0f}"
-    text = (f"stage {o.stage}  step {row['step'] + 1:5d}/{o.steps}  loss {row['loss']:7.4f}  lr {row['lr']:.2e}  "
+    text = (f"{title(o)}  step {row['step'] + 1:5d}/{o.steps}  loss {row['loss']:7.4f}  lr {row['lr']:.2e}  "
             f"grad {row['grad_norm']:7.3f}  {row['tokens_per_s']:7.0f} tok/s  MFU {mfu}  data {row['data_wait']:4.0%}  "
             f"{row['peak_gb']:.1f} GB  {left} left")
     extra = [("held_out", "held out"), ("expert_share", "|E_L|/|FFN|")]
@@ -874,6 +875,11 @@ def folder_of(out, stage, part=None):
 
 def stage_folder(o):
     return folder_of(o.out, o.stage, o.part)
+
+
+def title(o):
+    """What a stage, or a part of one, is called in all that is printed."""
+    return f"stage {o.stage} {o.part}" if o.part else f"stage {o.stage}"
 
 
 def stage_0(o):
@@ -1134,17 +1140,61 @@ def run():
     if o.preset == "toy":
         agreed(lambda: dist.get_rank() or toy_world(o.out, o.pictures))
     stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
-    needed = [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage])
-    for stage, part in [(stage, part) for stage in needed for part in parts_of(o, stage)]:
-        folder = folder_of(o.out, stage, part)
-        if finished(o.out, stage, part) and not (o.overwrite and stage == o.stage):
-            if dist.get_rank() == 0:
-                print(f"{folder} is finished, skipped", file=sys.stderr)
-            continue
-        begun = saved_steps(os.path.join(folder, "state"))
-        run_stage(given | {"part": part, "resume": o.resume and bool(begun)}, stage, mesh)
+    for stage in [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage]):
+        left = []
+        for part in parts_of(o, stage):
+            folder = folder_of(o.out, stage, part)
+            if finished(o.out, stage, part) and not (o.overwrite and stage == o.stage):
+                if dist.get_rank() == 0:
+                    print(f"{folder} is finished, skipped", file=sys.stderr)
+            else:
+                left.append(given | {"part": part, "resume": o.resume and bool(saved_steps(os.path.join(folder, "state")))})
+        if len(left) > 1 and mesh.device_type == "cpu" and mesh.size() == 1 and torch.get_num_threads() > 1:
+            side_by_side(left, stage)
+        else:
+            for one in left:
+                run_stage(one, stage, mesh)
     if o.stage is None and dist.get_rank() == 0:
         eval.toy_scores(os.path.join(o.out, "stage2"), os.path.join(o.out, "world"), o.out, began)
+
+
+def alone(given, stage, threads):
+    """One of the runs of `side_by_side`: a world of one, in a process that does not outlive its parent."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which `launch` would leave behind
+    torch.set_num_threads(threads)
+    launch(lambda: run_stage(given, stage, start_world("cpu")))
+
+
+def side_by_side(runs, stage):
+    """Run the parts of a stage at once, each in a process with its share of the cores.
+
+    They need nothing of one another, and small products gain little from a second core: two parts on a core each take less time
+    than one after the other on both. A signal, or the failure of a part, ends all of them, as a signal ends any run.
+    """
+    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(runs))  # a fork would lack OpenMP's
+    parts = {given["part"]: context.Process(target=alone, args=(given, stage, threads)) for given in runs}
+    failed = None
+    with Signals() as signals:
+        for process in parts.values():
+            process.start()
+        while running := [process for process in parts.values() if process.is_alive()]:
+            ending = signals.got or failed
+            multiprocessing.connection.wait([process.sentinel for process in running], timeout=0.5)
+            failed = failed or next((name for name, process in parts.items() if process.exitcode), None)
+            if (signals.got or failed) and not ending:
+                for process in running:
+                    process.terminate()
+    if signals.got:
+        sys.exit(130 if signals.got == signal.SIGINT else 0)
+    if failed and parts[failed].exitcode < 0:
+        raise UserError(f"stage {stage} {failed} was ended by {signal.Signals(-parts[failed].exitcode).name}")
+    if failed:
+        sys.exit(1)  # it has said why
 
 
 def leave():
@@ -1155,9 +1205,10 @@ def leave():
     os._exit(0)
 
 
-if __name__ == "__main__":
+def launch(work):
+    """Do the work of this process and end it, with the exit code of cli.main."""
     try:
-        main(run)
+        main(work)
     except SystemExit as end:  # an error, a signal or --help: leave without waiting for the other ranks
         alike = isinstance(end.__context__, Agreed) or not dist.is_initialized()
         if isinstance(end.code, str) and not (alike and int(os.environ.get("RANK", 0))):
@@ -1172,3 +1223,7 @@ if __name__ == "__main__":
               f"--resume goes on from the last saved state", file=sys.stderr, flush=True)
         os._exit(1)
     leave()
+
+
+if __name__ == "__main__":
+    launch(run)
