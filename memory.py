@@ -85,16 +85,16 @@ def gathered(model, size, ranks):
     return running, size * count(root) + (size + 4 + 4 / ranks) * count(root, trained=True)
 
 
-def muon(optimisers):
+def muon(optimisers, ranks=1):
     """Bytes that Muon takes for a moment: for the most numbers in matrices of one shape, whole on each rank, 10 a number.
 
-    They are there in fp32, stacked and, in the iteration, in bf16 three times.
+    They are there in fp32, stacked and, in the iteration, in bf16 three times; and of several ranks each has its own rows again.
     """
     alike = collections.Counter()
     for optimiser in (opt for opt in optimisers if isinstance(opt, Muon)):
         for p in optimiser.param_groups[0]["params"]:
             alike[p.shape] += p.numel()
-    return 10 * max(alike.values(), default=0)
+    return (10 if ranks == 1 else 10 + 4 / ranks) * max(alike.values(), default=0)
 
 
 def backward(llm, tokens, supervised, size):

@@ -520,7 +520,7 @@ def test_the_memory_of_a_step_is_foreseen_within_15_percent(tmp_path, name):
     assert state >= 1e9 and abs(foreseen / measured - 1) < 0.15, (state, foreseen, measured)
 
 
-@pytest.mark.parametrize("plain, trains", [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("plain, trains", [(False, True), (True, True), (False, False), (True, False)])
 def test_the_activations_of_a_block_are_what_autograd_keeps(plain, trains):
     cfg = VLMConfig(llm=LlamaConfig(width=64, depth=1, heads=4, kv_heads=2, hidden=160, vocab=10), language_expert="none")
     block = Block(cfg.llm).bfloat16().requires_grad_(trains)
@@ -611,6 +611,39 @@ def test_the_stand_in_llama_begins_by_looking_back():
     weight = (q @ k.mT * block.self_attn.width ** -0.5).masked_fill(torch.ones(T, T).triu(1) > 0, float("-inf")).softmax(-1)
     for head in range(toy.LLAMA.heads):
         assert weight[:, head].diagonal(-1 - head, dim1=-2, dim2=-1).mean() > 0.6
+
+
+MUON_OF_4 = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+import muon, train
+mesh = train.start_world("cpu", replicate=int(sys.argv[1]))
+torch.manual_seed(0)
+values = [(torch.randn(shape), torch.randn(shape)) for shape in ((5, 3), (5, 3), (2, 7))]  # of 4 ranks some have less, or nothing
+places = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+whole, parts = [], []
+for value, grad in values:
+    whole.append(torch.nn.Parameter(value.clone()))
+    parts.append(torch.nn.Parameter(distribute_tensor(value, mesh, places)))
+    whole[-1].grad, parts[-1].grad = grad.clone(), distribute_tensor(grad, mesh, places)
+optimisers = [muon.Muon(params, lr=0.1) for params in (whole, parts)]
+for _ in range(2):
+    for optimiser in optimisers:
+        optimiser.step()
+for p, part, (value, _) in zip(whole, parts, values):
+    assert not torch.equal(p, value) and torch.equal(part.full_tensor(), p)
+    assert isinstance(optimisers[1].state[part]["momentum"], DTensor)
+dist.barrier()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copies", [1, 2])
+def test_muon_takes_the_same_step_on_four_ranks_as_on_one(copies):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "--no-python", sys.executable, "-c",
+                           MUON_OF_4, str(copies)], cwd=HERE, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_muon_makes_the_update_of_each_matrix_orthogonal():
@@ -829,19 +862,20 @@ def test_a_state_of_two_ranks_goes_on_on_one_and_on_two_by_two_and_a_rank_that_d
 
 @pytest.mark.slow
 def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_one_after_the_other(tmp_path):
-    given = TINY | {"stage": 0, "steps": 6, "save_every": 1, "pictures": 40, "out": tmp_path / "turns"}
+    given = TINY | {"stage": 0, "steps": 6, "save_every": 1, "pictures": 40, "device": "cpu", "out": tmp_path / "turns"}
     start = lambda threads, **more: subprocess.Popen(
         [sys.executable, os.path.join(HERE, "train.py"), *words_of(given | more)], stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     logs = lambda out: [tmp_path / out / "stage0" / part / "log.jsonl" for part in train.PARTS]
     lines = lambda log: log.read_text().count("\n") if log.exists() else 0
     turns = start(1)
-    assert turns.communicate(timeout=200)[1] is not None and turns.returncode == 0
+    text = turns.communicate(timeout=200)[1]
+    assert turns.returncode == 0, text[-2000:]
 
     def under_way(process):  # both parts have taken a step
         began = time.time()
         while not all(lines(log) > before for log, before in zip(logs("beside"), had)):
-            assert process.poll() is None and time.time() - began < 200
+            assert process.poll() is None and time.time() - began < 200, (process.kill(), process.communicate(timeout=60)[1][-2000:])
             time.sleep(0.01)
 
     had, beside = [0, 0], {"out": tmp_path / "beside", "steps": 400}
@@ -850,6 +884,8 @@ def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_o
     process.terminate()
     text = process.communicate(timeout=60)[1]
     assert process.returncode == 0 and text.count("stopped by SIGTERM after step") == 2 and "leaked" not in text
+    text = start(2, **beside).communicate(timeout=60)[1]
+    assert text.count("error: ") == 1 and "--resume goes on with it" in text
 
     had = [lines(log) for log in logs("beside")]
     process = start(2, resume=True, **beside)
@@ -871,6 +907,14 @@ def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_o
     process = start(2, steps=400)
     text = process.communicate(timeout=100)[1]
     assert process.returncode == 1 and text.count("error: ") == 1 and "log.jsonl" in text.partition("error: ")[2]
+    assert not (tmp_path / "turns" / "stage0" / "clip" / "config.json").exists()  # it was ended, too
+
+    shutil.rmtree(tmp_path / "turns" / "stage0")
+    process = start(2, steps=400)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)  # perhaps before the parts can save: no traceback all the same
+    text = process.communicate(timeout=100)[1]
+    assert process.returncode == 130 and "stopped by SIGINT" in text and "Traceback" not in text
 
 
 UNITS = ("stage0/clip", "stage0/llm", "stage1", "stage2")  # what a run of all stages leaves, one after the other

@@ -90,7 +90,7 @@ LLAVA = {
 }
 # TinyLlama and CLIP-L on one card of 24 GB: the same recipe, in bites that fit, by stage.
 BITES = {1: dict(micro_batch_size=16), 2: dict(micro_batch_size=4)}
-PARTS = ("clip", "llm")  # of stage 0, one after the other
+PARTS = ("clip", "llm")  # of stage 0, which need nothing of one another
 PRESETS = {
     "7b": LLAVA,
     "13b": LLAVA,
@@ -99,7 +99,7 @@ PRESETS = {
         "clip": dict(batch_size=64, lr=2e-3, muon_lr=15e-3, steps=450, schedule="wsd", clip=1.0),  # of pairs of pictures
         "llm": dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=500, schedule="wsd", clip=1.0),
         1: dict(template="plain", batch_size=32, lr=3e-3, steps=200, schedule="wsd", clip=1.0),
-        2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=600, schedule="wsd", clip=1.0,
+        2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=640, schedule="wsd", clip=1.0,
                 cache_features=True),  # stage 1 sees less than half of the pictures, and each of them once
     },
 }
@@ -120,7 +120,7 @@ TOY = dict(vision="stage0/clip", llm="stage0/llm", system="", aspect="pad", expe
 class Options:
     """Train HyperLLaVA, or VLoRA. Without --stage: the toy from nothing to its scores. Options left out are the preset's."""
     stage: int | None = None         # 0: the toy's stand-ins; 1: align the projector; 2: instruction tuning
-    part: Literal["clip", "llm"] | None = None  # stage 0: which of the stand-ins; none: one after the other
+    part: Literal["clip", "llm"] | None = None  # stage 0: which of the stand-ins; none: both
     method: Literal["hyperllava", "vlora"] = "hyperllava"  # pictures as tokens, beside experts; or as weights of the Llama
     preset: Literal["toy", "7b", "13b", "1b"] = "toy"  # recipe: batch, learning rate, steps, template
     vision: str | None = None        # stage 1, or an mm_projector.bin: folder or hub name of a CLIP
@@ -770,7 +770,7 @@ def foreseen(model, opts, samples, o):
     if o.stage > 0:  # the toy's stand-ins are small, and no VLM
         estimate.once = o.batch_size == o.micro_batch_size * dist.get_world_size()
         estimate.gathered, reduced = memory.gathered(model, size, shards)
-        estimate.update = max(reduced, memory.muon(opts))
+        estimate.update = max(reduced, memory.muon(opts, shards))
         estimate.activations = memory.activations(
             model.cfg, o.micro_batch_size, max(len(s.ids) for s in samples), max(map(supervised, samples)), o.micro_batch_size,
             size, TRAINS[o.stage, o.tune] == TRAINS[2, "full"] or model.cfg.weight_source == "lora", o.kernels == "plain",
@@ -1131,72 +1131,6 @@ def check(given):
         first_step(complete(given | {"part": left[0]}, o.stage))
 
 
-def run():
-    given = parse(Options)
-    o = Options(**given)
-    began = time.perf_counter()
-    mesh = start_world(pick_device(o), o.replicate)
-    agreed(lambda: check(given))
-    if o.preset == "toy":
-        agreed(lambda: dist.get_rank() or toy_world(o.out, o.pictures))
-    stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
-    for stage in [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage]):
-        left = []
-        for part in parts_of(o, stage):
-            folder = folder_of(o.out, stage, part)
-            if finished(o.out, stage, part) and not (o.overwrite and stage == o.stage):
-                if dist.get_rank() == 0:
-                    print(f"{folder} is finished, skipped", file=sys.stderr)
-            else:
-                left.append(given | {"part": part, "resume": o.resume and bool(saved_steps(os.path.join(folder, "state")))})
-        if len(left) > 1 and mesh.device_type == "cpu" and mesh.size() == 1 and torch.get_num_threads() > 1:
-            side_by_side(left, stage)
-        else:
-            for one in left:
-                run_stage(one, stage, mesh)
-    if o.stage is None and dist.get_rank() == 0:
-        eval.toy_scores(os.path.join(o.out, "stage2"), os.path.join(o.out, "world"), o.out, began)
-
-
-def alone(given, stage, threads):
-    """One of the runs of `side_by_side`: a world of one, in a process that does not outlive its parent."""
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which `launch` would leave behind
-    torch.set_num_threads(threads)
-    launch(lambda: run_stage(given, stage, start_world("cpu")))
-
-
-def side_by_side(runs, stage):
-    """Run the parts of a stage at once, each in a process with its share of the cores.
-
-    They need nothing of one another, and small products gain little from a second core: two parts on a core each take less time
-    than one after the other on both. A signal, or the failure of a part, ends all of them, as a signal ends any run.
-    """
-    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(runs))  # a fork would lack OpenMP's
-    parts = {given["part"]: context.Process(target=alone, args=(given, stage, threads)) for given in runs}
-    failed = None
-    with Signals() as signals:
-        for process in parts.values():
-            process.start()
-        while running := [process for process in parts.values() if process.is_alive()]:
-            ending = signals.got or failed
-            multiprocessing.connection.wait([process.sentinel for process in running], timeout=0.5)
-            failed = failed or next((name for name, process in parts.items() if process.exitcode), None)
-            if (signals.got or failed) and not ending:
-                for process in running:
-                    process.terminate()
-    if signals.got:
-        sys.exit(130 if signals.got == signal.SIGINT else 0)
-    if failed and parts[failed].exitcode < 0:
-        raise UserError(f"stage {stage} {failed} was ended by {signal.Signals(-parts[failed].exitcode).name}")
-    if failed:
-        sys.exit(1)  # it has said why
-
-
 def leave():
     """End the process. gloo's threads may abort an ordinary exit after all work is done (torch 2.13), so skip it."""
     dist.barrier()
@@ -1223,6 +1157,84 @@ def launch(work):
               f"--resume goes on from the last saved state", file=sys.stderr, flush=True)
         os._exit(1)
     leave()
+
+
+def unfinished(given, stage):
+    """The options of what is still to be run of a stage, by part; it goes on from a saved state where --resume wants that."""
+    o, runs = Options(**given), []
+    for part in parts_of(o, stage):
+        folder = folder_of(o.out, stage, part)
+        if not finished(o.out, stage, part) or (o.overwrite and stage == o.stage):
+            runs.append(given | {"part": part, "resume": o.resume and bool(saved_steps(os.path.join(folder, "state")))})
+        elif dist.get_rank() == 0:
+            print(f"{folder} is finished, skipped", file=sys.stderr)
+    return runs
+
+
+def alone(given, stage, threads):
+    """One of the runs of `side_by_side`: a world of one, in a process that does not outlive its parent."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which `launch` would leave behind
+    torch.set_num_threads(threads)
+    launch(lambda: run_stage(given, stage, start_world("cpu")))
+
+
+def side_by_side(runs, stage):
+    """Run the parts of a stage at once, each in a process with its share of the cores.
+
+    They need nothing of one another, and small products gain little from a second core: two parts on a core each take less time
+    than one after the other on both. A signal, or the failure of a part, ends all of them, as a signal ends any run.
+    """
+    agreed(lambda: [first_step(complete(given, stage)) for given in runs])  # what is wrong is said here, once
+    threads = max(1, torch.get_num_threads() // len(runs))
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit OpenMP's state, but not its threads
+    parts = {given["part"]: spawn.Process(target=alone, args=(given, stage, threads)) for given in runs}
+    failed, told = None, False
+    with Signals() as signals:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: until a part can save, a terminal's Ctrl-C is its parent's affair
+        for process in parts.values():
+            process.start()
+        signal.signal(signal.SIGINT, signals.note)
+        while running := [process for process in parts.values() if process.is_alive()]:
+            multiprocessing.connection.wait([process.sentinel for process in running], timeout=0.5)
+            failed = failed or next((name for name, process in parts.items() if process.exitcode), None)
+            if (signals.got or failed) and not told:
+                told = True
+                for process in running:
+                    process.terminate()
+    if any(process.exitcode == 1 for process in parts.values()):
+        sys.exit(1)  # it has said why
+    if signals.got:
+        print(f"stopped by {signal.Signals(signals.got).name}", file=sys.stderr)
+        sys.exit(130 if signals.got == signal.SIGINT else 0)
+    if failed:
+        raise UserError(f"stage {stage} {failed} was ended by {signal.Signals(-parts[failed].exitcode).name}")
+    if not all(finished(Options(**given).out, stage, given["part"]) for given in runs):
+        sys.exit(0)  # a signal met one of them alone, which has said so
+
+
+def run():
+    given = parse(Options)
+    o = Options(**given)
+    began = time.perf_counter()
+    mesh = start_world(pick_device(o), o.replicate)
+    agreed(lambda: check(given))
+    if o.preset == "toy":
+        agreed(lambda: dist.get_rank() or toy_world(o.out, o.pictures))
+    stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
+    for stage in [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage]):
+        runs = unfinished(given, stage)
+        if len(runs) > 1 and mesh.device_type == "cpu" and "WORLD_SIZE" not in os.environ and torch.get_num_threads() > 1:
+            side_by_side(runs, stage)
+        else:
+            for one in runs:
+                run_stage(one, stage, mesh)
+    if o.stage is None and dist.get_rank() == 0:
+        eval.toy_scores(os.path.join(o.out, "stage2"), os.path.join(o.out, "world"), o.out, began)
 
 
 if __name__ == "__main__":
