@@ -99,7 +99,7 @@ PRESETS = {
         "clip": dict(batch_size=64, lr=2e-3, muon_lr=15e-3, steps=450, schedule="wsd", clip=1.0),  # of pairs of pictures
         "llm": dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=500, schedule="wsd", clip=1.0),
         1: dict(template="plain", batch_size=32, lr=3e-3, steps=200, schedule="wsd", clip=1.0),
-        2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=640, schedule="wsd", clip=1.0,
+        2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=780, schedule="wsd", clip=1.0,
                 cache_features=True),  # stage 1 sees less than half of the pictures, and each of them once
     },
 }
