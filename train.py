@@ -1211,6 +1211,8 @@ def side_by_side(runs, stage):
     if signals.got:
         print(f"stopped by {signal.Signals(signals.got).name}", file=sys.stderr)
         sys.exit(130 if signals.got == signal.SIGINT else 0)
+    if failed and parts[failed].exitcode > 0:
+        sys.exit(parts[failed].exitcode)  # a Ctrl-C that met it alone, say
     if failed:
         raise UserError(f"stage {stage} {failed} was ended by {signal.Signals(-parts[failed].exitcode).name}")
     if not all(finished(Options(**given).out, stage, given["part"]) for given in runs):
