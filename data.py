@@ -4,7 +4,7 @@ A record of a LLaVA file becomes a `Sample` in one pass, from left to right. Eve
 encoded on its own and goes straight to its place, so that spans are known rather than found again by
 tokenising twice:
 
-    ids      <s> system  USER:  <image> <image>  \\nWhat is this? ASSISTANT:  A cat. </s>  USER: ...
+    ids      <s> system  USER:  <image> <image>  \nWhat is this? ASSISTANT:  A cat. </s>  USER: ...
     labels    -    -       -       -       -                 -                A cat. </s>    -
     pool_id   -    -       0       -       -                 0                  -     -      1
     use_id    0    0       0       0       0                 0                  0     0      1
@@ -16,35 +16,27 @@ training saw.
 `python data.py --check` looks for bad records and pictures, `python data.py --show 3` prints what the
 model reads. Next: model.py.
 """
-import codecs
-import collections
 import dataclasses
-import functools
-import itertools
 import json
 import os
 import re
-import struct
-import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
-from tqdm import tqdm
 
-from cli import UserError, main, parse
+from cli import UserError
 from model import IMAGE
 
 MULTIPLE = 16   # what training pads sequences to a multiple of, see `collate`
 IGNORE = -100   # the label of a position that is not trained
 TAG = "<image>"
+
+
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 warnings.filterwarnings("ignore", module=r"PIL\.")  # `open_image` judges by itself, in one line
@@ -123,262 +115,10 @@ def pixels(image, prep):
     return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))        # (3, S, S)
 
 
-# 2. Tokens
-
-class Tokenizer:
-    """Text to ids and back as Llama does it, every text on its own.
-
-    The space that Llama puts before any text is the one before the piece: "USER:" reads as "▁USER:".
-    Nothing written in a text can become a control token: "</s>" is four characters here.
-
-        tokenizer.decode(tokenizer.encode(text)) == text   # but for a literal "▁": it reads as a space
-    """
-
-    def __init__(self, inner):
-        self.file = inner.to_str()
-        ids = [inner.token_to_id(t) for t in ("<s>", "</s>", "<unk>")]
-        if None in ids:
-            raise UserError("the tokenizer lacks <s>, </s> or <unk>: it is not one of Llama's kind")
-        self.bos, self.eos, self.pad = ids  # padding is never attended to, so any id will do
-        spec = json.loads(self.file)
-        self.added = {t["id"] for t in spec["added_tokens"]}
-        # Without added tokens, text cannot be taken for them; a flag would be lost in a worker's pickle
-        spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        self.inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self.vocab = 1 + max(self.inner.get_vocab().values())  # ids from here on are no text: added tokens, padding rows
-        first = spec["pre_tokenizer"] or {}
-        if first.get("type") == "Metaspace" and first["prepend_scheme"] != "never" and not first["split"]:
-            # Newer files of transformers: a text that begins with a space gets no other. With sentencepiece it does
-            self.inner.pre_tokenizer, self.inner.normalizer = None, spaces_of_llama()
-        probe = "  A b\n\U000f0000"
-        if spec["model"]["type"] != "BPE" or self.decode(self.encode(probe)) != probe:
-            raise UserError("the tokenizer is not one of Llama's kind: a BPE, ▁ for spaces, bytes for the unknown")
-
-    @classmethod
-    def load(cls, folder):
-        """The tokenizer of a model's folder; UserError if there is none or it cannot be read.
-
-        Reads tokenizer.json if there is one, else tokenizer.model. The first knows of more: llava-hf's adds <image> and
-        <pad>, which tokenizer.model lacks, to the ids. On text the two agree.
-        """
-        path, model = os.path.join(folder, "tokenizer.json"), os.path.join(folder, "tokenizer.model")
-        if not os.path.isfile(path):
-            if not os.path.isfile(model):
-                raise UserError(f"neither tokenizer.json nor tokenizer.model in {folder}")
-            return cls(of_sentencepiece(model))
-        try:
-            inner = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the library raises nothing more specific
-            raise UserError(f"{path}: not a tokenizer ({error})") from None
-        return cls(inner)
-
-    def save(self, folder):
-        """Write tokenizer.json, the added tokens included."""
-        with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as f:
-            f.write(self.file)
-
-    def encode(self, text):
-        """list[int] of the text, with Llama's space before it and no bos or eos."""
-        return self.inner.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids):
-        """The text of ids; control and added tokens are skipped, and so is the space in front."""
-        stream = self.streaming()
-        return "".join(stream.add(i) for i in ids) + stream.end()
-
-    def streaming(self):
-        """A `Streaming` for the ids of a text that is yet to come."""
-        return Streaming(self)
-
-
-class Streaming:
-    """The text of ids that come one by one: all that `add` and `end` return, in a row, is `decode` of the ids.
-
-    A character of several ids comes when it is whole; a byte that belongs to no character is one U+FFFD, as in
-    sentencepiece. Each id costs its own piece only.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.begun = tokenizer, False
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-
-    def add(self, id):
-        """str that is certain now, possibly empty, of one more id (int, or a tensor or array of one)."""
-        id = int(id)
-        piece = "" if id in self.tokenizer.added else self.tokenizer.inner.id_to_token(id) or ""
-        if piece and not self.begun:  # the space that Llama puts before any text
-            self.begun, piece = True, piece.removeprefix("▁")
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
-        return self.text(bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode())
-
-    def end(self):
-        """str that was held back: what is left of a character that never became whole."""
-        return self.text(b"", final=True)
-
-    def text(self, raw, final=False):
-        """str of the next bytes, as far as they are whole characters."""
-        return re.sub("[\udc80-\udcff]", "\ufffd", self.utf8.decode(raw, final))
-
-
-def spaces_of_llama():
-    """The normalizer that puts a space before any text, and writes spaces as "▁"."""
-    return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-
-
-def layout_of_llama(vocab, merges):
-    """A BPE `tokenizers.Tokenizer` with Llama's surroundings: "▁" for spaces, bytes for the unknown."""
-    bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    inner = tokenizers.Tokenizer(bpe)
-    inner.normalizer = spaces_of_llama()
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                       decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return inner
-
-
-# sentencepiece's messages, {field number: (name, wire type)}, and what a setting that is left out means. See
-# https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
-MODEL = {1: ("pieces", 2), 2: ("trainer", 2), 3: ("normalizer", 2), 5: ("denormalizer", 2)}
-PIECE = {1: ("text", 2), 2: ("score", 5), 3: ("type", 0)}
-SETTINGS = {
-    "trainer": {3: ("model_type", 0), 24: ("treat_whitespace_as_suffix", 0), 35: ("byte_fallback", 0)},
-    "normalizer": {2: ("precompiled_charsmap", 2), 3: ("add_dummy_prefix", 0), 4: ("remove_extra_whitespaces", 0),
-                   5: ("escape_whitespaces", 0)},
-    "denormalizer": {2: ("precompiled_charsmap", 2)}}
-DEFAULTS = {"model_type": 1, "treat_whitespace_as_suffix": 0, "byte_fallback": 0, "precompiled_charsmap": b"",
-            "add_dummy_prefix": 1, "remove_extra_whitespaces": 1, "escape_whitespaces": 1}
-LLAMA = DEFAULTS | {"model_type": 2, "byte_fallback": 1, "remove_extra_whitespaces": 0}  # type 2 is BPE
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of pieces; 4 is user-defined, 5 unused
-
-
-def wire(message, fields):
-    """Yield (name, value) of those fields of a protobuf message that `fields` lists; ValueError if it is damaged.
-
-    A value is an int where the wire type is 0, else bytes. See https://protobuf.dev/programming-guides/encoding
-    """
-    at = 0
-
-    def take(size):
-        nonlocal at
-        at += size
-        if at > len(message):
-            raise ValueError("it ends too early")
-        return message[at - size:at]
-
-    def varint():
-        value = 0
-        for shift in range(0, 64, 7):
-            byte = take(1)[0]
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise ValueError("a number has no end")
-
-    while at < len(message):
-        number, kind = divmod(varint(), 8)
-        name, due = fields.get(number, (None, kind))
-        if kind not in (0, 1, 2, 5) or kind != due:
-            raise ValueError(f"field {number} has wire type {kind}")
-        value = varint() if kind == 0 else take({1: 8, 5: 4}.get(kind) or varint())
-        if name is not None:
-            yield name, value
-
-
-def read_sentencepiece(path):
-    """[(text, score, type), ...] of the pieces of a sentencepiece model, in the order of their ids.
-
-    Raises UserError if the file is damaged, and if a setting is not as in Llama's, which it names.
-    """
-    with open(path, "rb") as f:
-        model = f.read()
-    pieces, settings = [], dict(DEFAULTS)
-    try:
-        for part, message in wire(model, MODEL):
-            if part == "pieces":
-                piece = {"text": b"", "score": bytes(4), "type": NORMAL} | dict(wire(message, PIECE))
-                pieces.append((piece["text"].decode(), struct.unpack("<f", piece["score"])[0], piece["type"]))
-            else:
-                settings |= wire(message, SETTINGS[part])
-        texts = {text for text, _, _ in pieces}
-        if not texts or "" in texts or len(texts) < len(pieces):
-            raise ValueError("pieces are missing, empty or there twice")
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, or no sentencepiece model ({error})") from None
-    differs = [name for name, value in LLAMA.items() if settings[name] != value]
-    if differs:
-        raise UserError(f"{path}: not a model of Llama's kind, which alone is read; it differs in {', '.join(differs)}")
-    return pieces
-
-
-def of_sentencepiece(path):
-    """The `tokenizers.Tokenizer` that gives the ids of a sentencepiece model like Llama's tokenizer.model.
-
-    Sentencepiece joins, again and again, the two neighbours that make the piece of the highest score, and of equals the
-    first in the text. So the merges of a piece are all its cuts in two, and those of a higher score go first.
-    Raises UserError if the file is damaged, and if it holds pieces for which this does not give the same ids.
-    """
-    pieces = read_sentencepiece(path)
-    scores = {text: score for text, score, kind in pieces if kind == NORMAL}
-    longer = [text for text in scores if len(text) > 1]
-    longer.sort(key=lambda text: (scores[text], len(text)), reverse=True)
-    # Llama's runs of spaces share a score. The longest first: so a run grows from the left, like sentencepiece's
-    fits = lambda a, b: scores[a] > scores[b] or (scores[a] == scores[b] and set(a) == set(b) == {a[0]})
-    bytes_ = {text for text, _, kind in pieces if kind == BYTE}
-    for odd, found in (
-            ("is user-defined or unused", (t for t, _, kind in pieces if kind not in (NORMAL, UNKNOWN, CONTROL, BYTE))),
-            ("has the score of another", (a for a, b in itertools.pairwise(longer) if not fits(a, b))),
-            ("has a character that is no piece", (text for text in longer if not set(text) <= scores.keys())),
-            ("is missing", (name for name in (f"<0x{b:02X}>" for b in range(256)) if name not in bytes_))):
-        if (text := next(found, None)) is not None:
-            raise UserError(f"{path}: not a model of Llama's kind, which alone is read: the piece {text!r} {odd}")
-    # The order among one piece's cuts is free: as long as nothing crosses its ends, its text is joined alike everywhere
-    merges = [(text[:i], text[i:]) for text in longer for i in range(1, len(text))
-              if text[:i] in scores and text[i:] in scores]
-    inner = layout_of_llama({text: i for i, (text, _, _) in enumerate(pieces)}, merges)
-    inner.add_special_tokens([text for text, _, kind in pieces if kind in (UNKNOWN, CONTROL)])
-    return inner
-
-
-def train_tokenizer(texts, vocab):
-    """A `Tokenizer` like Llama's of at most `vocab` ids, learned from an iterable of pieces of text.
-
-    Ids: <unk> <s> </s>, 256 bytes, what was merged (in the order of merging), single characters. A
-    word keeps the space before it; newlines and . , ? ! stand alone, ":" does not, so that "USER:" may
-    become one token. Give it texts as `pieces` cuts them, and it learns words as they will be met.
-    Raises UserError if `vocab` is too small.
-    """
-    texts = list(texts)
-    fixed = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
-    characters = sorted(set("▁".join(texts).replace(" ", "▁")) | {"▁"})
-    room = vocab - len(fixed)
-    if room < len(characters):
-        raise UserError(f"a vocabulary of {vocab} is too small: {len(fixed)} ids are given, "
-                        f"and the texts have {len(characters)} different characters")
-    inner = layout_of_llama({"<unk>": 0}, [])
-    # No learned token crosses these cuts, so encoding needs none: the merges alone give the same ids
-    inner.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("▁", "merged_with_next"),
-        pre_tokenizers.Split(Regex(r"[\n.,?!]"), "isolated")])
-    trainer = trainers.BpeTrainer(vocab_size=room, min_frequency=2, show_progress=False)
-    inner.train_from_iterator(texts, trainer)
-
-    # Text that spells a control token must not reach its id, and a newline is a byte, as with Llama
-    learned = {c for c in characters if c != "\n"}
-    merges = []
-    for a, b in map(tuple, json.loads(inner.to_str())["model"]["merges"]):
-        if a in learned and b in learned and a + b not in fixed:
-            merges.append((a, b))
-            learned.add(a + b)
-    words = dict.fromkeys(a + b for a, b in merges)
-    names = fixed + list(words) + [c for c in characters if c != "\n"]
-    inner = layout_of_llama({t: i for i, t in enumerate(names)}, merges)
-    inner.add_special_tokens(fixed[:3])
-    return Tokenizer(inner)
-
-
 # 3. Conversations
 
 @dataclass(frozen=True)
-class Layout:
+class PromptFormat:
     """How a conversation is laid out as positions."""
     template: Literal["plain", "v1"] = "v1"  # plain: picture, caption, newline; v1: Vicuna's dialogue
     system: str = SYSTEM                     # what stands before the first turn of v1; may be empty
@@ -439,7 +179,7 @@ def check_messages(messages, name):
             raise UserError(f"{name}: message {i} is no valid Unicode (half of a surrogate pair)")
 
 
-def conversation(record, name):
+def turns_of_record(record, name):
     """The turns [(question, answer), ...] of a LLaVA record, "<image>\\n" before the picture's.
 
     An answer before the first question is left out, and so is a last question without an answer. A tag in an answer is
@@ -493,7 +233,7 @@ def pieces(turns, layout, name, picture=True):
     return found
 
 
-def lay_out(turns, tokenizer, layout, record, image=None):
+def encode_conversation(turns, tokenizer, layout, record, image=None):
     """The whole `Sample` of turns, of any length; an answer of None ends it where the answer begins."""
     ids, answer, pooled, use, tag = [tokenizer.bos], [False], [layout.pool == "prompt"], [0], -1
     for text, part, turn in pieces(turns, layout, record, image is not None):
@@ -514,7 +254,7 @@ def lay_out(turns, tokenizer, layout, record, image=None):
     return Sample(ids, np.where(answer, ids, IGNORE), pool, use, max(len(turns), 1), image, record, tag)
 
 
-def cut(whole, context):
+def truncate(whole, context):
     """The first `context` positions of a `Sample`, or those before its picture if they would end within it.
 
     A picture that is cut away is not shown either. Where no answer begins early enough, nothing is left to learn.
@@ -535,7 +275,7 @@ def cut(whole, context):
 
 def encode(turns, tokenizer, layout, record, image=None):
     """The `Sample` to train on of turns [(question, answer), ...], `cut` to the context, with its errors."""
-    return cut(lay_out(turns, tokenizer, layout, record, image), layout.context)
+    return truncate(encode_conversation(turns, tokenizer, layout, record, image), layout.context)
 
 
 def encode_prompt(turns, question, tokenizer, layout, image=None, record="the prompt"):
@@ -555,7 +295,7 @@ def encode_prompt(turns, question, tokenizer, layout, image=None, record="the pr
         if len(tagged) > 1:
             raise UserError(f"{record}: {TAG} in {len(tagged)} questions, but one picture")
         questions[tagged[0]] = front_tag(questions[tagged[0]])
-    sample = lay_out(list(zip(questions, answers)), tokenizer, layout, record, image)
+    sample = encode_conversation(list(zip(questions, answers)), tokenizer, layout, record, image)
     if len(sample.ids) > layout.context:
         raise UserError(f"{record} takes {len(sample.ids)} positions, "
                         f"the context holds {layout.context}")
@@ -592,7 +332,7 @@ def image_path(images, image, name):
 def read_record(record, index, images, layout):
     """(name, turns, path of the picture or None) of a record; UserError if it is malformed, or unfit for the layout."""
     name = record_name(record, index)
-    turns = conversation(record, name)
+    turns = turns_of_record(record, name)
     image = record.get("image")
     pieces(turns, layout, name, image is not None)  # refuses what the template cannot take
     return name, turns, None if image is None else image_path(images, image, name)
@@ -608,7 +348,7 @@ class Conversations:
     Raises UserError on a malformed file or record, at once.
     """
 
-    def __init__(self, json_path, images, tokenizer, layout=Layout()):
+    def __init__(self, json_path, images, tokenizer, layout=PromptFormat()):
         records = load_records(json_path)
         self.pictured = np.array([read_record(record, i, images, layout)[2] is not None for i, record in enumerate(records)])
         lines = [json.dumps(record).encode() for record in records]
@@ -722,187 +462,3 @@ def check_causal(labels, pool_id, use_id):
             latest = max(latest, last.get(use[i], -1))
             assert label[i + 1] == IGNORE or latest <= i, \
                 f"row {b}: position {i} is trained, but its guidance reaches to position {latest}"
-
-
-def padding(lengths, batches, multiple=MULTIPLE):
-    """The share of padding among the positions of batches, [[index, ...], ...] of samples with lengths int64[n], see `collate`."""
-    places = sum(len(b) * -(-int(lengths[b].max()) // multiple) * multiple for b in batches)
-    return 1 - sum(int(lengths[b].sum()) for b in batches) / places
-
-
-class Order:
-    """Which samples make which step: a function of seed and step alone, the same for any number of ranks.
-
-    The epochs' permutations follow one another and are cut into steps of `batch_size`. With `lengths` (any measure,
-    one number a sample), samples of like length share a step, so that less is padded: within runs of GROUP steps the
-    permutation is sorted by length, then the steps of the whole epoch are mixed. With `pictured` bool[n], samples with a
-    picture and without are grouped apart, as their lengths cannot be compared; only what is left of both shares a step.
-
-    LLaVA's --group_by_modality_length sorts within a step alone, to deal out like sums to the ranks: its batches hold long
-    and short samples. Sorting more of them makes batches of like lengths, so that ranks wait no longer for each other.
-    """
-    GROUP = 32
-
-    def __init__(self, n, seed, batch_size, lengths=None, pictured=None):
-        self.n, self.seed, self.batch_size, self.lengths = n, seed, batch_size, lengths
-        self.pictured = np.zeros(n, bool) if pictured is None else pictured
-        self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
-
-    def epoch(self, epoch):
-        """int64[n], the order of the samples in an epoch."""
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(self.n)
-        if self.lengths is None:
-            return order
-        first = min(-epoch * self.n % self.batch_size, self.n)  # these complete the last step of the epoch before
-        last = first + (self.n - first) // self.batch_size * self.batch_size
-        body, size = order[first:last], self.batch_size
-        kinds = [body[self.pictured[body] == kind] for kind in (True, False)]
-        whole = [kind[:len(kind) // size * size] for kind in kinds]
-        left = np.concatenate([kind[len(part):] for kind, part in zip(kinds, whole)])  # a step of both, or nothing
-        runs = [part[i:i + self.GROUP * size] for part in (*whole, left) for i in range(0, len(part), self.GROUP * size)]
-        runs = [r[np.lexsort((self.lengths[r], self.pictured[r]))] for r in runs]
-        steps = np.concatenate(runs).reshape(-1, size) if runs else order[:0].reshape(0, size)
-        return np.concatenate([order[:first], rng.permutation(steps).ravel(), order[last:]])
-
-    def step(self, step):
-        """list[int] of the samples of optimiser step `step`."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [int(self.epoch(place // self.n)[place % self.n]) for place in places]
-
-
-# 5. Looking at data
-
-@dataclass
-class Options:
-    """Look at training data: --check finds what is bad in it, --show N prints what the model reads."""
-    data: str = ""            # LLaVA's JSON file
-    images: str = ""          # folder that its pictures' paths start from
-    llm: str = ""             # folder with the tokenizer: for --show, and for --check to count what the context cuts
-    check: bool = False       # list malformed records, missing and unreadable pictures; exit 1 if any; count the rest
-    show: int = 0             # how many conversations to print, the trained part in [[ ]]
-    json: bool = False        # with --show: ids, labels, pool_id and use_id as JSON lines
-    template: Literal["plain", "v1"] = "v1"  # plain for stage 1, v1 for stage 2
-    system: str = SYSTEM      # the text before the first turn
-    image_tokens: int = 576   # positions of a picture; 0 for VLoRA
-    context: int = 2048       # positions of a sample
-    guidance_pool: Literal["instruction", "prompt"] = "instruction"  # what guidance is averaged over
-
-    def __post_init__(self):
-        if self.context < 1 or self.image_tokens < 0:
-            raise UserError(f"--context {self.context} --image_tokens {self.image_tokens}: expected at least 1, and at least 0")
-        if re.search("[\ud800-\udfff]", self.system):
-            raise UserError("--system is no valid Unicode")
-
-    def layout(self):
-        return Layout(self.template, self.system, self.image_tokens, self.context, self.guidance_pool)
-
-
-def kinds(record):
-    """What `check` counts a well-formed record as. Of the last three kinds LLaVA learns nothing, without a word."""
-    said = {who: [m["value"] for m in record["conversations"] if m["from"] == who] for who in ("human", "gpt")}
-    questions, answers = said["human"], said["gpt"]
-    texts, pictured = questions + answers, record.get("image") is not None
-    found = {
-        "with a picture": pictured,
-        "of text only": not pictured,
-        f"with {TAG} as text: there is no picture for it": any(TAG in t for t in (answers if pictured else texts)),
-        f"with several {TAG} in a question: one picture": pictured and any(text.count(TAG) > 1 for text in questions),
-        "beginning with an answer: left out": record["conversations"][0]["from"] == "gpt",
-        "ending with a question: left out": record["conversations"][-1]["from"] == "human",
-        "with an empty message: kept": "" in texts,
-        "with </s>, <unk> or ASSISTANT: in a message: text": re.search("</s>|<unk>| ASSISTANT: ", "\n".join(texts))}
-    return [kind for kind, true in found.items() if true]
-
-
-def cut_kinds(turns, tokenizer, layout, name, image):
-    """The kinds of a record that the context cuts."""
-    whole = lay_out(turns, tokenizer, layout, name, image)
-    due = (whole.labels != IGNORE).sum()
-    kept = (cut(whole, layout.context).labels != IGNORE).sum()
-    lost = "cut by the context: its last answers are learned in part or not at all"
-    return [lost if kept else "with no answer within the context: nothing to learn"] if kept < due else []
-
-
-def check(o):
-    """Print a line for every fault in a data set and how many records are of which kind; UserError if one is faulty."""
-    records, layout, counts = load_records(o.data), o.layout(), collections.Counter()
-    tokenizer = Tokenizer.load(o.llm) if o.llm else None
-
-    @functools.cache  # a picture may have many records
-    def unreadable(path):
-        try:
-            open_image(path, path)
-        except UserError as error:
-            return str(error)
-
-    def look(i):
-        """(the fault of record i or None, its kinds)"""
-        try:
-            name, turns, image = read_record(records[i], i, o.images, layout)
-            if image is not None and unreadable(image):
-                return f"{name}: {unreadable(image)}", []
-            return None, kinds(records[i]) + (cut_kinds(turns, tokenizer, layout, name, image) if tokenizer else [])
-        except UserError as error:
-            return str(error), []
-
-    # Pillow decodes outside the interpreter's lock
-    with ThreadPoolExecutor() as pool, tqdm(total=len(records), unit=" records", disable=None) as bar:
-        for start in range(0, len(records), 256):  # in slices: Ctrl-C waits for what was handed over
-            part = range(start, min(start + 256, len(records)))
-            for fault, found in pool.map(look, part):
-                if fault:
-                    bar.write(fault, file=sys.stdout)
-                counts.update(["that cannot be used"] if fault else found)
-            bar.update(len(part))
-    print(f"{len(records)} records")
-    for kind, count in counts.most_common():
-        print(f"{count:>10} {kind}")
-    if counts["that cannot be used"]:
-        raise UserError(f"{counts['that cannot be used']} of {len(records)} records cannot be used")
-
-
-def readable(sample, tokenizer):
-    """The text of a sample: <s> and </s> spelt out, the picture as a tag, the trained part in [[ ]]."""
-    names = {IMAGE: TAG, tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
-    text = ""
-    marked = zip((sample.labels != IGNORE).tolist(), sample.ids.tolist())
-    for trained, part in itertools.groupby(marked, key=lambda pair: pair[0]):
-        runs = itertools.groupby((i for _, i in part), key=names.get)
-        spelt = "".join(name or tokenizer.decode(list(run)) for name, run in runs)
-        text += f" [[{spelt}]]" if trained else spelt
-    return text
-
-
-def show(options):
-    """Print the first samples of a data set, as text or as JSON lines."""
-    data = Conversations(options.data, options.images, Tokenizer.load(options.llm), options.layout())
-    for i in range(min(options.show, len(data))):
-        sample = data[i]
-        if options.json:
-            fields = dataclasses.asdict(sample).items()
-            print(json.dumps({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields}))
-        else:
-            trained = int((sample.labels != IGNORE).sum())
-            print(f"--- {sample.record}, picture {sample.image}, "
-                  f"{len(sample.ids)} positions, {trained} trained")
-            print(readable(sample, data.tokenizer))
-
-
-def run():
-    options = Options(**parse(Options))
-    needed = ["data", "images"] + ["llm"] * (options.show > 0)
-    missing = [f"--{name}" for name in needed if not getattr(options, name)]
-    if not (options.check or options.show > 0) or missing:
-        raise UserError(f"say --check or --show N, with --data and --images (and --llm to show); "
-                        f"missing: {', '.join(missing) or '--check or --show'}")
-    if not os.path.isdir(options.images):
-        raise UserError(f"--images {options.images}: there is no such folder")
-    if options.check:
-        check(options)
-    if options.show > 0:
-        show(options)
-
-
-if __name__ == "__main__":
-    main(run)

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from baselines import expert_of, GUIDED, linear_of, network_of
 from cli import UserError
 from hypernet import pool
 from projector import Projector
-from sources import GUIDED, expert_of, linear_of, network_of
-from vlora import PerceptualWeights, VLoRAConfig, branch, skip_tag
+from vlora import add_delta, PerceptualWeights, skip_tag, VLoRAConfig
 
 IMAGE = -200  # the id that stands for one image token (LLaVA's IMAGE_TOKEN_INDEX); it is in no vocabulary
 
@@ -256,13 +256,13 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, memory=None, delta=()):
         B, T, _ = x.shape
         parts = zip((self.q_proj, self.k_proj, self.v_proj), "qkv")
-        q, k, v = (branch(p, x, delta, site).view(B, T, -1, self.width).transpose(1, 2) for p, site in parts)
+        q, k, v = (add_delta(p, x, delta, site).view(B, T, -1, self.width).transpose(1, 2) for p, site in parts)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, K), (B, kv_heads, T, K)
         if memory is None:  # rows are padded on the right, so a causal mask is all the mask there is
             out = attend(q, k, v, causal=True, plain=self.plain)
         else:
             out = attend(q, *memory.update(k, v), mask=memory.mask, plain=self.plain)
-        return branch(self.o_proj, out.transpose(1, 2).reshape(B, T, -1), delta, "o")
+        return add_delta(self.o_proj, out.transpose(1, 2).reshape(B, T, -1), delta, "o")
 
 
 class MLP(nn.Module):
@@ -300,7 +300,7 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, memory, delta)
         y = self.post_attention_layernorm(x)
         if self.expert is None:
-            return x + branch(self.mlp, y, delta, "m")
+            return x + add_delta(self.mlp, y, delta, "m")
         if guidance is None:
             weights, use_id = memory.weights, memory.use_id
         else:
@@ -311,7 +311,7 @@ class Block(nn.Module):
         return x + (self.mlp(y) + self.expert(y, weights, use_id))  # Eq. 7
 
 
-class BlockMemory:
+class LayerCache:
     """What one block remembers while decoding: keys and values, and the generated weights of each row's last turn."""
 
     def __init__(self, keys, values):
@@ -345,7 +345,7 @@ class Cache:
     def __init__(self, cfg, batch, length, device, dtype):
         shape = (batch, cfg.kv_heads, length, cfg.width // cfg.heads)
         zeros = lambda: torch.zeros(shape, device=device, dtype=dtype)
-        self.blocks = [BlockMemory(zeros(), zeros()) for _ in range(cfg.depth)]
+        self.blocks = [LayerCache(zeros(), zeros()) for _ in range(cfg.depth)]
         self.slots = torch.arange(length, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.seen = None  # VLoRA: what VLM.perceive made of the pictures
@@ -466,7 +466,7 @@ class VLM(nn.Module):
 # ---- Generation
 
 
-def choose(logits, temperature, top_p, generator=None):
+def sample_token(logits, temperature, top_p, generator=None):
     """Next token int64[B] from logits float[B, V]: the likeliest at temperature 0, else drawn from the top_p nucleus."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -508,7 +508,7 @@ def stream(model, batch, max_new_tokens, eos, temperature=0.0, top_p=1.0, genera
     for step in range(max_new_tokens):
         # Only what is drawn at random can be such an id by mere chance; greedily, the model would have to mean it
         logits = logits[:, :vocab] if temperature else logits
-        token = choose(logits, temperature, top_p, generator).masked_fill(ended, eos)
+        token = sample_token(logits, temperature, top_p, generator).masked_fill(ended, eos)
         yield token
         ended |= token == eos
         if ended.all() or step == max_new_tokens - 1:

@@ -10,7 +10,7 @@ L1 includes the GELU (the paper is silent), so an expert shifts what the next la
 import torch.nn.functional as F
 from torch import nn
 
-from sources import expert_of, network_of
+from baselines import expert_of, network_of
 
 
 class VisualExpert(nn.Module):

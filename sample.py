@@ -19,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 import weights
-from cli import UserError, main, parse
+from cli import main, parse, UserError
 from data import collate, encode_prompt, image_path, open_image, pixels
 from model import Cache, end_turn, generate, stream
 from vlora import merged
+from weights import fast_dtype, pick_device
 
 HELP = "a question, or /image PATH: another picture and a new conversation; /reset: a new conversation; /quit"
 
@@ -80,9 +81,9 @@ def newest(root="out"):
 
 def load(o):
     """(Checkpoint, what to call it) on the device and in the dtype that were asked for, or are best."""
-    device = weights.pick_device(o.device)
+    device = pick_device(o.device)
     name = o.model or newest()
-    dtype = o.dtype or weights.fast_dtype(device)
+    dtype = o.dtype or fast_dtype(device)
     checkpoint = weights.load(name, getattr(torch, dtype))
     if o.merge and checkpoint.model.cfg.vlora is None:
         raise UserError(f"--merge: in {name} pictures change no weights, as VLoRA's do")

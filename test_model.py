@@ -13,26 +13,32 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import benchmarks.ablation
+import benchmarks.toy
 import cli
 import data
-import eval
+import formats.tokenizer
 import sample
 import weights
-from data import IGNORE, Layout, Preprocess, check_causal, collate, encode, encode_prompt
+from data import check_causal, collate, encode, encode_prompt, IGNORE, Preprocess, PromptFormat
 from hypernet import Expert, HyperNetwork, pool, rms
-from model import CLIP, VLM, Attention, Cache, LlamaConfig, RMSNorm, VisionConfig, VLMConfig, attend, choose, generate, stream
+from model import (attend, Attention, Cache, CLIP, generate, IMAGE, LlamaConfig, RMSNorm,
+    sample_token, stream, VisionConfig, VLM, VLMConfig)
 from projector import Projector
 
 torch.set_num_threads(1)  # tiny matrices: more only get in each other's way
 
+
 TURNS = [("<image>\nWhat colour is the circle?", "a red one."), ("Is there a square?", "yes, two of them."),
          ("How many?", "three.")]
 TEXTS = [f"USER: {q} ASSISTANT: {a}" for q, a in TURNS] * 2
-TOKENIZER = data.train_tokenizer(TEXTS, 400)
-LAYOUT = Layout(system="A chat.", image_tokens=4, context=200)
+TOKENIZER = formats.tokenizer.train_tokenizer(TEXTS, 400)
+LAYOUT = PromptFormat(system="A chat.", image_tokens=4, context=200)
 VISION = VisionConfig(image_size=28, patch=14, width=16, depth=2, heads=2, hidden=24)
 LLAMA = LlamaConfig(width=32, depth=4, heads=4, kv_heads=2, hidden=48, vocab=TOKENIZER.vocab, context=200)
 EVERY = dict(visual_expert="both", language_expert="all")
+
+
 KINDS = {  # the fields of VLMConfig that say where experts sit and where guidance is taken
     "posterior": dict(visual_expert="1"), "posterior, block 1": dict(visual_expert="both", guidance_after=1),
     "posterior, block 3": dict(visual_expert="2", guidance_after=3), "posterior, embeddings": dict(guidance_after=0),
@@ -180,7 +186,7 @@ def test_the_weights_of_two_samples_differ_and_the_size_of_the_guidance_does_not
 def test_the_experts_of_a_7b_model_have_the_sizes_that_the_paper_implies():
     E, R, D, C = 64, 16, 4096, 1024
     for where, sites, expected in (("posterior", 16, 19_928_128), ("all", 32, 27_269_184)):
-        llm = weights.without_storage(VLMConfig(visual_expert="both", language_expert=where))
+        llm = weights.build_empty(VLMConfig(visual_expert="both", language_expert=where))
         language = size(llm.llm.hypernet) + sum(size(b.expert) for b in llm.llm.layers if b.expert is not None)
         assert language == expected
         assert expected == sites * (D * E + E) + (E * E + E) + E * 3 * R * D + sites * 3 * R * D
@@ -292,7 +298,7 @@ def test_image_tokens_take_the_places_of_their_pictures_in_order():
     model, batch, seen = trained(**EVERY), whole_batch(), {}
     model.llm.register_forward_pre_hook(lambda part, inputs: seen.update(x=inputs[0]))
     logits_of(model, batch)
-    tokens, here = model.projector(model.features(batch.visual)), batch.ids == data.IMAGE
+    tokens, here = model.projector(model.features(batch.visual)), batch.ids == IMAGE
     assert here.sum(1).tolist() == [4, 0, 4]
     assert torch.equal(seen["x"][0, here[0]], tokens[0]) and torch.equal(seen["x"][2, here[2]], tokens[1])
     assert torch.equal(seen["x"][~here], model.llm.embed_tokens(batch.ids[~here]))
@@ -463,7 +469,7 @@ def by_steps(model, samples, visual, length):
         ids, pool_id, use_id = (torch.nn.utils.rnn.pad_sequence(rows, True, fill)
                                 for rows, fill in ((prompts, 0), (pooled, -1), (used, -1)))
         new = torch.tensor([len(p) for p in prompts])
-        seen = visual if (ids == data.IMAGE).any() else None
+        seen = visual if (ids == IMAGE).any() else None
         out = model(ids, seen, pool_id, use_id, 1, None, cache, new)
         for row, found, n in zip(logits, out, new):
             row += found[:n]
@@ -591,10 +597,10 @@ def talker(**kind):
 
 
 def first_logits(model, batch, monkeypatch):
-    """What `choose` is given at the first step, float[B, V]."""
+    """What `sample_token` is given at the first step, float[B, V]."""
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr("model.choose", lambda logits, *rest: seen.append(logits) or logits.argmax(-1))
+        patch.setattr("model.sample_token", lambda logits, *rest: seen.append(logits) or logits.argmax(-1))
         generate(model, batch, 1, eos=-1)
     return seen[0]
 
@@ -678,12 +684,12 @@ def test_drawing_with_a_seed_can_be_repeated_and_a_nucleus_of_nothing_is_greedy(
 def test_tokens_are_drawn_as_often_as_their_renormalised_probability_in_the_nucleus(top_p, kept):
     p, temperature, n = torch.tensor([0.06, 0.25, 0.09, 0.4, 0.2]), 0.5, 20_000
     logits = temperature * p.log() + 3
-    drawn = choose(logits.expand(n, -1), temperature, top_p, torch.Generator().manual_seed(0))
+    drawn = sample_token(logits.expand(n, -1), temperature, top_p, torch.Generator().manual_seed(0))
     expected = torch.tensor([p[i] if i in kept else 0.0 for i in range(5)])
     expected = expected / expected.sum()
     found = drawn.bincount(minlength=5) / n
     assert ((found > 0) == (expected > 0)).all() and (found - expected).abs().max() < 4 * 0.5 / n ** 0.5
-    assert (choose(logits.expand(3, -1), 0, top_p) == 3).all()
+    assert (sample_token(logits.expand(3, -1), 0, top_p) == 3).all()
 
 
 # ---- eval.py
@@ -694,7 +700,7 @@ def test_tokens_are_drawn_as_often_as_their_renormalised_probability_in_the_nucl
 def test_without_experts_the_logits_are_exactly_llavas_and_afterwards_all_is_as_before(visual, language):
     model, batch = trained(visual_expert=visual, language_expert=language), whole_batch()
     before, state = logits_of(model, batch), {n: p.clone() for n, p in model.state_dict().items()}
-    with eval.experts_off(model):
+    with benchmarks.ablation.experts_off(model):
         assert torch.equal(logits_of(model, batch), logits_of(static(model), batch))
     after = model.state_dict()
     assert after.keys() == state.keys() and all(torch.equal(after[n], state[n]) for n in state)
@@ -708,7 +714,7 @@ def test_with_swapped_experts_a_row_runs_with_the_weights_made_for_another(visua
     asked = [encode_prompt([], q, TOKENIZER, LAYOUT, n) for q, n in ((TURNS[0][0], "a"), ("How many?", "b"))]
     batch = batch_of(asked, pictures(2))
     before = logits_of(model, batch)
-    with eval.experts_swapped(model):
+    with benchmarks.ablation.experts_swapped(model):
         swapped = logits_of(model, batch)
         twins = logits_of(model, batch_of(asked[:1] * 2, pictures(1) * 2))
     alone = logits_of(model, batch_of(asked[:1], pictures(1)))
@@ -720,7 +726,7 @@ def test_with_swapped_experts_a_row_runs_with_the_weights_made_for_another(visua
 
 
 def question(family, template, answer, image):
-    return eval.Question(family, template, f"<image>\n{template}", answer, image)
+    return benchmarks.toy.Question(family, template, f"<image>\n{template}", answer, image)
 
 
 ASKED = [question("colour", "What colour is the {shape}?", "red", "1.png"),
@@ -731,20 +737,20 @@ ASKED = [question("colour", "What colour is the {shape}?", "red", "1.png"),
 
 
 def test_scores_are_the_mean_over_families_of_exact_matches():
-    scores = eval.exact(ASKED, ["red", "red", "red", "two", "Three"])
+    scores = benchmarks.toy.exact(ASKED, ["red", "red", "red", "two", "Three"])
     assert scores["n"] == 5 and scores["families"] == {"colour": pytest.approx(2 / 3), "count": 0.5}
     assert scores["mean"] == pytest.approx((2 / 3 + 1 / 2) / 2)
-    assert eval.exact(ASKED, [q.answer for q in ASKED])["mean"] == 1
+    assert benchmarks.toy.exact(ASKED, [q.answer for q in ASKED])["mean"] == 1
 
 
 def test_the_majority_answer_is_the_commonest_of_a_template():
-    assert eval.majority(ASKED, ASKED) == ["red", "red", "red", "two", "three"]
+    assert benchmarks.toy.majority(ASKED, ASKED) == ["red", "red", "red", "two", "three"]
     other = [dataclasses.replace(q, answer="blue") for q in ASKED]
-    assert eval.majority(ASKED, other) == ["blue"] * 5  # of the questions that are known, not of those asked
+    assert benchmarks.toy.majority(ASKED, other) == ["blue"] * 5  # of the questions that are known, not of those asked
 
 
 def test_exchanged_questions_are_the_same_questions_about_the_next_picture():
-    other = eval.exchanged(ASKED)
+    other = benchmarks.toy.exchanged(ASKED)
     assert [q.image for q in other] == ["2.png", "2.png", "3.png", "3.png", "1.png"]
     assert [dataclasses.replace(q, image=was.image) for q, was in zip(other, ASKED)] == ASKED
 
@@ -752,11 +758,11 @@ def test_exchanged_questions_are_the_same_questions_about_the_next_picture():
 def test_f1_counts_the_things_that_captions_name_with_their_number():
     asked = [question("caption", "c", "a large red circle on the left and a large red circle on the right", "1.png"),
              question("caption", "c", "a small blue ring", "2.png")]
-    assert eval.object_f1(asked, [q.answer for q in asked]) == 1
+    assert benchmarks.toy.object_f1(asked, [q.answer for q in asked]) == 1
     told = ["one large red circle", "a small blue star and a small blue ring"]  # 2 of 3 said, 2 of 3 there
-    assert eval.object_f1(asked, told) == pytest.approx(2 / 3)
-    assert eval.object_f1(asked, ["a large red circle"] * 2) == pytest.approx(2 * 1 / (2 + 3))
-    assert eval.object_f1(asked, ["", "nothing"]) == 0
+    assert benchmarks.toy.object_f1(asked, told) == pytest.approx(2 / 3)
+    assert benchmarks.toy.object_f1(asked, ["a large red circle"] * 2) == pytest.approx(2 * 1 / (2 + 3))
+    assert benchmarks.toy.object_f1(asked, ["", "nothing"]) == 0
 
 
 # ---- sample.py

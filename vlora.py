@@ -183,7 +183,7 @@ class PerceptualWeights(nn.Module):
         return deltas
 
 
-def branch(module, x, delta, site):
+def add_delta(module, x, delta, site):
     """What `module` makes of x, shifted by x ΔW = (x W_v) W_s (Eq. 6, without ever forming ΔW).
 
     module   q_proj, k_proj, v_proj or o_proj, or for m the MLP as a whole: the paper's FFN has two matrices, each with
@@ -234,12 +234,3 @@ def skip_tag(positions, tag):
     """
     tag = tag[:, None]
     return positions + ((tag >= 0) & (positions >= tag))
-
-
-def vlora_rules():
-    """Names of the published checkpoint's generator -> ours, as weights.rename reads them; the rest is a LLaVA's."""
-    ours = r"model\.mm_projector\."
-    return [
-        (rf"{ours}(gen\.\d+\.decoders\.\d+\.(self|multihead)_attn\.in_proj)_(weight|bias)", r"perceptual.\1.\3"),
-        (rf"{ours}(.+)", r"perceptual.\1"),
-    ]

@@ -1,0 +1,1 @@
+"""How is it scored? One file per benchmark."""

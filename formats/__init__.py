@@ -1,0 +1,1 @@
+"""Which files can it open? Tokenizers, weight files, Hugging Face and LLaVA folders, and the writers of each."""

@@ -1,0 +1,1 @@
+"""One test file per folder; helpers in helpers.py."""

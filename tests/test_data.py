@@ -1,0 +1,1101 @@
+"""What data.py claims, one test per sentence. CPU, no network; references: transformers, sentencepiece."""
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+import torch
+from PIL import Image
+from transformers import LlamaTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import data
+import formats.tokenizer
+import tools.check_data
+from cli import UserError
+from data import (check_causal, collate, Conversations, encode, encode_prompt, IGNORE, open_image,
+    pixels, Preprocess, PromptFormat, SYSTEM, turns_of_record)
+from formats.tokenizer import Tokenizer
+from model import IMAGE
+from training.feed import BatchSampler
+
+QUESTIONS = ["What colour is the large circle?", "Is there a red square?", "How many triangles are there?"]
+ANSWERS = ["red", "yes", "top left", "A cat.", "Black and white"]
+
+
+TEXTS = ([f"USER: {q} ASSISTANT:" for q in QUESTIONS] + [f"\n{q} ASSISTANT:" for q in QUESTIONS]
+         + ["USER: ", SYSTEM] + ANSWERS) * 20
+
+
+TURNS = [("<image>\nWhat colour is the large circle?", "red"), ("Is there a red square?", "A cat."),
+         ("How many triangles are there?", "Black and white")]
+LAYOUT = PromptFormat(image_tokens=9, context=400)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return formats.tokenizer.train_tokenizer(TEXTS, 500)
+
+
+def messages(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+GOOD = {"id": "a1", "image": "x.png", "conversations": messages("What is this?\n<image>", "A cat.", "Colour?", "red")}
+
+
+def write_json(folder, records):
+    path = folder / "data.json"
+    path.write_text(json.dumps(records))
+    return str(path)
+
+
+# Pixels
+
+def noise(*shape):
+    return np.random.default_rng(shape[0] * shape[1]).integers(0, 256, shape, np.uint8)
+
+
+def png16(colour, values):
+    """A PNG of 16 bits a channel, which Pillow cannot write: `values` in a row, as grey (0), RGB (2) or with alpha (4)."""
+    row = np.repeat(np.array(values, ">u2"), {0: 1, 2: 3, 4: 2}[colour]).tobytes()
+    header = struct.pack(">IIBBBBB", len(values), 1, 16, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    packed = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def picture(kind, width, height):
+    """A file of noise, open; LLaVA's conversion to RGB of it is Pillow's."""
+    file, options = io.BytesIO(), {}
+    if kind == "P":
+        image = Image.fromarray(noise(height, width, 3)).quantize(17)
+    elif kind == "GIF":
+        image = Image.fromarray(noise(height, width, 3))
+        options = {"save_all": True, "append_images": [Image.new("RGB", (width, height), "red")]}
+    elif kind == "EXIF":
+        image, options = Image.fromarray(noise(height, width, 3)), {"exif": Image.Exif()}
+        options["exif"][0x0112] = 6  # orientation: turn by 90 degrees
+    else:
+        bands = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}[kind]
+        image = Image.frombytes(kind, (width, height), noise(height, width, bands).tobytes())
+    image.save(file, {"GIF": "GIF", "EXIF": "JPEG", "CMYK": "JPEG"}.get(kind, "PNG"), **options)
+    file.seek(0)
+    return file
+
+
+def expand2square(image, colour):
+    """LLaVA's rule, by numpy: the picture in the middle, what is odd below or right."""
+    w, h = image.size
+    side = max(w, h)
+    canvas = np.empty((side, side, 3), np.uint8)
+    canvas[:] = colour
+    top, left = (side - h) // 2, (side - w) // 2
+    canvas[top:top + h, left:left + w] = np.asarray(image)
+    return Image.fromarray(canvas)
+
+
+@pytest.mark.parametrize("kind, width, height", [
+    ("RGB", 1, 1), ("RGB", 3, 1000), ("RGB", 500, 3), ("RGB", 336, 336), ("RGB", 337, 501), ("RGB", 100, 37),
+    ("RGB", 335, 336), ("L", 41, 60), ("P", 60, 41), ("LA", 50, 33), ("CMYK", 33, 70), ("RGBA", 70, 33), ("GIF", 40, 30),
+    ("EXIF", 30, 50)])
+def test_pixels_are_those_of_CLIPImageProcessor(kind, width, height):
+    size = 48 if (width, height) == (500, 3) else 336
+    reference = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    # LLaVA's own conversion first: the processor would lay what is transparent over white
+    theirs = Image.open(picture(kind, width, height)).convert("RGB")
+    ours = open_image(picture(kind, width, height), "p")
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs)) and ours.size == (width, height)
+    for aspect in ("pad", "crop"):
+        padded = expand2square(theirs, (122, 116, 104)) if aspect == "pad" else theirs
+        expected = reference(padded, return_tensors="pt")["pixel_values"][0]
+        got = pixels(ours, Preprocess(size, aspect=aspect))
+        assert got.dtype == torch.float32 and got.shape == (3, size, size) and got.is_contiguous()
+        assert (got - expected).abs().max() < 1e-6
+
+
+def test_pixels_follow_the_mean_and_std_they_are_given():
+    got = pixels(Image.new("RGB", (4, 4), (255, 0, 51)), Preprocess(4, mean=(0.5, 0.5, 0.2), std=(0.5, 0.25, 1.0)))
+    assert torch.allclose(got[:, 0, 0], torch.tensor([1.0, -2.0, 0.0]), atol=1e-6)
+
+
+def test_the_first_frame_is_taken_and_exif_does_not_turn_it():
+    frames = [Image.new("RGB", (8, 4), colour) for colour in ("red", "blue")]
+    gif, jpeg, exif = io.BytesIO(), io.BytesIO(), Image.Exif()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    frames[0].save(jpeg, "JPEG", exif=exif)
+    assert open_image(gif, "g").getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(jpeg, "j").size == (8, 4)
+
+
+def test_of_sixteen_bits_the_upper_eight_are_taken_in_grey_as_in_colour():
+    values, expected = [0, 255, 256, 32768, 65535], [0, 0, 1, 128, 255]
+    files = [png16(colour, values) for colour in (0, 2, 4)]
+    files.append(b"P5\n5 1\n65535\n" + np.array(values, ">u2").tobytes())
+    tiff = io.BytesIO()
+    Image.fromarray(np.array([values], np.uint16)).save(tiff, "TIFF")
+    for file in files + [tiff.getvalue()]:
+        assert np.asarray(open_image(io.BytesIO(file), "p")).tolist() == [[[v] * 3 for v in expected]]
+    assert Image.open(io.BytesIO(files[0])).convert("RGB").getpixel((2, 0)) == (255, 255, 255)  # why not as Pillow does
+    image = open_image(io.BytesIO(files[0]), "p")
+    reference = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    expected = reference(image, return_tensors="pt")["pixel_values"][0]
+    assert (pixels(image, Preprocess(8, aspect="crop")) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("values", [np.ones((2, 2), np.float32), np.full((2, 2), 70000, np.int32),
+                                    np.full((2, 2), -1, np.int32)])
+def test_pixels_without_a_certain_white_are_refused(values):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "TIFF")
+    with pytest.raises(UserError, match="record 7: p.tif: .*bits"):
+        open_image(file, "record 7: p.tif")
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.jpg", "p.gif"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "folder", "forbidden", "large", "huge"])
+def test_a_picture_that_cannot_be_read_is_one_line_that_names_it(name, damage, tmp_path, monkeypatch):
+    path = tmp_path / name
+    Image.fromarray(noise(40, 40, 3)).save(path)
+    whole = path.read_bytes()
+    assert open_image(path, "p").size == (40, 40)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
+    elif damage == "forbidden":  # chmod would not stop root
+        def refuse(*args):
+            raise PermissionError(13, "Permission denied")
+        monkeypatch.setattr("builtins.open", refuse)
+    elif damage in ("large", "huge"):  # where Pillow warns, and where it raises
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", {"large": 1599, "huge": 700}[damage])
+    else:
+        path.write_bytes({"empty": b"", "text": b"not a picture", "truncated": whole[:len(whole) // 2]}[damage])
+    warns = pytest.warns(Image.DecompressionBombWarning) if damage == "large" else contextlib.nullcontext()
+    with warns:
+        with pytest.raises(UserError, match=f"^record 7: {name}: [^\n]+$"):
+            open_image(path, f"record 7: {name}")
+
+
+# Tokens
+
+STRANGE = ["", " ", "  ", "a", " a", "a ", "\n", "\n\n a\n", "a   b\t\r\n", "naïve café", "日本語", "👩‍👩‍👧 \U0001F600", "\0\x7f",
+           "</s>", "<s> x </s><unk>", "<0x0A>", "x" * 700, "USER: hi ASSISTANT:", "<image>\nQ", "\ufffd"]
+
+
+def test_any_text_comes_back(tokenizer):
+    draw = random.Random(0)
+    alphabet = "ab USER:</s>\n\t é日😀.?<0x0A>\u200d"
+    for text in STRANGE + ["".join(draw.choices(alphabet, k=draw.randrange(40))) for _ in range(300)]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not {tokenizer.bos, tokenizer.eos, tokenizer.pad} & set(ids)
+
+
+def test_frequent_words_and_tags_are_single_tokens(tokenizer):
+    for text in ("USER:", "ASSISTANT:", "circle", "red", "square", "triangles"):
+        assert len(tokenizer.encode(text)) == 1, text
+    space, newline, what = tokenizer.encode("\nWhat")
+    assert newline == 3 + ord("\n") and tokenizer.decode([space, what]) == "What"
+
+
+def test_the_ids_are_laid_out_like_llamas(tokenizer):
+    inner = tokenizer.inner
+    assert [inner.token_to_id(t) for t in ("<unk>", "<s>", "</s>", "<0x00>", "<0xFF>")] == [0, 1, 2, 3, 258]
+    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos) == (0, 1, 2)
+    assert tokenizer.vocab == inner.get_vocab_size() == max(inner.get_vocab().values()) + 1 <= 500
+    assert tokenizer.encode("é日") == [inner.token_to_id("▁")] + [3 + b for b in "é日".encode()]
+
+
+def test_no_token_crosses_a_space_and_cutting_first_gives_the_same_ids(tokenizer):
+    assert all("▁" not in token[1:] for token in tokenizer.inner.get_vocab())
+    cut = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
+    cut.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
+    for text in STRANGE + TEXTS[:12]:
+        assert cut.encode(text).ids == tokenizer.encode(text)
+
+
+def test_training_depends_on_the_texts_alone(tokenizer):
+    assert formats.tokenizer.train_tokenizer(TEXTS, 500).file == tokenizer.file
+    assert formats.tokenizer.train_tokenizer(reversed(TEXTS), 500).file == tokenizer.file
+
+
+def test_a_control_token_that_is_frequent_in_the_texts_stays_text():
+    text = "a</s> b</s> c</s> <s>a <s>b <s>c a<0x0A> b<0x0A>"
+    trained = formats.tokenizer.train_tokenizer([text] * 50, 320)
+    ids = trained.encode(text)
+    assert min(ids) > 258 and trained.decode(ids) == text
+    assert (trained.pad, trained.bos, trained.eos) == (0, 1, 2)
+
+
+def test_a_newline_is_a_byte_and_the_word_behind_it_a_token():
+    space, newline, word = formats.tokenizer.train_tokenizer(["\nzebra", "lion\n"] * 50, 320).encode("\nzebra")
+    assert newline == 3 + ord("\n") and word > 258
+
+
+def test_a_vocabulary_that_cannot_hold_the_characters_is_refused():
+    with pytest.raises(UserError, match="too small"):
+        formats.tokenizer.train_tokenizer(["abcdefgh"], 264)
+
+
+def test_a_tokenizer_survives_saving_and_pickling(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    text = "USER: </s> is </s>"
+    for other in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.encode(text) == tokenizer.encode(text) and other.file == tokenizer.file
+        assert (other.bos, other.eos, other.pad, other.vocab) == (1, 2, 0, tokenizer.vocab)
+    assert other.decode([1] + other.encode("red") + [2]) == "red"
+
+
+def test_added_tokens_of_a_file_are_neither_read_from_text_nor_counted(tokenizer, tmp_path):
+    inner = tokenizers.Tokenizer.from_str(tokenizer.file)
+    inner.add_tokens(["<image>"])
+    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.vocab == tokenizer.vocab
+    assert loaded.encode("a <image> b") == tokenizer.encode("a <image> b")
+    assert loaded.decode([tokenizer.vocab] + tokenizer.encode("red")) == "red"
+
+
+def test_a_folder_without_a_tokenizer_is_an_error_that_says_what_was_looked_for(tmp_path):
+    with pytest.raises(UserError, match="neither tokenizer.json nor tokenizer.model"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="</s>"):
+        Tokenizer.load(tmp_path)
+
+
+# tokenizer.model
+
+def number(n):
+    """The protobuf varint of a natural number."""
+    return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + number(n // 128)
+
+
+def field(at, value):
+    """A protobuf field: an int, a float, or bytes."""
+    if isinstance(value, int):
+        return number(at * 8) + number(value)
+    if isinstance(value, float):
+        return number(at * 8 + 5) + struct.pack("<f", value)
+    return number(at * 8 + 2) + number(len(value)) + value
+
+
+def message(fields):
+    return b"".join(field(at, value) for at, value in fields)
+
+
+def model_proto(pieces, trainer=((3, 2), (35, 1)), normalizer=((1, b"identity"), (3, 1), (4, 0), (5, 1)), more=b""):
+    """A sentencepiece model of [(text, score, type), ...]."""
+    return message([(1, message([(1, t.encode()), (2, float(s)), (3, k)])) for t, s, k in pieces]
+                   + [(2, message(trainer)), (3, message(normalizer))]) + more
+BASE = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3)] + [(f"<0x{b:02X}>", 0, 6) for b in range(256)]
+LETTERS = BASE + [("▁", -7, 1), ("a", -8, 1), ("b", -9, 1)]
+
+
+WRITTEN = ["the naïve café of 日本, 日本語 and Ελλάδα", "def f(x):    return        x", "banana nan anan aaaa abab ababa",
+           "==== === ==", "1 22 333 4444", "<s> </s> <unk> s> </ <0x0A> 0x0A", "a\u0301 e\u0301 \u200d", "<image> image>"]
+
+
+def train_sentencepiece(folder, **options):
+    """The bytes of a small BPE model with Llama's flags, but for those given."""
+    (folder / "texts").write_text("\n".join([t.replace("\n", " ") for t in TEXTS] + WRITTEN * 9), encoding="utf-8")
+    llama = {"vocab_size": 560, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+             "remove_extra_whitespaces": False, "split_digits": True, "allow_whitespace_only_pieces": True,
+             "character_coverage": 0.999, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "texts"), model_prefix=str(folder / "m"),
+                                             **llama | options)
+    return (folder / "m.model").read_bytes()
+
+
+def spaced(proto):
+    """The model with what Llama's has and sentencepiece's trainer does not make: runs of spaces that share a score."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(len(BASE), processor.vocab_size())]
+    pieces = [(t, s, 1) for t, s in pieces if set(t) != {"▁"}]
+    runs = [("▁" * n, -1e9, 1) for n in (2, 4, 8, 3, 16, 5, 1, 7, 6, 11, 9, 10, 15, 13, 12, 14)]
+    return model_proto(BASE + pieces + runs)
+
+
+@pytest.fixture(scope="module", params=["trained", "spaced"])
+def proto(request, tmp_path_factory):
+    trained = train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"))
+    return trained if request.param == "trained" else spaced(trained)
+
+
+@pytest.fixture(scope="module")
+def slow(proto):
+    """Llama's slow tokenizer: what LLaVA was trained with."""
+    return sentencepiece.SentencePieceProcessor(model_proto=proto)
+
+
+@pytest.fixture(scope="module")
+def llama(proto, tmp_path_factory):
+    """Our reading of the same file."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "tokenizer.model").write_bytes(proto)
+    return Tokenizer.load(folder)
+
+
+def any_character(draw):
+    below = draw.choice([0x80, 0x800, 0xD800, 0x110000])
+    return chr(draw.randrange(0xE000 if below > 0xE000 else 0, below))
+
+
+def fuzz(processor, n):
+    """Strings that reach for the corners: what pieces are made of, runs, control characters, special tokens' names."""
+    draw = random.Random(0)
+    normal = [processor.id_to_piece(i) for i in range(len(BASE), processor.vocab_size())]
+    odd = STRANGE + ["▁", "▁▁", "<0xE6>", "<0x0a>", "\t", "\r\n", " " * 16, " " * 33, "\x1b", "e\u0301", "\ufeff", "\u3000",
+                     "\U0010ffff"]
+    sources = [lambda: any_character(draw), lambda: draw.choice(odd), lambda: draw.choice(normal),
+               lambda: draw.choice(normal).replace("▁", " "), lambda: draw.choice("ab \n"), lambda: draw.choice("na日▁="),
+               lambda: draw.choice(sources[:6])()]
+    for i in range(n):
+        source = sources[i % len(sources)]
+        yield "".join(source() for _ in range(draw.choice([1, 2, 3, 8, 20])))
+
+
+def test_the_ids_and_the_text_are_sentencepieces(slow, llama):
+    texts = STRANGE + TEXTS[:12] + WRITTEN + list(fuzz(slow, 10_000))
+    assert [text for text in texts if llama.encode(text) != slow.encode(text)] == []
+    assert [text for text in texts if llama.decode(slow.encode(text)) != slow.decode(slow.encode(text))] == []
+    assert (llama.vocab, llama.bos, llama.eos, llama.pad) == (slow.vocab_size(), 1, 2, 0)
+    assert max(max(slow.encode(text), default=0) for text in texts) > 500  # more than bytes
+
+
+def test_a_literal_underline_of_sentencepiece_reads_as_a_space_there_and_here(slow, llama):
+    assert llama.encode("a▁b") == llama.encode("a b") == slow.encode("a▁b")
+    assert llama.decode(llama.encode("a▁b")) == "a b"
+
+
+def test_a_tokenizer_of_a_model_file_survives_pickling_and_is_saved_as_json(slow, llama, tmp_path):
+    llama.save(tmp_path)
+    for other in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(llama))):
+        assert all(other.encode(text) == slow.encode(text) for text in STRANGE + list(fuzz(slow, 200)))
+        assert (other.file, other.vocab, other.bos, other.eos) == (llama.file, llama.vocab, 1, 2)
+        assert other.decode([1] + other.encode("</s>") + [2]) == "</s>"
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tokenizer_json_of_transformers_gives_sentencepieces_ids_too(slow, llama, tmp_path, legacy):
+    spec = json.loads(llama.file)["model"]
+    theirs = LlamaTokenizer(vocab=spec["vocab"], merges=[tuple(m) for m in spec["merges"]], legacy=legacy)
+    theirs.add_tokens(["<image>", "<pad>"], special_tokens=True)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not looked at: the other file knows of <image> and <pad>")
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.vocab == slow.vocab_size()
+    texts = STRANGE + [" a", "  a", " "] + list(fuzz(slow, 500))
+    assert [text for text in texts if loaded.encode(text) != slow.encode(text)] == []
+    assert loaded.decode([loaded.vocab, 1] + slow.encode(" a") + [loaded.vocab + 50]) == " a"
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"trainer": [(3, 1), (35, 1)]}, "model_type"), ({"trainer": [(3, 2)]}, "byte_fallback"),
+    ({"trainer": [(3, 2), (35, 1), (24, 1)]}, "treat_whitespace_as_suffix"),
+    ({"normalizer": [(2, b"map"), (4, 0)]}, "precompiled_charsmap"),
+    ({"normalizer": []}, "remove_extra_whitespaces"),  # on where it is left out
+    ({"normalizer": [(3, 0), (4, 0)]}, "add_dummy_prefix"),
+    ({"normalizer": [(5, 0), (4, 0)]}, "escape_whitespaces"),
+    ({"more": field(5, field(2, b"map"))}, "precompiled_charsmap"),
+    ({"pieces": LETTERS + [("<x>", 0, 4)]}, "'<x>' is user-defined"),
+    ({"pieces": LETTERS + [("x", -9, 5)]}, "'x' is user-defined or unused"),
+    ({"pieces": LETTERS[:50] + LETTERS[51:]}, "'<0x2F>' is missing"),
+    ({"pieces": LETTERS[3:]}, "lacks <s>, </s> or <unk>"),
+    ({"pieces": LETTERS[:1] + LETTERS[2:]}, "lacks <s>"),
+    ({"pieces": LETTERS[:-3] + LETTERS[-2:]}, "not one of Llama's kind"),  # without a piece for the space
+    ({"pieces": LETTERS + [("ab", -1, 1), ("ba", -1, 1)]}, "has the score of another"),
+    ({"pieces": LETTERS + [("ab", float("nan"), 1), ("aa", -1, 1)]}, "has the score of another"),
+    ({"pieces": LETTERS + [("ac", -1, 1)]}, "'ac' has a character that is no piece")])
+def test_a_sentencepiece_model_of_another_kind_is_refused_by_name(change, named, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(model_proto(LETTERS))
+    assert Tokenizer.load(tmp_path).decode(Tokenizer.load(tmp_path).encode(" abc")) == " abc"
+    (tmp_path / "tokenizer.model").write_bytes(model_proto(**{"pieces": LETTERS} | change))
+    with pytest.raises(UserError, match=named) as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_normaliser_that_sentencepiece_takes_by_default_is_refused(tmp_path):
+    proto = train_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc")
+    assert sentencepiece.SentencePieceProcessor(model_proto=proto).encode("ﬁ") \
+        == sentencepiece.SentencePieceProcessor(model_proto=proto).encode("fi")  # what our reading could not equal
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    with pytest.raises(UserError, match="precompiled_charsmap"):
+        Tokenizer.load(tmp_path)
+GOOD_PROTO = model_proto(LETTERS)
+
+
+@pytest.mark.parametrize("damaged", [
+    b"", b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html><html>", b"\xff" * 300_000, GOOD_PROTO[:-1],
+    GOOD_PROTO[:2005], GOOD_PROTO + b"\x0a", GOOD_PROTO + field(1, message([(1, b"\xff\xfe"), (2, 0.0)])),
+    GOOD_PROTO + field(1, message([(1, b"a"), (2, 0.0)])), GOOD_PROTO + field(1, message([(2, 0.0)])),
+    GOOD_PROTO + field(1, message([(1, 7)])), GOOD_PROTO + field(1, 7), GOOD_PROTO + field(2, 2.0)])
+def test_a_damaged_model_file_is_one_line_that_names_it(damaged, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="tokenizer.model: damaged") as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_whatever_happens_to_a_model_file_it_is_read_or_refused(tmp_path):
+    draw, refused = random.Random(0), 0
+    for i in range(150):
+        damaged = bytearray(GOOD_PROTO)
+        for _ in range(draw.choice([1, 3])):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        (tmp_path / "tokenizer.model").write_bytes(damaged[:draw.choice([None, draw.randrange(len(damaged))])])
+        try:
+            Tokenizer.load(tmp_path)
+        except UserError:
+            refused += 1
+    assert refused > 75
+
+
+def test_a_tokenizer_json_that_is_not_of_llamas_kind_is_refused(tmp_path):
+    alphabet = ["<unk>", "<s>", "</s>"] + sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    alphabet = {c: i for i, c in enumerate(alphabet)}
+    other = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, [], unk_token="<unk>"))
+    other.pre_tokenizer, other.decoder = tokenizers.pre_tokenizers.ByteLevel(), tokenizers.decoders.ByteLevel()
+    assert other.decode(other.encode("  A b\n").ids) == "  A b\n"  # a good one, but another
+    other.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="not one of Llama's kind"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("scheme, split", [("never", False), ("always", True)])
+def test_a_tokenizer_json_that_treats_spaces_otherwise_is_refused(tokenizer, tmp_path, scheme, split):
+    other = tokenizers.Tokenizer.from_str(tokenizer.file)
+    other.normalizer, metaspace = None, tokenizers.pre_tokenizers.Metaspace
+    other.pre_tokenizer = metaspace(prepend_scheme="always", split=False)
+    other.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).encode("  a b") == tokenizer.encode("  a b")
+    other.pre_tokenizer = metaspace(prepend_scheme=scheme, split=split)
+    other.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="not one of Llama's kind"):
+        Tokenizer.load(tmp_path)
+
+
+# Streaming
+
+def streamed(tokenizer, ids):
+    """[what each id brings, ..., what the end brings]"""
+    stream = tokenizer.streaming()
+    return [stream.add(i) for i in ids] + [stream.end()]
+
+
+def test_what_is_streamed_is_in_the_end_what_decode_and_sentencepiece_say_of_any_ids(slow, llama):
+    draw = random.Random(0)
+    space, wide = slow.piece_to_id("▁"), [3 + b for b in "é日😀".encode()]
+    for _ in range(3000):
+        ids = [draw.choice([draw.randrange(3, 259), draw.randrange(131, 259), draw.choice(wide), space,
+                            draw.randrange(259, slow.vocab_size())]) for _ in range(draw.randrange(12))]
+        assert "".join(streamed(llama, ids)) == llama.decode(ids) == slow.decode(ids)
+        assert "".join(streamed(llama, [1] + ids + [2, llama.vocab + 7])) == llama.decode(ids)  # no text of their own
+
+
+def test_a_character_of_several_ids_comes_when_it_is_whole_and_not_later(llama):
+    byte = [3 + b for b in "😀é".encode()]
+    assert streamed(llama, byte) == ["", "", "", "😀", "", "é", ""]
+    assert streamed(llama, byte[:3]) == ["", "", "", "\ufffd" * 3]
+    assert streamed(llama, byte[:2] + llama.encode("A")) == ["", "", "\ufffd\ufffd A", ""]
+    assert streamed(llama, [3 + 10, 3 + 10]) == ["\n", "\n", ""]  # a newline is a byte, too, and does not wait
+    for text in STRANGE:
+        if "\ufffd" not in text:
+            assert "\ufffd" not in "".join(streamed(llama, llama.encode(text)))
+
+
+def test_the_first_space_is_dropped_once_and_all_others_are_kept(slow, llama):
+    space = slow.piece_to_id("▁")
+    assert streamed(llama, llama.encode("red")) == ["red", ""]
+    assert "".join(streamed(llama, [1, space] + llama.encode("red"))) == " red"
+    assert "".join(streamed(llama, llama.encode("red") + llama.encode("red"))) == "red red"
+    assert streamed(llama, [space, 3 + 10, space, space]) == ["", "\n", " ", " ", ""]
+    assert streamed(llama, [3 + 32, 3 + 32]) == [" ", " ", ""]  # a space by its byte is the model's own
+
+
+def test_each_id_is_looked_at_once(llama, monkeypatch):
+    asked = []
+
+    class Counting:
+        def id_to_token(self, id):
+            asked.append(id)
+            return llama.inner.id_to_token(id)
+
+    counted = pickle.loads(pickle.dumps(llama))
+    counted.inner = Counting()
+    ids = [3 + b for b in "日本語".encode()] * 20
+    assert counted.decode(torch.tensor(ids)) == "日本語" * 20 and asked == ids
+
+
+# Conversations
+
+def spans(mask):
+    """[(start, end), ...] of the runs of True."""
+    edges = np.flatnonzero(np.diff(np.r_[0, np.asarray(mask, int), 0]))
+    return list(zip(edges[::2], edges[1::2]))
+
+
+def tag(turn):
+    """TURNS with the picture in another turn, or in none."""
+    bare = [(q.removeprefix("<image>\n"), a) for q, a in TURNS]
+    return [("<image>\n" * (i == turn) + q, a) for i, (q, a) in enumerate(bare)]
+
+
+@pytest.mark.parametrize("system", ["", SYSTEM])
+@pytest.mark.parametrize("tagged", [0, 1, None])
+def test_labels_cover_exactly_the_answers_with_their_end_token(tokenizer, system, tagged):
+    turns = tag(tagged)
+    s = encode(turns, tokenizer, dataclasses.replace(LAYOUT, system=system), "r", None if tagged is None else "x")
+    trained = s.labels != IGNORE
+    assert [tokenizer.decode(s.labels[a:b]) for a, b in spans(trained)] == [a for _, a in turns]
+    assert all(s.labels[b - 1] == tokenizer.eos for _, b in spans(trained))
+    assert np.array_equal(s.ids[trained], s.labels[trained])
+    assert (s.ids[~trained] != tokenizer.eos).all() and (s.ids == tokenizer.bos).nonzero()[0].tolist() == [0]
+    assert (s.ids == IMAGE).sum() == (0 if tagged is None else 9)
+
+
+def test_a_sample_is_its_pieces_one_after_the_other(tokenizer):
+    e = tokenizer.encode
+    s = encode(TURNS[:2], tokenizer, LAYOUT, "r", "x")
+    assert s.ids.tolist() == (
+        [1] + e(SYSTEM) + e("USER: ") + [IMAGE] * 9 + e("\nWhat colour is the large circle? ASSISTANT:") + e("red") + [2]
+        + e("USER: Is there a red square? ASSISTANT:") + e("A cat.") + [2])
+
+
+def test_plain_is_picture_caption_newline_and_trains_the_last_two(tokenizer):
+    s = encode([("<image>\nDescribe.", "red")], tokenizer, PromptFormat("plain", image_tokens=9), "r", "x")
+    caption = tokenizer.encode("red\n")
+    assert s.ids.tolist() == [1] + [IMAGE] * 9 + caption and s.labels.tolist() == [IGNORE] * 10 + caption
+    assert caption[-1] == 3 + ord("\n")
+    assert set(s.pool_id) == set(s.use_id) == {-1} and s.turns == 1
+
+
+def llava(processor, prompt):
+    """LLaVA's tokenizer_image_token of a finished prompt, in Llama's legacy form: each part with its own space."""
+    ids = [1]
+    for i, chunk in enumerate(prompt.split("<image>")):
+        ids += [IMAGE] * (i > 0)
+        for j, part in enumerate(chunk.split("</s>")):
+            ids += [2] * (j > 0) + processor.encode(part)
+    return ids
+
+
+@pytest.mark.parametrize("question, answer", [
+    ("<image>\nWhat colour is it?", "red"), ("<image>", " red \n"), ("<image>\nIs it?\nAnswer <a>", ""),
+    ("What is 日本?\n<image>", "  \t\n😀")])
+def test_the_ids_are_llavas_in_their_legacy_form(slow, llama, question, answer):
+    layout = dataclasses.replace(LAYOUT, image_tokens=1)
+    turns = [(data.front_tag(question), answer), ("Is there a red square?", "A cat."), ("Why", "yes")]
+    prompt = f"{SYSTEM} USER: {data.front_tag(question)} ASSISTANT:{' ' * bool(answer)}{answer}</s>"
+    prompt += "USER: Is there a red square? ASSISTANT: A cat.</s>USER: Why ASSISTANT: yes</s>"
+    sample = encode(turns, llama, layout, "r", "x")
+    assert sample.ids.tolist() == llava(slow, prompt)
+    learned = [slow.decode(sample.labels[a:b - 1].tolist()) for a, b in spans(sample.labels != IGNORE)]
+    assert learned == [answer, "A cat.", "yes"] and (sample.labels == 2).sum() == 3
+    asked = llava(slow, prompt[:-len(" yes</s>")])
+    assert encode_prompt(turns[:2], "Why", llama, layout, "x.png").ids.tolist() == asked
+
+
+def test_a_space_stands_before_the_picture_and_another_before_the_newline_behind_it(slow, llama):
+    space, newline, what, end = slow.piece_to_id("▁"), slow.piece_to_id("<0x0A>"), slow.piece_to_id("▁What"), 2
+    ids = encode(TURNS, llama, dataclasses.replace(LAYOUT, image_tokens=1), "r", "x").ids.tolist()
+    at = ids.index(IMAGE)
+    assert ids[at - 1:at + 3] == [space, IMAGE, space, newline] and ids[:at] == [1] + slow.encode(SYSTEM + " USER: ")
+    assert slow.decode(ids[at + 3:]).startswith("What") and what not in ids  # no "▁What" behind a newline
+    user = slow.encode("USER:")
+    assert ids[ids.index(end) + 1:][:len(user)] == user  # behind </s> as at the start
+    plain = encode(TURNS[:1], llama, PromptFormat("plain", image_tokens=1), "r", "x").ids.tolist()
+    assert plain == [1, IMAGE] + slow.encode("red\n") and plain[-1] == newline
+
+
+@pytest.mark.parametrize("pool", ["instruction", "prompt"])
+@pytest.mark.parametrize("tagged", [0, 1, None])
+def test_a_prompt_is_a_prefix_of_the_prompt_with_its_answer(tokenizer, pool, tagged):
+    layout = dataclasses.replace(LAYOUT, pool=pool)
+    turns = tag(tagged)
+    for t in range(len(turns)):
+        shown = tagged is not None and tagged <= t
+        p = encode_prompt(turns[:t], turns[t][0], tokenizer, layout, "x.png" if shown else None)
+        s = encode(turns[:t + 1], tokenizer, layout, "r", "x" if shown else None)
+        whole = encode(turns, tokenizer, layout, "r", None if tagged is None else "x")
+        for name in ("ids", "pool_id", "use_id"):
+            ours = getattr(p, name).tolist()
+            assert ours == getattr(s, name)[:len(ours)].tolist() == getattr(whole, name)[:len(ours)].tolist()
+        assert p.turns == s.turns == t + 1 and (p.labels == IGNORE).all()
+        assert s.labels[len(p.ids)] != IGNORE and tokenizer.decode(s.ids[len(p.ids):]) == turns[t][1]
+    plain = PromptFormat("plain", image_tokens=3)
+    p = encode_prompt([], "", tokenizer, plain, "x.png").ids.tolist()
+    assert p == [1] + [IMAGE] * 3 == encode([TURNS[0]], tokenizer, plain, "r", "x").ids.tolist()[:4]
+
+
+def test_a_picture_without_a_tag_stands_before_the_first_question(tokenizer):
+    asked = [(QUESTIONS[0], "red")]
+    expected = encode_prompt(TURNS[:1], "Why?", tokenizer, LAYOUT, "x.png").ids.tolist()
+    assert encode_prompt(asked, "Why?", tokenizer, LAYOUT, "x.png").ids.tolist() == expected
+    said = [(QUESTIONS[0] + "\n<image>", "red")]
+    assert encode_prompt(said, "Why?", tokenizer, LAYOUT, "x.png").ids.tolist() == expected
+    with pytest.raises(UserError, match="no picture"):
+        encode_prompt(said, "Why?", tokenizer, LAYOUT)
+
+
+def test_pool_id_marks_the_instruction_and_use_id_the_whole_turn(tokenizer):
+    s = encode(TURNS, tokenizer, LAYOUT, "r", "x")
+    assert s.turns == 3
+    for t, (question, answer) in enumerate(TURNS):
+        pooled = tokenizer.decode(s.ids[s.pool_id == t])
+        assert pooled.replace("  ", " ") == f"USER: {question.removeprefix('<image>')} ASSISTANT:".replace("  ", " ")
+        start, end = spans(s.use_id == t)[0]
+        assert len(spans(s.use_id == t)) == 1 and s.ids[end - 1] == tokenizer.eos
+        assert (start == 0) == (t == 0) and (start == 0 or s.ids[start - 1] == tokenizer.eos)
+    assert (s.pool_id[s.ids == IMAGE] == -1).all() and (s.pool_id[s.labels != IGNORE] == -1).all()
+    assert (s.pool_id[:1 + len(tokenizer.encode(SYSTEM))] == -1).all() and (s.use_id >= 0).all()
+
+
+def test_prompt_pooling_takes_in_picture_system_and_bos(tokenizer):
+    s = encode(TURNS, tokenizer, dataclasses.replace(LAYOUT, pool="prompt"), "r", "x")
+    assert np.array_equal(s.pool_id, np.where(s.labels == IGNORE, s.use_id, -1))
+
+
+def test_guidance_of_a_trained_position_never_comes_from_later(tokenizer):
+    for pool in ("instruction", "prompt"):
+        s = encode(TURNS, tokenizer, dataclasses.replace(LAYOUT, pool=pool), "r", "x")
+        check_causal(s.labels[None], s.pool_id[None], s.use_id[None])
+        leaky = np.where(s.labels == IGNORE, s.pool_id, s.use_id)  # answers pooled too
+        with pytest.raises(AssertionError, match="guidance"):
+            check_causal(s.labels[None], leaky[None], s.use_id[None])
+        with pytest.raises(AssertionError, match="guidance"):  # one guidance for the whole sample
+            check_causal(s.labels[None], np.where(s.pool_id >= 0, 0, -1)[None], np.zeros_like(s.use_id)[None])
+
+
+@pytest.mark.parametrize("literal", ["</s>", "<s>", "<unk>", "[INST]", "USER:", " ASSISTANT: "])
+def test_literals_of_special_tokens_in_a_message_stay_text(tokenizer, literal):
+    turns = [(f"say {literal} now", f"ok {literal} done"), ("again", "yes")]
+    s = encode(turns, tokenizer, LAYOUT, "r")
+    answers = [tokenizer.decode(s.labels[a:b]) for a, b in spans(s.labels != IGNORE)]
+    assert answers == [f"ok {literal} done", "yes"] and (s.ids == 2).sum() == 2 and (s.ids == 1).sum() == 1
+
+
+def test_tags_are_moved_to_the_front_where_there_is_a_picture():
+    assert turns_of_record(GOOD, "r") == [("<image>\nWhat is this?", "A cat."), ("Colour?", "red")]
+    for text in ("<image>\nQ", "Q<image>", " <image> Q\n<image>\n "):
+        record = {"image": "x", "conversations": messages(text, " a ")}
+        assert turns_of_record(record, "r") == [("<image>\nQ", " a ")]
+    assert turns_of_record({"image": "x", "conversations": messages("<image>", "a")}, "r") == [("<image>", "a")]
+    assert turns_of_record({"conversations": messages(" Q ", "a")}, "r") == [(" Q ", "a")]
+
+
+def test_a_last_question_without_an_answer_is_left_out():
+    assert turns_of_record({"conversations": messages("Q", "a", "R")}, "r") == [("Q", "a")]
+
+
+def test_an_answer_before_the_first_question_is_left_out():
+    opening = {"from": "gpt", "value": "hello"}
+    assert turns_of_record({"conversations": [opening] + messages("Q", "a", "R", "b")}, "r") == [("Q", "a"), ("R", "b")]
+    assert turns_of_record({"conversations": [opening] + messages("Q", "a", "R")}, "r") == [("Q", "a")]
+    shown = {"image": "x", "conversations": [opening] + messages("<image>\nQ", "a")}
+    assert turns_of_record(shown, "r") == [("<image>\nQ", "a")]
+
+
+def test_a_tag_that_a_text_without_a_picture_talks_about_is_text(llama, slow):
+    question, answer = "What is the <image> tag of RSS?", "<image> is a channel's picture: <image>"
+    turns = turns_of_record({"conversations": messages(question, answer)}, "r")
+    assert turns == [(question, answer)]
+    sample = encode(turns, llama, LAYOUT, "r")
+    assert sample.ids.tolist() == ([1] + slow.encode(SYSTEM) + slow.encode(f"USER: {question} ASSISTANT:")
+                                   + slow.encode(answer) + [2]) and sample.image is None
+    shown = encode([("<image>\nQ", answer)], llama, LAYOUT, "r", "x")  # and so it is in an answer
+    assert slow.decode(shown.labels[shown.labels != IGNORE].tolist()) == answer and (shown.ids == IMAGE).sum() == 9
+    assert turns_of_record({"image": "x", "conversations": messages("Q<image>", answer)}, "r") == [("<image>\nQ", answer)]
+    asked = encode_prompt([], question, llama, LAYOUT).ids.tolist()
+    assert asked == sample.ids.tolist()[:len(asked)]
+    for tagged in ("<image>\nQ", "Q <image>", " <image>"):
+        with pytest.raises(UserError, match="no picture"):
+            turns_of_record({"conversations": messages(tagged, "a")}, "r")
+        with pytest.raises(UserError, match="no picture"):
+            encode_prompt([], tagged + "?" * (tagged == " <image>"), llama, LAYOUT)
+
+
+def test_an_empty_answer_is_learned_as_such(llama):
+    sample = encode(turns_of_record({"conversations": messages("Q", "", "", "b")}, "r"), llama, LAYOUT, "r")
+    assert [sample.labels[a:b].tolist() for a, b in spans(sample.labels != IGNORE)] == [[2], llama.encode("b") + [2]]
+
+
+def test_other_keys_and_ids_of_any_kind_do_no_harm(llama, tmp_path):
+    records = [{"id": 7, "model": "", "source": ["x"], "conversations": messages("Q", "a")},
+               {"id": None, "image": None, "conversations": [dict(m, weight=1) for m in messages("Q", "a")]}]
+    dataset = Conversations(write_json(tmp_path, records), tmp_path, llama, LAYOUT)
+    assert [s.record for s in dataset] == ["record 0 (id 7)", "record 1 (id None)"]
+    assert dataset[0].ids.tolist() == dataset[1].ids.tolist()
+
+
+BAD = {
+    "not an object": ["Q", "a"],
+    "no conversations": {"image": "x"},
+    "an empty list": {"conversations": []},
+    "no list": {"conversations": "Q"},
+    "a message without text": {"conversations": [{"from": "human"}]},
+    "two questions in a row": {"conversations": [messages("Q")[0], messages("Q")[0]]},
+    "gpt first": {"conversations": messages("Q", "a")[::-1]},
+    "an unknown role": {"conversations": [{"from": "system", "value": "Q"}]},
+    "a picture without a tag": {"image": "x", "conversations": messages("Q", "a")},
+    "a tag in an unanswered question": {"image": "x", "conversations": messages("Q", "a", "<image>\nR")},
+    "a tag without a picture": {"conversations": messages("<image>\nQ", "a")},
+    "two tags": {"image": "x", "conversations": messages("<image>\nQ", "a", "<image>", "b")},
+    "a tag in an answer alone": {"image": "x", "conversations": messages("Q", "<image>")},
+    "two pictures": {"image": ["x", "y"], "conversations": messages("<image>\nQ", "a")},
+    "an empty path": {"image": "", "conversations": messages("<image>\nQ", "a")},
+    "no answer": {"conversations": messages("Q")},
+    "no answer but the first": {"conversations": messages("Q", "a", "R")[1:]},
+    "two answers in a row": {"conversations": messages("Q", "a", "R", "b")[1::2]},
+    "two pictures in one list": {"image": ["x"], "conversations": messages("<image>\nQ", "a")},
+    "a text that is null": {"conversations": [{"from": "human", "value": None}]},
+    "a picture outside the folder": {"image": "../x", "conversations": messages("<image>\nQ", "a")},
+    "half a character": {"conversations": messages("Q \ud83d", "a")},
+}
+
+
+@pytest.mark.parametrize("record", BAD.values(), ids=BAD)
+def test_a_malformed_record_is_an_error_that_names_it(record, tokenizer, tmp_path):
+    if isinstance(record, dict):
+        record = {"id": "b7", **record}
+    with pytest.raises(UserError, match=r"record 1 \(id b7\)" if isinstance(record, dict) else "record 1"):
+        Conversations(write_json(tmp_path, [GOOD, record]), tmp_path, tokenizer)
+
+
+def test_a_sample_is_cut_on_the_right_and_never_through_the_picture(tokenizer):
+    whole = encode(TURNS, tokenizer, LAYOUT, "r", "x")
+    first = int(np.flatnonzero(whole.ids == IMAGE)[0])
+    answer = int(np.flatnonzero(whole.labels != IGNORE)[0])
+    for context in (answer + 1, answer + 5, len(whole.ids) - 1, len(whole.ids)):
+        s = encode(TURNS, tokenizer, dataclasses.replace(LAYOUT, context=context), "r", "x")
+        for name in ("ids", "labels", "pool_id", "use_id"):
+            assert np.array_equal(getattr(s, name), getattr(whole, name)[:context])
+        assert s.turns == s.use_id.max() + 1 and s.image == "x"
+    for context in (1, first, first + 1, first + 8):
+        with pytest.raises(UserError, match=f"record 5: .*context of {context} ends before the picture"):
+            encode(TURNS, tokenizer, dataclasses.replace(LAYOUT, context=context), "record 5: c", "x")
+
+
+def test_where_no_answer_begins_within_the_context_nothing_is_learned_and_nothing_breaks(tokenizer):
+    short = encode([("Q " * 500, "a")], tokenizer, LAYOUT, "long")
+    assert len(short.ids) == LAYOUT.context and (short.labels == IGNORE).all() and short.turns == 1
+    batch = collate([short, encode([("Q", "yes")], tokenizer, LAYOUT, "r")], [], (9, 32))
+    assert batch.trained == 2 and (batch.at // batch.ids.shape[1] == 1).all()
+    assert collate([short], [], (9, 32)).trained == 0
+
+
+def test_a_sample_is_cut_before_a_later_picture_that_has_no_room(tokenizer):
+    turns = [("Q", "a"), ("<image>\nR", "b"), ("S", "c")]
+    whole = encode(turns, tokenizer, LAYOUT, "r", "x")
+    picture = np.flatnonzero(whole.ids == IMAGE)
+    for context in range(picture[0], picture[-1] + 3):
+        s = encode(turns, tokenizer, dataclasses.replace(LAYOUT, context=context), "r", "x")
+        fits = context > picture[-1]
+        assert len(s.ids) == (context if fits else picture[0]) and s.image == ("x" if fits else None)
+        assert np.array_equal(s.labels, whole.labels[:len(s.ids)]) and (s.ids == IMAGE).sum() == 9 * fits
+        assert tokenizer.decode(s.labels[s.labels != IGNORE]) == "a"
+
+
+def test_a_picture_whose_turn_is_cut_away_is_not_shown(tokenizer):
+    turns = [("Q", "a"), ("<image>\nR", "b")]
+    short = dataclasses.replace(LAYOUT, context=len(encode(turns[:1], tokenizer, LAYOUT, "r").ids) + 1)
+    assert encode(turns, tokenizer, LAYOUT, "r", "x").image == "x"
+    assert encode(turns, tokenizer, short, "r", "x").image is None
+    unseen = dataclasses.replace(LAYOUT, image_tokens=0)  # a picture that takes no positions
+    assert encode(turns, tokenizer, unseen, "r", "x").image == "x"
+
+
+@pytest.mark.parametrize("question", ["", " \n\t", "<image>", "<image>\n "])
+def test_an_empty_prompt_is_refused(tokenizer, question):
+    with pytest.raises(UserError, match="empty"):
+        encode_prompt([], question, tokenizer, LAYOUT, "x.png")
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(tokenizer):
+    n = len(encode_prompt([], "Why?", tokenizer, LAYOUT, "x.png").ids)
+    assert len(encode_prompt([], "Why?", tokenizer, dataclasses.replace(LAYOUT, context=n), "x.png").ids) == n
+    with pytest.raises(UserError, match=rf"\b{n}\b.*\b{n - 1}\b"):
+        encode_prompt([], "Why?", tokenizer, dataclasses.replace(LAYOUT, context=n - 1), "x.png")
+
+
+def test_plain_refuses_what_is_no_captioned_picture(tokenizer, tmp_path):
+    plain = PromptFormat("plain")
+    with pytest.raises(UserError, match="record 1 .*plain"):  # at once, not hours into a run
+        short = dict(GOOD, conversations=GOOD["conversations"][:2])
+        Conversations(write_json(tmp_path, [short, GOOD]), tmp_path, tokenizer, plain)
+    for turns in ([("Q", "a")], TURNS):
+        with pytest.raises(UserError, match="record 3"):
+            encode(turns, tokenizer, plain, "record 3", "x")
+    with pytest.raises(UserError):
+        encode_prompt([], "", tokenizer, plain)
+
+
+# The data set
+
+def test_records_come_out_as_they_went_in(tokenizer, tmp_path):
+    records = [dict(GOOD, id=str(i), conversations=messages(f"<image>\nWhat {i} é😀?", f"answer {i}")) for i in range(5)]
+    records.append({"conversations": messages("Q", "a")})
+    dataset = Conversations(write_json(tmp_path, records), tmp_path, tokenizer, LAYOUT)
+    assert len(dataset) == 6 and [dataset.record(i) for i in range(6)] == records
+    assert [s.record for s in (dataset[0], dataset[4], dataset[5])] == ["record 0 (id 0)", "record 4 (id 4)", "record 5"]
+    assert dataset[1].image == str(tmp_path.resolve() / "x.png") and dataset[5].image is None
+    expected = encode(turns_of_record(records[3], "r"), tokenizer, LAYOUT, "r", "x")
+    assert np.array_equal(dataset[3].ids, expected.ids) and np.array_equal(dataset[3].labels, expected.labels)
+    assert np.array_equal(pickle.loads(pickle.dumps(dataset))[3].ids, expected.ids)
+    assert len(list(dataset)) == 6
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", "3", "[" * 100_000, b"\xff\xfe["])
+def test_a_file_that_is_no_list_of_records_is_an_error_that_names_it(text, tokenizer, tmp_path):
+    path = tmp_path / "d.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match="d.json"):
+        Conversations(str(path), tmp_path, tokenizer)
+
+
+def test_a_picture_outside_the_folder_is_refused(tokenizer, tmp_path):
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    (images / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    for folder in (images / "sub", elsewhere):
+        Image.new("RGB", (4, 4)).save(folder / "x.png")
+    os.symlink(elsewhere, images / "coco")  # the user's own, and followed
+    bad = ["../elsewhere/x.png", "sub/../../elsewhere/x.png", str(images / "sub" / "x.png"), "coco/../x.png", "/etc/passwd",
+           ".", "..", "sub\0/x.png"]
+    path = write_json(tmp_path, [dict(GOOD, image=image) for image in ["sub/x.png", "coco/x.png"]])
+    dataset = Conversations(path, images, tokenizer, LAYOUT)
+    assert [dataset[i].image for i in (0, 1)] == [str(images / "sub" / "x.png"), str(images / "coco" / "x.png")]
+    assert dataset.pictures() == [dataset[0].image, dataset[1].image]
+    for image in bad:
+        with pytest.raises(UserError, match=r"record 1 \(id a1\).*not inside"):
+            records = [dict(GOOD, image="sub/x.png"), dict(GOOD, image=image)]
+            Conversations(write_json(tmp_path, records), images, tokenizer, LAYOUT)
+
+
+def test_a_batch_is_padded_on_the_right_and_shifted_once(tokenizer):
+    samples = [encode(TURNS, tokenizer, LAYOUT, "one", "x"), encode([("Q", "yes")], tokenizer, LAYOUT, "two"),
+               encode(TURNS[:1], tokenizer, LAYOUT, "three", "y")]
+    visual = [torch.full((3, 4, 4), 1.0), torch.full((3, 4, 4), 2.0)]
+    batch = collate(samples, visual, (3, 4, 4), pad=7)
+    T = len(samples[0].ids)
+    assert batch.ids.shape == batch.pool_id.shape == batch.use_id.shape == (3, T) and batch.turns == 3
+    for b, s in enumerate(samples):
+        n = len(s.ids)
+        for name, fill in (("ids", 7), ("pool_id", -1), ("use_id", -1)):
+            row = getattr(batch, name)[b]
+            assert row.dtype == torch.int64 and row[:n].tolist() == getattr(s, name).tolist()
+            assert (row[n:] == fill).all()
+    assert batch.lengths.tolist() == [len(s.ids) for s in samples]
+    assert batch.records == ["one", "two", "three"] and batch.visual[:, 0, 0, 0].tolist() == [1.0, 2.0]
+
+    flat, labels = batch.ids.flatten(), np.concatenate([np.r_[s.labels, [IGNORE] * (T - len(s.ids))] for s in samples])
+    assert torch.equal(flat[batch.at + 1], batch.target)
+    assert batch.at.tolist() == [i - 1 for i in np.flatnonzero(labels != IGNORE)]
+    rows = [tokenizer.decode(batch.target[batch.at // T == b]) for b in range(3)]
+    assert rows == ["red A cat. Black and white", "yes", "red"]
+    first = batch.at[0]
+    assert tokenizer.decode([flat[first]]) == "ASSISTANT:" and tokenizer.decode([batch.target[0]]) == "red"
+    moved = batch.to("meta")
+    assert moved.ids.is_meta and moved.visual.is_meta and moved.target.is_meta and moved.records == batch.records
+
+
+def test_a_batch_without_pictures_brings_a_blank_one_that_nothing_refers_to(tokenizer):
+    batch = collate([encode([("Q", "yes")], tokenizer, LAYOUT, "r")], [], (9, 32))
+    assert batch.visual.shape == (1, 9, 32) and not batch.visual.any() and not (batch.ids == IMAGE).any()
+    with pytest.raises(AssertionError, match="pictures"):
+        collate([encode(TURNS, tokenizer, LAYOUT, "r", "x")], [], (9, 32))
+
+
+def test_padding_to_a_multiple_adds_nothing_to_learn(tokenizer):
+    samples = [encode(TURNS, tokenizer, LAYOUT, "one", "x"), encode([("Q", "yes")], tokenizer, LAYOUT, "two")]
+    plain, padded = (collate(samples, [torch.ones(3, 4, 4)], None, multiple=m) for m in (1, 16))
+    T = plain.ids.shape[1]
+    assert T % 16 and padded.ids.shape[1] == -(-T // 16) * 16 and len(padded.at) % 64 == 0
+    assert padded.trained == plain.trained == len(plain.at) and torch.equal(padded.lengths, plain.lengths)
+    real = padded.target != IGNORE
+    assert torch.equal(padded.target[real], plain.target)
+    b, t = padded.at[real] // padded.ids.shape[1], padded.at[real] % padded.ids.shape[1]
+    assert torch.equal(b * T + t, plain.at)
+    for name, value in (("ids", 0), ("pool_id", -1), ("use_id", -1)):
+        wide, narrow = getattr(padded, name), getattr(plain, name)
+        assert torch.equal(wide[:, :T], narrow) and (wide[:, T:] == value).all()
+
+
+@pytest.mark.parametrize("lengths", [None, np.arange(100) % 37])
+def test_the_order_is_a_function_of_seed_and_epoch_alone(lengths):
+    order = BatchSampler(100, 3, 8, lengths)
+    first = order.epoch(1).tolist()
+    assert sorted(first) == list(range(100))
+    for epoch in (0, 2, 3):
+        order.epoch(epoch)
+    assert order.epoch(1).tolist() == first == BatchSampler(100, 3, 8, lengths).epoch(1).tolist()
+    others = [BatchSampler(100, seed, 8, lengths).epoch(e).tolist() for seed, e in ((3, 0), (3, 2), (1, 3), (4, 1), (0, 1), (1, 0))]
+    assert all(first != other for other in others) and len({tuple(o) for o in others}) == 6
+
+
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (3, 4), (12, 4), (5, 12)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_steps_walk_through_the_epochs_without_a_gap(n, batch_size, grouped):
+    order = BatchSampler(n, 5, batch_size, np.arange(n) if grouped else None)
+    walked = [i for step in range(12) for i in order.step(step)]
+    expected = [i for epoch in range(12 * batch_size // n + 1) for i in order.epoch(epoch).tolist()]
+    assert walked == expected[:12 * batch_size]
+    assert BatchSampler(n, 5, batch_size, np.arange(n) if grouped else None).step(7) == walked[7 * batch_size:8 * batch_size]
+
+
+def test_grouping_puts_like_lengths_into_a_step_in_every_epoch():
+    lengths = np.random.default_rng(0).integers(0, 1000, 5003)
+    spread = lambda order: np.mean([np.ptp(lengths[order.step(k)]) for k in range(400)])  # 5 epochs, 5003 = 62 * 80 + 43
+    assert spread(BatchSampler(5003, 0, 64, lengths)) < 0.2 * spread(BatchSampler(5003, 0, 64))
+
+
+# The program
+
+def program(*argv):
+    return subprocess.run([sys.executable, "-m", "tools.check_data", *map(str, argv)], capture_output=True, text=True,
+                          cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@pytest.fixture
+def world(tmp_path, tokenizer):
+    """A folder with one good record, its picture and a tokenizer."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    tokenizer.save(tmp_path)
+    return tmp_path
+
+
+def test_check_lists_every_fault_and_exits_with_1_if_there_is_one(world):
+    good = program("--check", "--data", write_json(world, [GOOD]), "--images", world)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert good.stdout.split("\n") == ["1 records", "         1 with a picture", ""]
+    (world / "empty.png").touch()
+    Image.new("1", (9500, 9500)).save(world / "large.png")  # of which Pillow would warn, in three lines
+    records = [GOOD, dict(GOOD, image="none.png"), dict(GOOD, image="empty.png"), dict(GOOD, image="../x.png"),
+               {"id": "q", "conversations": []}, GOOD, dict(GOOD, image="large.png")]
+    bad = program("--check", "--data", write_json(world, records), "--images", world)
+    assert bad.returncode == 1 and bad.stderr == "error: 5 of 7 records cannot be used\n"
+    found = [line.split(":")[0] for line in bad.stdout.splitlines()]
+    assert found[:5] == [f"record {i} (id {'q' if i == 4 else 'a1'})" for i in (1, 2, 3, 4, 6)]
+    assert [line.split(maxsplit=1) for line in found[5:]] == [
+        ["7", "records"], ["5", "that cannot be used"], ["2", "with a picture"]]
+
+
+def checked(world, monkeypatch, capsys, records, *argv):
+    """{kind: count} that `--check` prints."""
+    path = write_json(world, records)
+    monkeypatch.setattr(sys, "argv", ["data.py", "--check", "--data", path, "--images", str(world), *argv])
+    tools.check_data.run()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"{len(records)} records"
+    return {kind: int(count) for count, kind in (line.split(maxsplit=1) for line in out[1:])}
+
+
+def test_check_counts_what_is_left_out_or_read_otherwise_than_by_llava(world, monkeypatch, capsys):
+    text = {"conversations": messages("Q", "a")}
+    records = [
+        GOOD, dict(GOOD, conversations=messages("<image>Q<image>", "a")), text,
+        {"conversations": messages("Q", "a", "R")}, {"conversations": messages("", "x", "Q", "a")[1:]},
+        {"conversations": messages("Q", "")},
+        {"conversations": messages("say </s>", "a")}, {"conversations": messages("say", "USER: a ASSISTANT: b")},
+        {"conversations": messages("the <image> tag", "a")}, dict(GOOD, conversations=messages("<image>", "<image>"))]
+    assert checked(world, monkeypatch, capsys, records) == {
+        "of text only": 7, "with a picture": 3, "with several <image> in a question: one picture": 1,
+        "ending with a question: left out": 1, "beginning with an answer: left out": 1, "with an empty message: kept": 1,
+        "with </s>, <unk> or ASSISTANT: in a message: text": 2, "with <image> as text: there is no picture for it": 2}
+
+
+def test_check_counts_what_the_context_cuts_if_it_knows_the_tokenizer(world, monkeypatch, capsys):
+    records = [{"conversations": messages("Q", "a")}, {"conversations": messages("Q", "a", "Q", "b " * 200)},
+               {"conversations": messages("Q " * 200, "a")}]
+    lost, nothing = "cut by the context: its last answers are learned in part or not at all", \
+        "with no answer within the context: nothing to learn"
+    argv = ["--llm", str(world), "--context", "300"]
+    assert checked(world, monkeypatch, capsys, records, *argv) == {"of text only": 3, lost: 1, nothing: 1}
+    assert checked(world, monkeypatch, capsys, records, "--llm", str(world)) == {"of text only": 3}
+    with pytest.raises(UserError, match="1 of 1 records"):
+        checked(world, monkeypatch, capsys, [GOOD], *argv)  # 576 positions of a picture
+    assert "ends before the picture" in capsys.readouterr().out
+
+
+def test_check_opens_pictures_several_at_a_time_and_not_anew_for_each_record(world, monkeypatch, capsys):
+    opened, meet = [], threading.Barrier(2, timeout=20)
+
+    def open_two(path, name):
+        opened.append(path)
+        if len(opened) <= 2:
+            meet.wait()  # for another thread that opens a picture, too
+
+    monkeypatch.setattr(tools.check_data, "open_image", open_two)
+    assert checked(world, monkeypatch, capsys, [GOOD, dict(GOOD, image="y.png")] * 500) == {"with a picture": 1000}
+    assert len(opened) < 100  # a few threads may meet at a new picture
+
+
+def shown(monkeypatch, capsys, world, *argv):
+    path = write_json(world, [GOOD, GOOD])
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data", path, "--images", str(world), "--llm", str(world), *argv])
+    tools.check_data.run()
+    return capsys.readouterr().out
+
+
+def test_show_prints_what_the_model_reads_with_the_trained_part_marked(world, monkeypatch, capsys):
+    out = shown(monkeypatch, capsys, world, "--show", "1")
+    assert out.splitlines()[0].startswith("--- record 0 (id a1), picture ")
+    assert out[out.index("\n") + 1:] == (f"<s>{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: [[A cat.</s>]]"
+                                         "USER: Colour? ASSISTANT: [[red</s>]]\n")
+
+
+def test_show_reads_a_folder_with_a_model_file_alone(world, proto, slow, monkeypatch, capsys):
+    (world / "tokenizer.json").unlink()
+    (world / "tokenizer.model").write_bytes(proto)
+    out = shown(monkeypatch, capsys, world, "--show", "1")
+    assert out[out.index("\n") + 1:] == (f"<s>{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: [[A cat.</s>]]"
+                                         "USER: Colour? ASSISTANT: [[red</s>]]\n")
+    line = json.loads(shown(monkeypatch, capsys, world, "--show", "1", "--json", "--system", ""))
+    assert line["ids"][:1 + len(slow.encode("USER: "))] == [1] + slow.encode("USER: ")
+
+
+def test_show_json_prints_ids_and_labels_one_sample_a_line(world, monkeypatch, capsys, tokenizer):
+    out = shown(monkeypatch, capsys, world, "--show", "3", "--json", "--system", "", "--image_tokens", "4")
+    lines = [json.loads(line) for line in out.splitlines()]
+    sample = encode(turns_of_record(GOOD, "r"), tokenizer, PromptFormat(system="", image_tokens=4), "r", "x")
+    assert len(lines) == 2 and lines[0]["record"] == "record 0 (id a1)"
+    for name in ("ids", "labels", "pool_id", "use_id"):
+        assert lines[1][name] == getattr(sample, name).tolist()
+
+
+@pytest.mark.parametrize("argv", [[], ["--check"], ["--show", "1", "--data", "d", "--images", "i"], ["--chekc"]])
+def test_a_command_line_that_lacks_something_is_refused(monkeypatch, argv):
+    monkeypatch.setattr(sys, "argv", ["data.py", *argv])
+    with pytest.raises(UserError):
+        tools.check_data.run()
+
+
+def test_a_thread_of_a_picture_is_refused_before_it_takes_all_memory(tmp_path):
+    Image.new("1", (1, 65000)).save(tmp_path / "thin.png")
+    with pytest.raises(UserError, match="thin.png.*1 x 65000"):
+        data.open_image(str(tmp_path / "thin.png"), "thin.png")
+
+
+def test_the_context_of_data_is_positive():
+    with pytest.raises(UserError, match="context"):
+        tools.check_data.Options(context=0)

@@ -1,0 +1,792 @@
+"""LLaVA-1.5 as others publish it: every layout opens with the numbers of transformers, strictly, and one is written back."""
+import json
+import os
+import re
+import shutil
+import sys
+from fnmatch import fnmatch
+
+import numpy as np
+import huggingface_hub
+import pytest
+import tokenizers
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import experiments.bench
+import formats.export
+import formats.folders
+import formats.llava
+import formats.name_rules
+import sample
+import tools.export_llava
+import train
+import training.feed
+import training.options
+import formats.weight_files
+import weights
+from cli import UserError
+from data import collate, Conversations, encode_prompt, MULTIPLE, pixels, Preprocess, SYSTEM
+from model import IMAGE, LlamaConfig, VisionConfig, VLMConfig
+from projector import Projector
+from tests.test_weights import (batch_of, Bomb, CLIPS, close, equal, generate, hf_clip, hf_llama,
+    hf_llava, LLAMAS, opened, randomised, state_of, STATIC, theirs_generate)
+
+VOCAB, IDS = 320, 291  # rows of the embedding; ids of the tokenizer and of what a text may hold
+from tests.test_weights import tokenizer  # fixtures
+
+
+ORIGINAL = {"mm_vision_tower": "clip", "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 32, "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat", "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad", "tokenizer_model_max_length": 2048}
+CLIP_14 = "openai/clip-vit-large-patch14-336"
+
+
+def edit(path, change):
+    """Let `change` edit the object in a JSON file."""
+    with open(path) as f:
+        values = json.load(f)
+    change(values)
+    with open(path, "w") as f:
+        json.dump(values, f)
+
+
+# ---- The layouts, all of one model
+
+
+def native(llava):
+    """{name since transformers 5.6: tensor}, the tied head left out."""
+    tied = llava.config.tie_word_embeddings
+    return {n: p.detach().clone().contiguous() for n, p in llava.named_parameters() if not (tied and n == "lm_head.weight")}
+
+
+def renamed(state, *table):
+    for pattern, replacement in table:
+        state = {re.sub(pattern, replacement, name): tensor for name, tensor in state.items()}
+    return state
+TOWER = (r"^model\.vision_tower\.", "model.vision_tower.vision_model.")
+
+
+UNTIL_4_51 = (TOWER, (r"^lm_head", "language_model.lm_head"), (r"^model\.language_model\.", "language_model.model."),
+              (r"^model\.(vision_tower|multi_modal_projector)", r"\1"))
+
+
+TO_ORIGINAL = ((r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
+               (r"^model\.language_model\.", "model."), (r"^model\.multi_modal_projector\.linear_1", "model.mm_projector.0"),
+               (r"^model\.multi_modal_projector\.linear_2", "model.mm_projector.2"))
+SPELLINGS = {"until 4.51": UNTIL_4_51, "since 4.52": (TOWER,), "since 5.6": (), "today": None}
+ORIGINALS = ["original", "original, tower inside"]
+
+
+class Model:
+    """A small LLaVA of transformers, and folders with it in every layout."""
+
+    def __init__(self, root, tokenizer, clip_kind, llama_kind):
+        self.root, self.tokenizer = root, tokenizer
+        self.side = clip_kind["image_size"]
+        clip = hf_clip(**clip_kind)
+        llama = hf_llama(**llama_kind, vocab_size=VOCAB, max_position_embeddings=512)
+        clip.save_pretrained(root / "clip")
+        self.projector = Projector(clip.config.hidden_size, llama.config.hidden_size, "none", 1, 1)
+        torch.manual_seed(9)
+        self.theirs = hf_llava(clip, llama, type("", (), {"projector": randomised(self.projector)}))
+        self.llama = llama
+
+    def folder(self, layout):
+        path = self.root / layout
+        if not path.exists():
+            path.mkdir()
+            self.write(path, layout)
+            self.tokenizer.save(path)
+        return path
+
+    def write(self, path, layout):
+        if layout in SPELLINGS:
+            self.theirs.save_pretrained(path)
+            if SPELLINGS[layout] is not None:
+                save_file(renamed(native(self.theirs), *SPELLINGS[layout]), path / "model.safetensors")
+        elif layout == "llama":
+            self.llama.save_pretrained(path)
+        elif layout == "projector":
+            state = renamed(native(self.theirs), *TO_ORIGINAL)
+            torch.save({n: t for n, t in state.items() if "mm_projector" in n}, path / "mm_projector.bin")
+            (path / "config.json").write_text(json.dumps({"model_type": "llava", **ORIGINAL}))
+        elif layout == "ours":
+            model = weights.load(str(self.folder("today"))).model
+            weights.save(str(path), model.cfg, state_of(model), self.tokenizer, Preprocess(self.side), SYSTEM, 2, {}, {})
+        else:
+            state = renamed(native(self.theirs), *TO_ORIGINAL)
+            tower = "model.vision_tower."
+            if layout == "original":
+                state = {n: t for n, t in state.items() if not n.startswith(tower)}
+            else:
+                state[f"{tower}vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+            torch.save(state, path / "pytorch_model.bin")
+            config = {**self.llama.config.to_dict(), **ORIGINAL, "model_type": "llava_llama"}
+            (path / "config.json").write_text(json.dumps(config))
+
+    def logits(self, ids, picture):
+        theirs = torch.tensor([ids]).masked_fill(torch.tensor([ids]) == IMAGE, 299)
+        return self.theirs(input_ids=theirs, pixel_values=picture[None]).logits
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tokenizer):
+    return Model(tmp_path_factory.mktemp("small"), tokenizer, CLIPS[0], LLAMAS[0])
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory, tokenizer):
+    """Grouped-query heads, tied embeddings, another base of the rotary frequencies."""
+    return Model(tmp_path_factory.mktemp("grouped"), tokenizer, CLIPS[1], LLAMAS[1])
+
+
+def prompt(model, n=3):
+    torch.manual_seed(n)
+    return [1, *torch.randint(3, IDS, (n,)).tolist(), *[IMAGE] * model.cfg.vision.tokens, *torch.randint(3, IDS, (5 + n,)).tolist()]
+
+
+def answers(model, ids, picture):
+    none = torch.full((1, len(ids)), -1)
+    return model(torch.tensor([ids]), picture[None], none, none, 1)
+
+
+@pytest.mark.parametrize("layout", [*SPELLINGS, *ORIGINALS])
+@pytest.mark.parametrize("kind", ["small", "grouped"])
+@torch.no_grad()
+def test_every_layout_opens_with_the_logits_of_transformers(request, layout, kind):
+    m = request.getfixturevalue(kind)
+    if kind == "grouped" and layout in ORIGINALS:
+        edit(m.folder(layout) / "config.json", lambda c: c.update(mm_hidden_size=48))
+    point = weights.load(str(m.folder(layout)))
+    ids, picture = prompt(point.model), torch.randn(3, m.side, m.side)
+    assert close(answers(point.model, ids, picture), m.logits(ids, picture))
+    assert point.model.cfg.llm.vocab == VOCAB > point.tokenizer.vocab
+    assert (point.model.cfg.visual_expert, point.model.cfg.language_expert) == ("none", "none")
+
+
+@pytest.mark.parametrize("layout", ["today", "original"])
+def test_a_foreign_checkpoint_is_talked_to_as_llava_1_5_is(small, layout):
+    point = weights.load(str(small.folder(layout)))
+    layout = point.layout()
+    assert (layout.template, layout.system, layout.image_tokens, layout.context) == ("v1", SYSTEM, 4, 512)
+    assert point.preprocess == Preprocess(28) and point.preprocess.aspect == "pad"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_foreign_checkpoint_is_cast_as_a_whole(small, dtype):
+    for layout in ("today", "original"):
+        assert {p.dtype for p in weights.load(str(small.folder(layout)), dtype).model.parameters()} == {dtype}
+
+
+def test_training_casts_what_is_new_and_leaves_the_rest_in_the_file(small):
+    for layout in ("today", "original"):
+        stored = {n: (p.dtype, p.detach()) for n, p in weights.load(str(small.folder(layout))).model.named_parameters()}
+        model = weights.load(str(small.folder(layout)), torch.float64, {"visual_expert": "1"}, cast=False).model
+        for name, p in model.named_parameters():
+            assert p.dtype == torch.float64 if ".expert_1." in name else torch.equal(p, stored[name][1]) and p.dtype == stored[name][0], name
+
+
+def test_a_tower_apart_takes_the_dtype_of_the_llama(small, tmp_path):
+    folder = shutil.copytree(small.folder("original"), small.root / "half", dirs_exist_ok=True)
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({n: t.half() for n, t in state.items()}, folder / "pytorch_model.bin")
+    assert {p.dtype for p in weights.load(str(folder)).model.parameters()} == {torch.float16}
+
+
+@pytest.fixture
+def copied(small, tmp_path):
+    """A copy of a layout's folder to spoil, with the tower's folder beside it."""
+    shutil.copytree(small.root / "clip", tmp_path / "clip")
+    return lambda layout: shutil.copytree(small.folder(layout), tmp_path / "x")
+
+
+def refused(folder, *words, open_=weights.load):
+    """Opening fails with a message of one line that says all of `words`."""
+    with pytest.raises(UserError) as caught:
+        open_(str(folder))
+    assert all(str(word) in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_size_mean_and_std_are_those_of_the_preprocessor_file(copied):
+    folder = copied("today")
+    values = {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}, "image_mean": [0.1, 0.2, 0.3],
+              "image_std": [0.4, 0.5, 0.6], "resample": 3}
+    expected = Preprocess(28, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    assert weights.load(str(folder)).preprocess == expected
+    os.remove(folder / "preprocessor_config.json")  # what transformers 5 writes
+    (folder / "processor_config.json").write_text(json.dumps({"patch_size": 14, "image_processor": values}))
+    assert weights.load(str(folder)).preprocess == expected
+    (folder / "processor_config.json").write_text(json.dumps({"patch_size": 14}))
+    assert weights.load(str(folder)).preprocess == Preprocess(28)
+    for key in ("size", "crop_size"):
+        (folder / "preprocessor_config.json").write_text(json.dumps({**values, key: {"height": 28, "width": 30}}))
+        refused(folder, "preprocessor_config.json", f"{key} {{", "28 px")
+
+
+def test_absent_fields_mean_what_they_mean_to_transformers(copied):
+    folder, expected = copied("today"), None
+    expected = weights.load(str(folder)).model.cfg
+
+    def strip(c):
+        keep = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+                "vocab_size", "max_position_embeddings"}
+        for part in ("text_config", "vision_config"):
+            c[part] = {k: v for k, v in c[part].items() if k in keep}
+        for key in set(c) - {"model_type", "text_config", "vision_config"}:
+            del c[key]
+    edit(folder / "config.json", strip)
+    assert weights.load(str(folder)).model.cfg == expected
+    edit(folder / "config.json", lambda c: c["text_config"].update(rope_parameters={"rope_type": "default", "rope_theta": 500}))
+    assert weights.load(str(folder)).model.cfg.llm.theta == 500.0
+
+
+@pytest.mark.parametrize("part, field, value", [
+    (None, "vision_feature_layer", -1), (None, "vision_feature_layer", [-2, -5]),
+    (None, "vision_feature_select_strategy", "full"), (None, "projector_hidden_act", "relu"),
+    (None, "multimodal_projector_bias", False), (None, "image_aspect_ratio", "anyres"),
+    ("vision_config", "model_type", "siglip_vision_model"), ("vision_config", "hidden_act", "gelu"),
+    ("text_config", "model_type", "mistral"), ("text_config", "sliding_window", 64), ("text_config", "attention_bias", True),
+    ("text_config", "rope_parameters", {"rope_type": "linear", "factor": 2.0}), ("text_config", "hidden_act", "gelu")])
+def test_a_llava_that_we_do_not_build_is_refused_by_the_name_of_the_field(copied, part, field, value):
+    folder = copied("today")
+    edit(folder / "config.json", lambda c: (c[part] if part else c).update({field: value}))
+    refused(folder, "config.json", part or "", field)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("mm_projector_type", "linear"), ("mm_vision_select_layer", -1), ("mm_vision_select_feature", "cls_patch"),
+    ("mm_patch_merge_type", "spatial"), ("mm_use_im_start_end", True), ("mm_use_im_patch_token", True),
+    ("mm_hidden_size", 64), ("image_aspect_ratio", "anyres"), ("rope_scaling", {"type": "linear", "factor": 2.0})])
+def test_an_original_llava_that_we_do_not_build_is_refused_by_the_name_of_the_field(copied, field, value):
+    folder = copied("original")
+    edit(folder / "config.json", lambda c: c.update({field: value}))
+    refused(folder, "config.json", field)
+
+
+def test_an_original_llava_trained_on_cropped_pictures_crops(copied):
+    folder = copied("original")
+    edit(folder / "config.json", lambda c: c.update(image_aspect_ratio="square"))
+    assert weights.load(str(folder)).preprocess.aspect == "crop"
+
+
+@pytest.mark.parametrize("place", ["beside", "inside", "absolute"])
+def test_the_tower_is_found_where_the_config_says(copied, tmp_path, place):
+    folder = copied("original")
+    expected = state_of(weights.load(str(folder)).model)
+    if place == "inside":
+        os.rename(tmp_path / "clip", folder / "clip")
+    elif place == "absolute":
+        os.rename(tmp_path / "clip", tmp_path / "elsewhere")
+        edit(folder / "config.json", lambda c: c.update(mm_vision_tower=str(tmp_path / "elsewhere")))
+    assert equal(state_of(weights.load(str(folder)).model), expected)
+
+
+def test_a_tower_that_is_nowhere_is_named(copied, tmp_path):
+    folder = copied("original")
+    shutil.rmtree(tmp_path / "clip")
+    refused(folder, "config.json", "mm_vision_tower", "clip")
+
+
+def test_a_tower_inside_needs_no_other_folder_if_its_name_is_known(copied, small, tmp_path, monkeypatch):
+    folder = copied("original, tower inside")
+    expected = state_of(weights.load(str(folder)).model)
+    shutil.rmtree(tmp_path / "clip")
+    edit(folder / "config.json", lambda c: c.update(mm_vision_tower=CLIP_14))
+    assert formats.llava.TOWERS[CLIP_14] == VisionConfig(336, 14, 1024, 23, 16, 4096, 1e-5)
+    monkeypatch.setitem(formats.llava.TOWERS, CLIP_14, VisionConfig(28, 14, 32, 2, 2, 48))
+    assert equal(state_of(weights.load(str(folder)).model), expected)
+
+
+# ---- CLIP and Vicuna as their authors published them
+
+
+@torch.no_grad()
+def test_openai_s_clip_and_vicuna_open_as_they_were_published(small, tmp_path):
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=60)
+    vision = small.theirs.config.vision_config.to_dict()
+    both = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    tower = {n.removeprefix("model.vision_tower."): t for n, t in native(small.theirs).items() if "vision_tower" in n}
+    both.vision_model.load_state_dict(tower)
+    state = {n: p.detach().clone() for n, p in both.named_parameters()}
+    buffers = {"vision_model.embeddings.position_ids": torch.arange(5)[None],
+               "text_model.embeddings.position_ids": torch.arange(77)[None]}
+    os.mkdir(tmp_path / "clip")
+    torch.save(state | buffers, tmp_path / "clip" / "pytorch_model.bin")
+    sizes = {k: vision[k] for k in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                    "intermediate_size")}
+    (tmp_path / "clip" / "config.json").write_text(json.dumps({
+        "model_type": "clip", "projection_dim": 8, "text_config": text, "text_config_dict": None,
+        "vision_config": {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **sizes},
+        "vision_config_dict": sizes}))
+
+    llama = {n: p.detach().half() for n, p in small.llama.named_parameters()}
+    llama |= {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in range(3)}
+    names = sorted(llama)
+    os.mkdir(tmp_path / "vicuna")
+    files = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
+    for file, part in files.items():
+        torch.save({n: llama[n] for n in part}, tmp_path / "vicuna" / file)
+    weight_map = {n: file for file, part in files.items() for n in part}
+    (tmp_path / "vicuna" / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (tmp_path / "vicuna" / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 32,
+        "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 4,
+        "vocab_size": VOCAB, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_scaling": None, "pad_token_id": 0,
+        "pretraining_tp": 1, "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True}))
+    small.tokenizer.save(tmp_path / "vicuna")
+    model, _, _ = weights.assemble(str(tmp_path / "clip"), str(tmp_path / "vicuna"), STATIC)
+    expected = state_of(weights.load(str(small.folder("today"))).model)
+    expected = {n: t.half().float() if n.startswith("llm.") else t for n, t in expected.items()}
+    assert equal({n: t for n, t in state_of(model).items() if "projector" not in n},
+                 {n: t for n, t in expected.items() if "projector" not in n})
+
+
+REPOSITORIES = {
+    "openai/clip": (["config.json", "preprocessor_config.json", "pytorch_model.bin", "tokenizer.json", "vocab.json"],
+                    ["tf_model.h5", "flax_model.msgpack", "merges.txt", "README.md"]),
+    "lmsys/vicuna": (["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "tokenizer.model",
+                      "pytorch_model.bin.index.json", "tokenizer_config.json"], ["README.md", "training_args.bin"]),
+    "llava-hf/llava": (["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json",
+                        "model.safetensors.index.json", "preprocessor_config.json", "processor_config.json"],
+                       ["pytorch_model-00001-of-00001.bin", "tf_model.h5", "rust_model.ot", "onnx/model.onnx"]),
+    "liuhaotian/llava": (["config.json", "mm_projector.bin", "pytorch_model-00001-of-00001.bin", "tokenizer.model",
+                          "pytorch_model.bin.index.json"], ["README.md"]),
+    "liuhaotian/projector": (["config.json", "mm_projector.bin"], ["README.md"]),
+    "ours/hyperllava": (["config.json", "model.safetensors", "tokenizer.json"], ["log.jsonl", "README.md"]),
+}
+
+
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_of_a_hub_repository_all_that_is_needed_is_fetched_and_nothing_else(name, tmp_path, monkeypatch):
+    needed, useless = REPOSITORIES[name]
+
+    def download(asked, allow_patterns):
+        assert asked == name
+        for file in needed + useless:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).touch()
+        return str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert formats.folders.resolve(name) == str(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(needed)
+
+
+# ---- Strictness
+
+
+def projector_of(small):
+    return lambda path: weights.assemble(str(small.root / "clip"), str(small.folder("llama")), STATIC,
+                                         projector=formats.llava.projector_file(path))
+
+
+def opener(layout, small):
+    """How the folder of a layout is opened, and names of some of its tensors with what they are called here."""
+    if layout == "clip":
+        return lambda path: weights.assemble(path, str(small.folder("llama")), STATIC)
+    if layout == "llama":
+        return lambda path: weights.assemble(str(small.root / "clip"), path, STATIC)
+    return projector_of(small) if layout == "projector" else weights.load
+
+
+def file_of(folder):
+    return next(folder / n for n in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin") if (folder / n).exists())
+
+
+def read(path):
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+def write(state, path):
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+
+
+def shard(folder, state, twice=None):
+    """Two shards and an index instead of the one file; the tensor `twice` in both."""
+    file = file_of(folder)
+    stem, ending = file.stem, file.suffix[1:]
+    os.remove(file)
+    names = sorted(state)
+    halves = [names[::2], names[1::2]]
+    files = [f"{stem}-0000{i}-of-00002.{ending}" for i in (1, 2)]
+    weight_map = {n: f for f, half in zip(files, halves) for n in half}
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for half in halves:
+        half += [twice] if twice and twice not in half else []
+    for f, half in zip(files, halves):
+        write({n: state[n] for n in half}, folder / f)
+    return files
+EVERY = ["clip", "llama", *SPELLINGS, *ORIGINALS, "ours", "projector"]
+
+
+SAMPLES = r"patch_embedding\.weight|layers\.0\.layer_norm1\.bias|(linear_1|mm_projector\.0)\.weight|(linear_2|projector\.2)\.bias" \
+          r"|layers\.1\.mlp\.up_proj\.weight|embed_tokens\.weight|lm_head\.weight|(?<!layer)norm\.weight"
+
+
+def samples(state):
+    """A few names of each part."""
+    return [name for name in state if re.search(rf"({SAMPLES})$", name) and "norm.weight" not in name] + [
+        name for name in state if name.endswith("input_layernorm.weight")][:1]
+
+
+@pytest.mark.parametrize("layout, change", [
+    (layout, change) for layout in EVERY for change in ("dropped", "renamed", "reshaped", "twice")
+    if (layout, change) != ("projector", "twice")])  # that one never comes in shards
+def test_every_layout_names_the_tensor_that_is_not_as_it_should_be(copied, small, layout, change, tmp_path):
+    folder = tmp_path / "clip" if layout == "clip" else copied(layout)
+    file, open_ = file_of(folder), opener(layout, small)
+    whole = read(file)
+    open_(str(folder))
+    chosen = samples(whole)
+    assert len(chosen) >= (2 if layout in ("clip", "projector") else 3)
+    if change == "twice":
+        shard(folder, whole, chosen[0])
+        return refused(folder, chosen[0], f"-of-00002{file.suffix}", open_=open_)
+    for name in chosen:
+        state = dict(whole)
+        tensor = state.pop(name)
+        if change == "renamed":
+            state[name + "_"] = tensor
+        if change == "reshaped":
+            state[name] = tensor[..., :-1].contiguous()
+        write(state, file)
+        known = {"dropped": name.rpartition(".")[2], "renamed": f"{file.name}: tensor {name}_ has no place",
+                 "reshaped": f"{file.name}: tensor {name} is {list(tensor[..., :-1].shape)}"}
+        refused(folder, known[change], open_=open_)
+        if change == "dropped":
+            with pytest.raises(UserError, match=f"no tensor for {re.escape(ours_of(name))}"):
+                open_(str(folder))
+
+
+def ours_of(name):
+    """What a tensor is called here, by the tables of this file."""
+    rules = [(r"(vision|projector|llm)\..+", r"\g<0>"),
+             (r".*mm_projector\.0\.(.+)", r"projector.linear_1.\1"), (r".*mm_projector\.2\.(.+)", r"projector.linear_2.\1"),
+             (r".*multi_modal_projector\.(.+)", r"projector.\1"),
+             (r"(.*vision_tower\.)?(vision_model\.)?encoder\.(.+)", r"vision.\3"),
+             (r"(.*vision_tower\.)?(vision_model\.)?((embeddings|pre_layrnorm)\..+)", r"vision.\3"),
+             (r".*lm_head\.weight", "llm.lm_head.weight"), (r"(language_model\.)?model\.(language_model\.)?(.+)", r"llm.\3")]
+    return formats.name_rules.rename(name, rules)
+
+
+@pytest.mark.parametrize("layout", ["until 4.51", "original", "ours"])
+def test_a_layout_in_shards_gives_the_same_model(copied, layout):
+    folder = copied(layout)
+    expected = state_of(weights.load(str(folder)).model)
+    files = shard(folder, read(file_of(folder)))
+    assert equal(state_of(weights.load(str(folder)).model), expected)
+    whole = (folder / files[1]).read_bytes()
+    for keep in (0, 100, -1):
+        (folder / files[1]).write_bytes(whole[:keep])
+        refused(folder, files[1])
+    os.remove(folder / files[1])
+    refused(folder, "index.json", files[1], "not there")
+
+
+@pytest.mark.parametrize("layout, file", [("original", "pytorch_model.bin"), ("projector", "mm_projector.bin")])
+def test_code_in_a_pickle_is_refused_and_not_run(copied, small, tmp_path, layout, file):
+    folder = copied(layout)
+    state = read(folder / file)
+    state["model.mm_projector.0.bias"] = Bomb(str(tmp_path / "ran"))
+    torch.save(state, folder / file)
+    refused(folder, file, "code", open_=opener(layout, small))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_llava_is_named(tmp_path, small):
+    for kind in ("llava_next", "mistral", "qwen2_vl"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        refused(tmp_path, repr(kind), "hyperllava, llava, llava_llama")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    refused(tmp_path, "config.json", "no vision_config")
+    refused(small.folder("projector"), "no weights", "model.safetensors")
+
+
+# ---- Writing LLaVA
+
+
+@pytest.fixture(scope="module")
+def written(small, grouped, tmp_path_factory):
+    """{case: (checkpoint, folder that write_llava made of it)}; in the first, the tokenizer fills the vocabulary."""
+    root, made = tmp_path_factory.mktemp("written"), {}
+    full = weights.load(str(small.folder("today")))
+    full.model.cfg.llm.vocab = IDS
+    for name in formats.name_rules.BY_ID:
+        weights.assign(full.model, name, full.model.get_parameter(name).data[:IDS])
+    full.system = 'Say "no" to {{ braces }}.\nBe brief.'
+    for case, point in {"full": full, "room": weights.load(str(small.folder("original"))),
+                        "tied": weights.load(str(grouped.folder("today")))}.items():
+        made[case] = point, str(root / case)
+        formats.export.write_llava(made[case][1], point.model, point.tokenizer, point.preprocess, point.system)
+    return made
+
+
+@pytest.mark.parametrize("case", ["full", "room", "tied"])
+@torch.no_grad()
+def test_transformers_opens_the_llava_that_we_write_and_gives_our_logits_and_tokens(written, case):
+    point, folder = written[case]
+    theirs = opened(transformers.LlavaForConditionalGeneration, folder)
+    model, image = point.model, theirs.config.image_token_id
+    assert theirs.config.text_config.vocab_size == 320 > image >= IDS
+    side, rows = model.cfg.vision.image_size, [prompt(model, n) for n in range(1, 5)]
+    visual = torch.randn(4, 3, side, side)
+    for ids, picture in zip(rows, visual):
+        ours = answers(model, ids, picture)
+        logits = theirs(input_ids=torch.tensor([ids]).masked_fill(torch.tensor([ids]) == IMAGE, image),
+                        pixel_values=picture[None]).logits
+        assert close(ours, logits[..., :ours.shape[-1]])
+        added = logits[..., ours.shape[-1]:]  # their rows are the mean of the others, and so never the likeliest
+        assert (added - ours.mean(-1, keepdim=True)).abs().lt(1e-3).all()
+    assert generate(model, batch_of(rows, visual), 8, 2) == theirs_generate(theirs, rows, visual, 8, image)
+
+
+@pytest.mark.parametrize("case", ["full", "room", "tied"])
+def test_what_we_write_loads_bit_for_bit(written, case):
+    point, folder = written[case]
+    back = weights.load(folder)
+    assert equal(state_of(back.model), state_of(point.model)) and back.model.cfg == point.model.cfg
+    assert back.preprocess == point.preprocess and back.system == point.system
+    assert back.tokenizer.encode("a red ring?") == point.tokenizer.encode("a red ring?")
+
+
+def test_writing_what_was_loaded_gives_the_same_files(written, tmp_path):
+    for point, folder in written.values():
+        back = weights.load(folder)
+        again = str(tmp_path / os.path.basename(folder))
+        formats.export.write_llava(again, back.model, back.tokenizer, back.preprocess, back.system)
+        for name in os.listdir(folder):
+            assert open(f"{folder}/{name}", "rb").read() == open(f"{again}/{name}", "rb").read(), name
+
+
+@pytest.mark.parametrize("aspect, size", [("pad", (40, 23)), ("pad", (23, 40)), ("crop", (40, 23))])
+def test_the_processor_of_transformers_makes_our_pixels_and_ids(written, tmp_path, aspect, size):
+    point, _ = written["full"]
+    prep = Preprocess(28, aspect=aspect)
+    folder = str(tmp_path / "x")
+    formats.export.write_llava(folder, point.model, point.tokenizer, prep, point.system)
+    assert weights.load(folder).preprocess == prep
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    text = lambda value: [{"type": "text", "text": value}]
+    messages = [{"role": "user", "content": [{"type": "image"}, *text("what colour?")]},
+                {"role": "assistant", "content": text("a red circle")}, {"role": "user", "content": "is \"the\"\nring blue?"}]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+    made = processor(images=picture, text=processor.apply_chat_template(messages), return_tensors="pt")
+    sample = encode_prompt([("<image>\nwhat colour?", "a red circle")], "is \"the\"\nring blue?", point.tokenizer, point.layout(), "x")
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert made["input_ids"][0].tolist() == [image if i == IMAGE else i for i in sample.ids.tolist()]
+    assert (made["pixel_values"][0] - pixels(picture, prep)).abs().max() < 1e-6
+
+
+def test_a_model_with_experts_is_not_written(small, tmp_path):
+    model = weights.load(str(small.folder("today")), experts={"visual_expert": "1"}).model
+    with pytest.raises(UserError, match="visual_expert 1.*experts does not fit"):
+        formats.export.write_llava(str(tmp_path / "x"), model, small.tokenizer, Preprocess(28), SYSTEM)
+    assert not os.listdir(tmp_path)
+
+
+def test_export_writes_what_transformers_opens_and_overwrites_nothing(small, tmp_path, monkeypatch):
+    out = str(tmp_path / "x")
+    monkeypatch.setattr(sys, "argv", ["weights.py", "--model", str(small.folder("ours")), "--export", out])
+    tools.export_llava.run()
+    opened(transformers.LlavaForConditionalGeneration, out)
+    with pytest.raises(UserError, match="holds a checkpoint already"):
+        tools.export_llava.run()
+    with pytest.raises(UserError, match="--model CHECKPOINT --export FOLDER"):
+        tools.export_llava.Options(model="x")
+
+
+# ---- Straight to stage 2
+
+
+@pytest.fixture(scope="module")
+def stage_2(tmp_path_factory, small):
+    """Options of a stage 2 on four pictures."""
+    root = tmp_path_factory.mktemp("data")
+    rng, records = np.random.default_rng(0), []
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (30, 20 + i, 3), dtype=np.uint8)).save(root / f"{i}.png")
+        records.append({"id": str(i), "image": f"{i}.png", "conversations": [
+            {"from": "human", "value": "<image>\nwhat colour is it?"}, {"from": "gpt", "value": "a red circle"},
+            {"from": "human", "value": "a ring?"}, {"from": "gpt", "value": f"a square {i}"}]})
+    (root / "data.json").write_text(json.dumps(records))
+    return {"preset": "7b", "data": str(root / "data.json"), "images": str(root), "val": str(root / "data.json"), "batch_size": 4,
+            "steps": 2, "dtype": "float32", "device": "cpu", "val_every": 1, "context": 512, "expert_embed": 4, "expert_rank": 2,
+            "lr": 1e-3, "warmup": 0.0}
+
+
+def rows(out):
+    return [json.loads(line) for line in open(os.path.join(out, "stage2", "log.jsonl"))]
+
+
+def loss_of(point, given):
+    """Loss per token of a checkpoint on the data of a stage 2, computed without the training loop."""
+    layout = point.layout()
+    data = Conversations(given["data"], given["images"], point.tokenizer, layout)
+    order = training.feed.BatchSampler(4, 0, 4).step(0)
+    taken = [data[i] for i in order]
+    visual = [pixels(Image.open(s.image).convert("RGB"), point.preprocess) for s in taken]
+    batch = collate(taken, visual, (3, 28, 28), multiple=MULTIPLE)
+    with torch.no_grad():
+        return train.vlm_loss(point.model, batch).item() / batch.trained
+
+
+@pytest.mark.parametrize("layout", ["until 4.51", "original"])
+def test_stage_2_starts_from_a_llava_with_its_very_loss_and_trains_experts_from_zero(small, stage_2, mesh, tmp_path, layout):
+    start = weights.load(str(small.folder(layout)))
+    given = stage_2 | {"init": str(small.folder(layout)), "out": str(tmp_path)}
+    train.run_stage(given, 2, mesh)
+    log = rows(tmp_path)
+    assert log[0]["loss"] == pytest.approx(loss_of(start, given), abs=0, rel=1e-7)  # a sum divided first or last
+    assert log[1]["loss"] < log[0]["loss"] - 0.01
+    end = weights.load(str(tmp_path / "stage2"))
+    assert (end.model.cfg.visual_expert, end.model.cfg.language_expert) == ("1", "posterior")
+    assert end.model.llm.layers[-1].expert.up.any() and end.model.projector.expert_1.expert.up.any()  # zero at the start
+    # and from that one a further stage 2
+    train.run_stage(given | {"init": str(tmp_path / "stage2"), "out": str(tmp_path / "more")}, 2, mesh)
+    assert rows(tmp_path / "more")[0]["loss"] == pytest.approx(loss_of(end, given), abs=0, rel=1e-7)
+
+
+def test_experts_added_to_a_llava_leave_its_logits_as_they_were_bit_for_bit(small, stage_2, mesh, tmp_path):
+    given = stage_2 | {"init": str(small.folder("today")), "out": str(tmp_path)}
+    job = train.stage_1_or_2(training.options.complete(given, 2))
+    static = weights.load(str(small.folder("today"))).model
+    batch = job.batch(range(4))
+    read = lambda m: m(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns)
+    with torch.no_grad():
+        assert torch.equal(read(job.model), read(static)) and len(list(job.model.parameters())) > len(list(static.parameters()))
+        assert job.loss(job.model, job.held_out[0]) == job.loss(static, job.held_out[0])
+
+
+@pytest.mark.parametrize("named", ["mm_projector.bin", ""])
+def test_stage_2_starts_from_the_projector_that_llavas_stage_1_left(small, stage_2, mesh, tmp_path, named):
+    given = stage_2 | {"init": str(small.folder("projector") / named), "out": str(tmp_path), "vision": str(small.root / "clip"),
+                       "llm": str(small.folder("llama"))}
+    job = train.stage_1_or_2(training.options.complete(given, 2))
+    expected = state_of(weights.load(str(small.folder("today"))).model)
+    found = state_of(job.model)
+    assert equal({n: found[n] for n in expected}, expected)
+    assert any("expert" in n for n in found)
+    if named:
+        for part in ("vision", "llm"):
+            with pytest.raises(UserError, match=f"needs --{part}$"):
+                training.options.complete({k: v for k, v in given.items() if k != part}, 2)
+
+
+def test_a_projector_of_another_kind_is_refused_by_the_name_of_the_field(copied):
+    folder = copied("projector")
+    edit(folder / "config.json", lambda c: c.update(mm_vision_select_layer=-1))
+    for path in (folder, folder / "mm_projector.bin"):
+        refused(path, "mm_vision_select_layer", open_=formats.llava.projector_file)
+
+
+# ---- bench.py
+
+
+TINY = VisionConfig(28, 14, 32, 2, 2, 48), LlamaConfig(32, 2, 4, 4, 48, 300)
+
+
+@pytest.mark.parametrize("dtype, ending, shard", [("bfloat16", "safetensors", 5 * 10**9), ("float16", "bin", 40_000)])
+def test_bench_makes_a_llava_that_both_open_and_measures_its_loading(tmp_path, monkeypatch, capsys, dtype, ending, shard):
+    monkeypatch.setitem(experiments.bench.SHAPES, "7b", TINY)
+    monkeypatch.setattr(formats.weight_files, "SHARD", shard)
+    folder = str(tmp_path / "x")
+    experiments.bench.make(experiments.bench.Options(make="7b", out=folder, dtype=dtype, format=ending))
+    made = json.loads(capsys.readouterr().out)
+    assert made["files"] == sum(n.endswith(ending) for n in os.listdir(folder)) and (made["files"] > 2) == (ending == "bin")
+    point = weights.load(folder)
+    assert point.model.cfg == VLMConfig(*TINY, "none", "none") and {str(p.dtype) for p in point.model.parameters()} == {f"torch.{dtype}"}
+    assert len(point.tokenizer.inner.get_vocab()) == 300 and point.model.llm.embed_tokens.weight.std() > 0.01
+    theirs = opened(transformers.LlavaForConditionalGeneration, folder)
+    assert torch.equal(theirs.model.language_model.norm.weight.to(point.model.llm.norm.weight), point.model.llm.norm.weight)
+    experiments.bench.measure(experiments.bench.Options(load=folder, only="ours"))
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"load_s", "touch_s", "peak_bytes"} and found["load_s"] > 0
+
+
+def test_the_made_up_7b_has_the_shapes_of_llava_1_5():
+    model = weights.build_empty(VLMConfig(*experiments.bench.SHAPES["7b"], "none", "none"))
+    block = sum(p.numel() for p in model.vision.layers[0].parameters())
+    assert sum(p.numel() for p in model.parameters()) + block + 2 * 1024 == 7_062_902_784  # with the block and the norm left out
+    state = formats.export.llava_state(model, 32064)
+    assert len(state) == 686 and state["language_model.lm_head.weight"].shape == (32064, 4096)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, ending", [("bfloat16", "safetensors"), ("float16", "bin")])
+def test_a_model_loads_within_1_15_times_its_size(tmp_path, capfd, dtype, ending):
+    experiments.bench.make(experiments.bench.Options(make="1b", out=str(tmp_path / "x"), dtype=dtype, format=ending))
+    experiments.bench.compare(experiments.bench.Options(load=str(tmp_path / "x")))
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert found["ours"]["peak"] < 1.15
+
+
+def test_a_model_type_that_is_no_name_is_one_line(copied):
+    folder = copied("today")
+    edit(folder / "config.json", lambda c: c.update(model_type=[]))
+    refused(folder, "config.json", "no format")
+
+
+def test_no_added_token_is_drawn(small, tmp_path):
+    folder = shutil.copytree(small.folder("today"), tmp_path / "x")
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    n = inner.get_vocab_size()
+    inner.add_special_tokens(["<image>", "<pad>"])
+    inner.save(str(folder / "tokenizer.json"))
+    point = weights.load(str(folder))
+    assert point.tokenizer.vocab == n and point.tokenizer.added >= {n, n + 1}
+    head = point.model.llm.lm_head.weight.data
+    head[n:] = 5 * head[5]
+    chat = sample.Chat(point, None, sample.Options(temperature=1.0, max_new_tokens=100))
+    list(chat.ask("a"))
+    assert max(chat.ids) < n
+
+
+def test_ids_beyond_the_embedding_are_refused_though_they_are_few(copied):
+    folder = copied("today")
+    edit(folder / "tokenizer.json", lambda v: v["model"]["vocab"].update({"zz": 5000}))
+    refused(folder, "5001 ids", "320")
+
+
+@pytest.mark.parametrize("file, change", [
+    ("config.json", {"tie_word_embeddings": "no"}),
+    ("preprocessor_config.json", {"image_mean": None}), ("preprocessor_config.json", {"image_std": [0.5]}),
+    ("preprocessor_config.json", {"rescale_factor": 1.0}), ("processor_config.json", {"image_processor": 3})])
+def test_a_value_of_another_type_is_one_line(copied, file, change):
+    folder = copied("today")
+    (folder / file).touch()
+    if not (folder / file).read_text():
+        (folder / file).write_text("{}")
+    edit(folder / file, lambda c: c.update(change))
+    refused(folder, file, next(iter(change)))
+
+
+def test_odd_fields_of_the_parts_are_one_line(copied):
+    folder = copied("today")
+    edit(folder / "config.json", lambda c: c["text_config"].update(rope_parameters="linear"))
+    refused(folder, "rope_parameters")
+
+
+@pytest.mark.parametrize("tower", [None, 3, []])
+def test_a_tower_without_a_name_is_one_line(copied, tower):
+    folder = copied("original")
+    edit(folder / "config.json", lambda c: c.update(mm_vision_tower=tower))
+    refused(folder, "mm_vision_tower")
+
+
+@pytest.mark.parametrize("state", [{}, {1: torch.zeros(2)}])
+def test_a_file_without_named_tensors_is_one_line(copied, state):
+    folder = copied("original")
+    torch.save(state, folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("weight_map", [{}, {"model.norm.weight": None}, {"model.norm.weight": ["x"]}])
+def test_an_index_of_nothing_is_one_line(copied, weight_map):
+    folder = copied("original")
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, "pytorch_model.bin.index.json")

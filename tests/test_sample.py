@@ -1,0 +1,679 @@
+"""What sample.py and cli.py claim, and the cache of model.py that goes on from turn to turn. CPU, no network."""
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import cli
+import data
+import model
+import sample
+import weights
+from data import collate, encode, encode_prompt, pad_right, Preprocess
+from model import Cache, end_turn, generate, IMAGE, stream, VLM
+from sample import Chat, Options
+from test_model import (batch_of, close, EVERY, KINDS, LAYOUT, logits_of, pictures, segments,
+    spoken, TOKENIZER, trained, TURNS)
+from tests.test_weights import hf_clip, hf_llama, randomised
+
+CPU = ["--device=cpu", "--dtype=float32"]
+CONTEXT = 20_000  # of the checkpoints on disk: an answer that never ends takes longer than any test
+
+
+def noise(seed, size=(40, 30)):
+    """A picture."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def checkpoint_of(model, pool="instruction"):
+    return weights.Checkpoint(model, TOKENIZER, Preprocess(28), "A chat.", {"training": {"guidance_pool": pool}})
+
+
+def talker(**kind):
+    return checkpoint_of(trained(torch.float32, seed=3, **kind))
+
+
+def answer_of(checkpoint, image, *questions, o=Options(max_new_tokens=6)):
+    """The answer to the last of some questions, the others being the conversation before it."""
+    chat = Chat(checkpoint, image, o)
+    return ["".join(chat.ask(question)) for question in questions][-1]
+
+
+# ---- A chat is the whole conversation
+
+
+@contextlib.contextmanager
+def dictated(tokens):
+    """Within this context the model says the given tokens, int64[B] each; yields the list of logits that it said them with."""
+    seen, tokens, real = [], iter(tokens), model.sample_token
+    model.sample_token = lambda logits, *_: seen.append(logits) or next(tokens)
+    try:
+        yield seen
+    finally:
+        model.sample_token = real
+
+
+def ask_dictated(chat, question, ids, cut=False):
+    """Logits float[P, V] of an answer that is dictated, its end token included unless it is cut."""
+    ids = ids if cut else ids + [TOKENIZER.eos]
+    chat.o = dataclasses.replace(chat.o, max_new_tokens=len(ids))
+    with dictated(torch.tensor([i]) for i in ids) as seen:
+        list(chat.ask(question))
+    return torch.cat(seen)
+
+
+@contextlib.contextmanager
+def counted(model):
+    """Yields a Counter of the tokens that go through the Llama and of the pictures that go through the tower."""
+    count = Counter()
+    handles = [model.llm.embed_tokens.register_forward_hook(lambda m, x, y: count.update(tokens=x[0].numel())),
+               model.vision.register_forward_hook(lambda m, x, y: count.update(pictures=len(x[0])))]
+    yield count
+    for handle in handles:
+        handle.remove()
+
+
+def look(image, dtype=torch.float32):
+    return data.pixels(image, Preprocess(28)).to(dtype)
+
+
+@torch.no_grad()
+def whole_logits(checkpoint, turns, image):
+    """(Sample, Batch, logits float[T, V]) of a conversation, the way that training runs it: at once, without a cache."""
+    whole = encode(turns, TOKENIZER, checkpoint.layout(), "whole", None if image is None else "x.png")
+    batch = batch_of([whole], [] if image is None else [look(image)], torch.float32)
+    return whole, batch, logits_of(checkpoint.model, batch)[0]
+
+
+POOLS = {**{name: (kind, "instruction") for name, kind in KINDS.items()}, "pooled over the prompt": ({}, "prompt"),
+         "no expert": (dict(visual_expert="none", language_expert="none"), "instruction")}
+
+
+@pytest.mark.parametrize("kind, pool", POOLS.values(), ids=POOLS)
+@pytest.mark.parametrize("image", [noise(0), None], ids=["picture", "text"])
+@torch.no_grad()
+def test_a_chat_equals_the_whole_conversation_and_a_turn_costs_its_own_tokens_only(kind, pool, image):
+    checkpoint = checkpoint_of(trained(torch.float32, seed=3, **kind), pool)
+    turns = TURNS if image is not None else [("What colour is the circle?", TURNS[0][1]), *TURNS[1:]]
+    whole, batch, full = whole_logits(checkpoint, turns, image)
+    chat, found, costs = Chat(checkpoint, image, Options()), [], []
+    for turn, (question, answer) in enumerate(turns):
+        with counted(checkpoint.model) as count:
+            found.append(ask_dictated(chat, question, TOKENIZER.encode(answer), cut=turn == 1))
+        costs.append(dict(count))
+    assert chat.ids == whole.ids.tolist()
+
+    (p0, a0), (p1, a1), (p2, a2) = segments(whole)
+    due = [full[a0.start - 1:a0.stop - 1], full[a1.start - 1:a1.stop - 2], full[a2.start - 1:a2.stop - 1]]
+    assert all(close(f, d, 1e-5) for f, d in zip(found, due))
+    # an end token is never run before the next turn, nor is the last one of an answer that was cut
+    assert [c["tokens"] for c in costs] == [a0.stop - 1, 1 + a1.stop - 2 - a0.stop, 2 + a2.stop - 1 - a1.stop]
+    assert sum(c["tokens"] for c in costs) == len(whole.ids) - 1
+    assert [c.get("pictures", 0) for c in costs] == [int(image is not None), 0, 0]
+
+    # The same comparison fails where anything runs with another turn's weights
+    wrong = {"the end of an answer in the next turn": (batch.pool_id, batch.use_id.clone()),
+             "one guidance for all": (batch.pool_id.clamp(max=0), batch.use_id.clamp(max=0)),
+             "the last turn's weights for all": (batch.pool_id, torch.full_like(batch.use_id, 2))}
+    wrong["the end of an answer in the next turn"][1][0, a0.stop - 1] = 1
+    for pool_id, use_id in wrong.values():
+        other = checkpoint.model(batch.ids, batch.visual if image is not None else None, pool_id, use_id, 3)[0]
+        assert close(other, full, 1e-5) == (kind.get("language_expert") == "none")
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_rows_of_a_batch_go_on_from_their_own_ends_in_one_cache(kind):
+    model, look = trained(torch.float32, seed=3, **kind), pictures(2, torch.float32)
+    samples = [encode(TURNS, TOKENIZER, LAYOUT, "0", "a.png"),
+               encode([("How many?", "two."), ("What colour?", "red, a red one. yes."), ("Is there?", "no.")],
+                      TOKENIZER, LAYOUT, "1"),
+               encode([("<image>\nIs there a red one?", "yes"), ("Is there?", "yes."), ("How?", "a circle, a red one.")],
+                      TOKENIZER, LAYOUT, "2", "b.png")]
+    full = [logits_of(model, batch_of([s], look[:1] if s is samples[0] else look[1:] if s.image else [],
+                                      torch.float32))[0] for s in samples]
+    spans, eos = [list(segments(s)) for s in samples], TOKENIZER.eos
+    cache, tails, cut, early = Cache(model.cfg.llm, 3, 0, "cpu", torch.float32), None, 0, 0
+    for turn in range(3):
+        prompts = [SimpleNamespace(**{n: getattr(s, n)[own[turn][0]] for n in ("ids", "labels", "pool_id", "use_id")},
+                                   turns=1, image=s.image if turn == 0 else None, record="", tag=-1) for s, own in zip(samples, spans)]
+        for p in prompts:
+            p.pool_id, p.use_id = (p.pool_id == turn) - 1, p.use_id * 0
+        batch = collate(prompts, look if turn == 0 else [], (3, 28, 28))
+        batch.visual = batch.visual if turn == 0 else None
+        said = [s.ids[own[turn][1]].tolist() for s, own in zip(samples, spans)]  # each ends with eos
+        steps = max(map(len, said)) - 1                                           # so the longest is cut before its eos
+        if tails is not None:
+            end_turn(model, pad_right([np.array(t) for t in tails], 0), torch.tensor([len(t) for t in tails]), cache)
+        dictate = (torch.tensor([(row + [7] * steps)[i] for row in said]) for i in range(steps))
+        with dictated(dictate) as seen:
+            out = torch.stack(list(stream(model, batch, steps, eos, cache=cache)), 1).tolist()
+        for b, (row, own) in enumerate(zip(said, spans)):
+            n = min(steps, len(row))
+            assert out[b] == row[:n] + [eos] * (steps - n)
+            start = own[turn][1].start
+            assert close(torch.stack(seen, 1)[b, :n], full[b][start - 1:start - 1 + n], 1e-5)
+        tails = [row[-2:] if len(row) > steps else [eos] for row in said]
+        cut, early = cut + sum(len(t) == 2 for t in tails), early + sum(len(row) < steps for row in said)
+    assert cut == 3 and early >= 4
+
+
+@pytest.mark.parametrize("call, kept", [(1, None), (2, None), (3, 1), (5, 3)],
+                         ids=["end of the last turn", "prompt", "first token", "third token"])
+@pytest.mark.parametrize("layer", [0, 2, 3])
+@torch.no_grad()
+def test_an_answer_stopped_anywhere_leaves_a_chat_that_equals_the_conversation_as_far_as_it_was_said(call, kept, layer):
+    checkpoint, image = talker(**EVERY), noise(0)
+    chat, calls = Chat(checkpoint, image, Options()), []
+    ask_dictated(chat, *[TURNS[0][0], TOKENIZER.encode(TURNS[0][1])], cut=True)
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    handle = checkpoint.model.llm.layers[layer].register_forward_hook(stop)
+    said = TOKENIZER.encode(TURNS[1][1])
+    with pytest.raises(KeyboardInterrupt):
+        ask_dictated(chat, TURNS[1][0], said)
+    handle.remove()
+    turns = [TURNS[0], TURNS[2]]
+    if kept is not None:
+        turns[1:1] = [(TURNS[1][0], TOKENIZER.decode(said[:kept]))]
+        assert TOKENIZER.encode(turns[1][1]) == said[:kept]
+    found = ask_dictated(chat, TURNS[2][0], TOKENIZER.encode(TURNS[2][1]))
+    whole, _, full = whole_logits(checkpoint, turns, image)
+    assert chat.ids == whole.ids.tolist()
+    *_, (_, answer) = segments(whole)
+    assert close(found, full[answer.start - 1:answer.stop - 1], 1e-5)
+
+
+def test_a_new_conversation_about_the_same_picture_does_not_look_at_it_again():
+    checkpoint = talker()
+    chat = Chat(checkpoint, noise(0), Options(max_new_tokens=6))
+    with counted(checkpoint.model) as count:
+        first = [list(chat.ask(q)) for q in (TURNS[0][0], "How many?")]
+        chat.reset()
+        assert [list(chat.ask(q)) for q in (TURNS[0][0], "How many?")] == first
+    assert count["pictures"] == 1
+    chat.reset()
+    assert list(chat.ask("How many?")) != first[1]
+
+
+def test_a_question_too_long_for_the_context_leaves_the_conversation_as_it_was():
+    checkpoint = talker()
+    chat, same = (Chat(checkpoint, noise(0), Options(max_new_tokens=5)) for _ in range(2))
+    for c in (chat, same):
+        list(c.ask("How many?"))
+    held = len(chat.ids) + (chat.ids[-1] != TOKENIZER.eos)
+    with pytest.raises(cli.UserError, match=f"the conversation before it {held}; there is no room for an answer.*/reset"):
+        list(chat.ask("How" + "\n" * 185 + "many?"))
+    with pytest.raises(cli.UserError, match="empty"):
+        list(chat.ask(" "))
+    with pytest.raises(cli.UserError, match="no valid Unicode"):
+        list(chat.ask("How \udcff?"))
+    assert list(chat.ask("Is there?")) == list(same.ask("Is there?"))
+
+
+def test_a_conversation_ends_where_the_context_does_and_says_so(capsys):
+    checkpoint = checkpoint_of(trained(torch.float32, seed=3))
+    checkpoint.model.llm.lm_head.weight.data[TOKENIZER.eos] = 0  # no answer ends by itself
+    chat = Chat(checkpoint, noise(0), Options(max_new_tokens=120))
+    sample.say(chat, "How many?")
+    first = len(chat.ids)
+    assert f"--max_new_tokens 120" in capsys.readouterr().err and first < LAYOUT.context - 30
+    sample.say(chat, "How many?")
+    n = LAYOUT.context - first - 1 - len(chat.tokenizer.encode("USER: How many? ASSISTANT:"))
+    assert f"the answer is cut at {n} tokens: the context holds 200" in capsys.readouterr().err
+    assert len(chat.ids) == LAYOUT.context
+    with pytest.raises(cli.UserError, match="no room"):
+        sample.say(chat, "a")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_character_of_several_tokens_comes_when_it_is_whole():
+    whole, word, broken = TOKENIZER.encode("é")[-2:], TOKENIZER.encode("red"), TOKENIZER.encode("日")[-3:-1]
+    ids = whole + word + broken
+    chat = Chat(talker(), None, Options(max_new_tokens=len(ids)))
+    with dictated(torch.tensor([i]) for i in ids):
+        pieces = list(chat.ask("How many?"))
+    assert "".join(pieces) == TOKENIZER.decode(ids) and pieces[:2] == ["", "é"] and len(pieces) == len(ids) + 1
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces[:-1])
+
+
+def test_an_answer_is_written_out_token_by_token(monkeypatch):
+    out, ids, shown = io.BytesIO(), TOKENIZER.encode("How many? a red one."), []
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8"))
+    with dictated(shown.append(out.getvalue().decode()) or torch.tensor([i]) for i in ids):
+        sample.say(Chat(talker(), None, Options(max_new_tokens=len(ids))), "How many?")
+    assert shown == [TOKENIZER.decode(ids[:n]) for n in range(len(ids))] and len(ids) > 4
+    assert out.getvalue().decode() == TOKENIZER.decode(ids) + "\n"
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn():
+    model, vocab = trained(torch.float32, seed=3), TOKENIZER.vocab - 100
+    model.llm.lm_head.weight.data[vocab:] *= 10
+    batch = batch_of([encode_prompt([], "How many?", TOKENIZER, LAYOUT)] * 8, [], torch.float32)
+    drawn = lambda **how: generate(model, batch, 10, -1, temperature=1.0, generator=torch.Generator().manual_seed(0), **how)
+    assert max(map(max, drawn())) >= vocab > max(map(max, drawn(vocab=vocab)))
+    assert generate(model, batch, 10, -1, vocab=vocab) == generate(model, batch, 10, -1)
+
+
+# ---- The program
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with two pictures and two checkpoints: the answers of `model` may end, those of `endless` do not."""
+    folder = tmp_path_factory.mktemp("place")
+    model = trained(torch.float32, seed=3)
+    cfg = dataclasses.replace(model.cfg, llm=dataclasses.replace(model.cfg.llm, context=CONTEXT))
+    model.llm.lm_head.weight.data[3:259] = 0  # bytes are never the likeliest: they need not make whole characters
+    for name in ("model", "endless"):
+        state = {name: p.detach() for name, p in model.named_parameters()}
+        weights.save(str(folder / name), cfg, state, TOKENIZER, Preprocess(28), "A chat.", 2, {}, {})
+        model.llm.lm_head.weight.data[TOKENIZER.eos] = 0
+    noise(0).save(folder / "x.png")
+    noise(1).save(folder / "y.png")
+    (folder / "half.png").write_bytes((folder / "x.png").read_bytes()[:1500])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def known(place):
+    """The checkpoint `model`, to say what is expected."""
+    return weights.load(str(place / "model"))
+
+
+def arguments(place, *more):
+    return [f"--model={place / 'model'}", "--max_new_tokens=6", *CPU, *more]
+
+
+def typed(monkeypatch, content):
+    """Let standard input be a pipe with this content."""
+    content = content if isinstance(content, bytes) else content.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+Q0, Q1, Q2 = "What colour is the circle?", "Is there a square?", "How many?"
+
+
+def test_prompts_are_turns_of_one_chat(place, known, monkeypatch, capsys):
+    code, out, err = spoken(monkeypatch, capsys, *arguments(place, f"--image={place / 'x.png'}", "--prompt", Q0, f"--prompt={Q1}"))
+    expected = [answer_of(known, noise(0), Q0), answer_of(known, noise(0), Q0, Q1)]
+    assert code == 0 and out == "".join(f"{answer}\n" for answer in expected)
+    assert expected[1] != answer_of(known, noise(0), Q1)
+    assert f"{place / 'model'} on cpu in float32\n" in err
+    assert err.count("tokens/s") == err.count("the first after") == 2
+
+
+def test_a_chat_through_a_pipe_answers_line_by_line_and_survives_mistakes(place, known, monkeypatch, capsys):
+    typed(monkeypatch, "\n".join([Q1, "", f"/image {place / 'half.png'}", "/look", Q2, "/reset", Q2,
+                                  f"/image {place / 'y.png'}", Q0, "/image", "/quit", Q0]))
+    code, out, err = spoken(monkeypatch, capsys, *arguments(place, f"--image={place / 'x.png'}", f"--prompt={Q0}", "--chat"))
+    x, y = noise(0), noise(1)
+    expected = [answer_of(known, x, Q0), answer_of(known, x, Q0, Q1), answer_of(known, x, Q0, Q1, Q2),
+                answer_of(known, x, Q2), answer_of(known, y, Q0)]
+    assert len(set(expected)) == 5
+    assert code == 0 and out == "".join(f"{answer}\n" for answer in expected)
+    mistakes = [line for line in err.splitlines() if "error:" in line or "no command" in line]
+    assert [word in line for word, line in zip(("empty", "unreadable picture", "/look", "/image is"), mistakes)] == [True] * 4
+    assert len(mistakes) == 4 and ">" not in err
+
+
+def test_a_chat_without_a_first_question_waits_for_one_and_ends_with_its_input(place, known, monkeypatch, capsys):
+    typed(monkeypatch, Q0.encode() + b"\nHow \xff?\n" + Q2.encode())  # no newline at the end, and a line that is no text
+    code, out, err = spoken(monkeypatch, capsys, *arguments(place, "--chat"))
+    assert code == 0 and out == f"{answer_of(known, None, Q0)}\n{answer_of(known, None, Q0, Q2)}\n"
+    assert err.count("error:") == 1 and "no valid Unicode" in err
+
+
+def test_ctrl_c_ends_a_chat_through_a_pipe_and_keeps_what_was_answered(place, known, monkeypatch, capsys):
+    def ask(chat, question):
+        if question == Q1:
+            raise KeyboardInterrupt
+        yield from real(chat, question)
+
+    real = Chat.ask
+    with monkeypatch.context() as patch:
+        patch.setattr(Chat, "ask", ask)
+        typed(patch, f"{Q0}\n{Q1}\n{Q2}\n")
+        code, out, err = spoken(patch, capsys, *arguments(place, "--chat"))
+    assert code == 130 and out == answer_of(known, None, Q0) + "\n" and err.endswith("\nstopped\n")
+
+
+def test_a_picture_may_come_through_standard_input(place, known, monkeypatch, capsys):
+    typed(monkeypatch, (place / "x.png").read_bytes())
+    code, out, _ = spoken(monkeypatch, capsys, *arguments(place, "--image", "-", "--prompt", Q0))
+    assert code == 0 and out == answer_of(known, noise(0), Q0) + "\n"
+    typed(monkeypatch, b"")
+    code, out, err = spoken(monkeypatch, capsys, *arguments(place, "--image", "-"))
+    assert code.startswith("error: standard input: unreadable picture") and (out, err) == ("", "")
+
+
+MISTAKES = {
+    "two readers": (["--image=-", "--chat"], "both read standard input"),
+    "batch and prompt": (["--batch=q.jsonl", "--prompt=a"], "leave out --image, --prompt"),
+    "batch and chat": (["--batch=q.jsonl", "--chat"], "--chat"),
+    "out without batch": (["--out=a.jsonl"], "belong to --batch"),
+    "a batch merged": (["--batch=a.jsonl", "--merge"], "--merge is for one picture"),
+    "merge, but no VLoRA": (["--merge"], "pictures change no weights"),
+    "batch of none": (["--batch=q.jsonl", "--batch_size=0"], "at least 1"),
+    "no such file": (["--batch=nowhere.jsonl"], "nowhere.jsonl"),
+    "an empty later turn": (["--prompt=How many?", "--prompt= "], "empty"),
+}
+
+
+@pytest.mark.parametrize("argv, words", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_mend(place, argv, words, monkeypatch, capsys):
+    code, out, err = spoken(monkeypatch, capsys, *arguments(place, *argv))
+    assert isinstance(code, str) and code.startswith("error: ") and words in code and "\n" not in code
+    assert (out, err) == ("", "")
+
+
+@contextlib.contextmanager
+def endless(place, *argv, stdin=None):
+    """The program as a process of its own, at an answer that does not end; it is gone afterwards, whatever happens."""
+    argv = [sys.executable, sample.__file__, f"--model={place / 'endless'}", f"--max_new_tokens={CONTEXT}", *CPU, *argv]
+    with subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        try:
+            yield done
+        finally:
+            done.kill()
+
+
+def until(stream, end):
+    """What comes from a stream up to some bytes."""
+    found = b""
+    while not found.endswith(end):
+        byte = stream.read(1)
+        assert byte, found
+        found += byte
+    return found
+
+
+def test_at_a_terminal_ctrl_c_stops_an_answer_and_at_the_prompt_the_program(place):
+    master, slave = pty.openpty()
+    with endless(place, "--chat", stdin=slave) as done:
+        assert until(done.stderr, b"\n> ").endswith(b"/quit\n> ")
+        for question in (Q0, Q1):
+            os.write(master, f"{question}\n".encode())
+            until(done.stdout, b" ")
+            done.send_signal(signal.SIGINT)
+            assert b"stopped" in until(done.stderr, b"> ")
+            until(done.stdout, b"\n")
+        done.send_signal(signal.SIGINT)
+        out, err = done.communicate(timeout=300)
+    os.close(master), os.close(slave)
+    assert done.returncode == 130 and (out, err) == (b"", b"stopped\n")
+
+
+def test_an_answer_whose_reader_goes_away_ends_without_a_word(place):
+    with endless(place) as done:
+        assert done.stdout.read(1)
+        done.stdout.close()
+        assert done.wait(timeout=300) == 141
+        assert done.stderr.read() == f"{place / 'endless'} on cpu in float32\n".encode()
+
+
+# ---- Files of questions
+
+ROWS = [{"id": 7, "image": "x.png", "prompt": Q0}, {"prompt": Q2}, {"image": "y.png", "prompt": "Is there? " * 9, "é": ["é"]},
+        {"image": None, "prompt": Q1}, {"image": "y.png", "prompt": Q2}, {"prompt": "How?", "image": "sub/x.png"},
+        {"question_id": "b", "prompt": Q0}]
+
+
+@pytest.fixture
+def questions(place, tmp_path):
+    """A folder with ROWS in q.jsonl and their pictures."""
+    (tmp_path / "sub").mkdir()
+    for name in ("x.png", "y.png", "sub/x.png"):
+        (tmp_path / name).write_bytes((place / os.path.basename(name)).read_bytes())
+    write_rows(tmp_path, ROWS)
+    return tmp_path
+
+
+def write_rows(folder, rows):
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def batch(place, folder, monkeypatch, capsys, *more, n=12):
+    """(code, answers in the file, rows of ids that the model gave, stderr) of a run over q.jsonl."""
+    rows = []
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: rows.extend(found := generate(*a, **k)) or found)
+    code, out, err = spoken(monkeypatch, capsys, f"--model={place / 'model'}", f"--batch={folder / 'q.jsonl'}", "--batch_size=3",
+                            f"--max_new_tokens={n}", *CPU, *more)
+    assert out == ""
+    file = folder / "q.answers.jsonl"
+    return code, [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else None, rows, err
+
+
+def alone(checkpoint, folder, row, n=12):
+    """(text, ids) of the answer to one row, by a chat."""
+    image = data.open_image(folder / row["image"], "x") if row.get("image") else None
+    chat = Chat(checkpoint, image, Options(max_new_tokens=n))
+    start = len(chat.prompt(row["prompt"])[0].ids)
+    text = "".join(chat.ask(row["prompt"]))
+    return text, [i for i in chat.ids[start:] if i != TOKENIZER.eos]
+
+
+def test_answers_of_a_file_are_those_of_single_questions_token_for_token_in_order(place, known, questions, monkeypatch, capsys):
+    code, found, ids, err = batch(place, questions, monkeypatch, capsys)
+    expected = [alone(known, questions, row) for row in ROWS]
+    assert code == 0 and ids == [ids for _, ids in expected] and len(set(map(tuple, ids))) == len(ROWS)
+    assert found == [{**row, "answer": text} for row, (text, _) in zip(ROWS, expected)]
+    assert [list(row) for row in found] == [[*row, "answer"] for row in ROWS]
+    assert "é" in (questions / "q.answers.jsonl").read_text() and "7/7" in err
+    cut = sum(len(ids) == 12 for ids in ids)
+    assert 0 < cut and f"{cut} answers were cut" in err
+
+
+def test_a_row_of_a_file_is_cut_where_its_own_context_ends(known):
+    context = len(encode_prompt([], ROWS[2]["prompt"], TOKENIZER, LAYOUT, "y.png").ids) + 4
+    small = dataclasses.replace(known, model=VLM(dataclasses.replace(known.model.cfg, llm=dataclasses.replace(
+        known.model.cfg.llm, context=context))))
+    small.model.load_state_dict(known.model.state_dict())
+    o = Options(max_new_tokens=30)
+    rows = [{"prompt": ROWS[2]["prompt"]}, {"prompt": Q2}]
+    found = sample.answers(small, rows, ["a", "b"], ".", o, 0)
+    assert found == [(answer_of(small, None, row["prompt"], o=o), True) for row in rows]
+    with pytest.raises(cli.UserError, match="^b takes .* the context"):
+        sample.answers(small, [rows[1], {"prompt": "Is" + "\n" * context + "there?"}], ["a", "b"], ".", o, 0)
+
+
+@pytest.mark.parametrize("cut", [1, 40, 100_000], ids=["last line half written", "one line less", "nothing"])
+def test_a_file_goes_on_where_it_stopped(place, questions, monkeypatch, capsys, cut):
+    _, found, ids, _ = batch(place, questions, monkeypatch, capsys)
+    file = questions / "q.answers.jsonl"
+    whole = file.read_bytes()
+    kept = whole[:-cut]
+    file.write_bytes(kept)
+    code, again, more, err = batch(place, questions, monkeypatch, capsys)
+    assert code == 0 and again == found and file.read_bytes() == whole
+    done = kept.count(b"\n")
+    assert more == ids[done:] and (f"{done} of 7" in err) == (done > 0)
+    code, _, more, err = batch(place, questions, monkeypatch, capsys)
+    assert code == 0 and more == [] and "all 7 answers" in err and file.read_bytes() == whole
+
+
+def test_a_run_that_is_stopped_keeps_the_batches_that_it_answered(place, questions, monkeypatch, capsys):
+    _, found, _, _ = batch(place, questions, monkeypatch, capsys)
+    (questions / "q.answers.jsonl").unlink()
+    calls, real = [], sample.answers
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "answers", stopped)
+        code, kept, _, _ = batch(place, questions, patch, capsys)
+    assert code == 130 and kept == found[:6]
+    assert batch(place, questions, monkeypatch, capsys)[1] == found
+
+
+@pytest.mark.parametrize("change", [
+    lambda lines: [lines[1], lines[0], *lines[2:]], lambda lines: lines + lines[:1], lambda lines: [b"notes\n"],
+    lambda lines: [b"half a note"], lambda lines: lines + [b"{"], lambda lines: [lines[0].replace(b"circle", b"square")],
+    lambda lines: [lines[0], lines[1][:9] + b"x"]])
+def test_a_file_that_does_not_hold_these_answers_is_refused_and_left_alone(place, questions, monkeypatch, capsys, change):
+    batch(place, questions, monkeypatch, capsys, n=1)
+    file = questions / "q.answers.jsonl"
+    other = b"".join(change(file.read_bytes().splitlines(keepends=True)))
+    file.write_bytes(other)
+    code, *_ = spoken(monkeypatch, capsys, f"--model={place / 'model'}", f"--batch={questions / 'q.jsonl'}", *CPU)
+    assert "not the answer to that line" in code and file.read_bytes() == other
+
+
+BAD = {"not JSON": ('{"prompt": "a"', "not JSON"), "no UTF-8": ("\udcff", "not JSON"), "empty": ("", "not JSON"),
+       "half a surrogate": (r'{"prompt": "\ud800"}', "not JSON"), "list": ("[1]", "expected"), "no prompt": ("{}", "expected"),
+       "empty prompt": ('{"prompt": " "}', "expected"), "picture": ('{"prompt": "a", "image": 3}', "expected the path"),
+       "answered": ('{"prompt": "a", "answer": "b"}', "where the answer will go")}
+
+
+@pytest.mark.parametrize("line, words", BAD.values(), ids=BAD)
+def test_a_malformed_line_is_named_before_anything_is_answered(place, questions, monkeypatch, capsys, line, words):
+    lines = [json.dumps(row) for row in ROWS[:4]] + [line, json.dumps(ROWS[5])]
+    (questions / "q.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    code, found, _, err = batch(place, questions, monkeypatch, capsys)
+    assert "q.jsonl line 5: " in code and words in code and "\n" not in code and (found, err) == (None, "")
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "a", "image": "none.png"}, "there is no such picture"), ({"prompt": "a", "image": "q.jsonl"}, "unreadable"),
+    ({"prompt": "a", "image": "../x.png"}, "is not inside"), ({"prompt": "<image> a"}, "no picture")])
+def test_a_row_that_cannot_be_used_is_named_and_what_was_answered_is_kept(place, questions, monkeypatch, capsys, row, words):
+    write_rows(questions, [*ROWS[:4], row, *ROWS[5:]])
+    code, found, _, _ = batch(place, questions, monkeypatch, capsys)
+    assert "q.jsonl line 5" in code and words in code and "\n" not in code
+    write_rows(questions, ROWS)
+    assert len(found) == 3 and batch(place, questions, monkeypatch, capsys)[1][:3] == found
+
+
+def test_the_pictures_and_the_answers_may_lie_elsewhere(place, questions, monkeypatch, capsys):
+    write_rows(questions, ROWS[5:6])
+    (questions / "sub" / "x.png").rename(questions / "x.png")
+    (questions / "deep" / "sub").mkdir(parents=True)
+    (questions / "x.png").rename(questions / "deep" / "sub" / "x.png")
+    code, found, _, _ = batch(place, questions, monkeypatch, capsys, f"--images={questions / 'deep'}", f"--out={questions / 'a'}")
+    assert code == 0 and found is None and json.loads((questions / "a").read_text())["image"] == "sub/x.png"
+
+
+def test_drawn_answers_of_a_file_depend_on_the_seed_alone(place, questions, monkeypatch, capsys):
+    found = []
+    for seed in (0, 0, 1):
+        found.append(batch(place, questions, monkeypatch, capsys, "--temperature=2", f"--seed={seed}")[1])
+        (questions / "q.answers.jsonl").unlink()
+    assert found[0] == found[1] != found[2]
+
+
+# ---- The newest checkpoint
+
+
+def test_a_checkpoint_that_was_set_aside_counts_where_its_successor_was_never_finished(tmp_path):
+    for age, name in enumerate(("a/stage2", "a/stage2.old", "b/stage1.old")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+        os.utime(tmp_path / name / "config.json", (age, age))
+    assert sample.newest(str(tmp_path)) == str(tmp_path / "b" / "stage1")
+    (tmp_path / "b" / "stage1.old" / "config.json").unlink()
+    assert sample.newest(str(tmp_path)) == str(tmp_path / "a" / "stage2")
+    os.utime(tmp_path / "a" / "stage2" / "config.json", (0, 0))
+    (tmp_path / "c" / "stage1").mkdir(parents=True)
+    (tmp_path / "c" / "stage1" / "config.json").touch()
+    os.utime(tmp_path / "c" / "stage1" / "config.json", (.5, .5))  # newer than a/stage2, older than what it replaced
+    assert sample.newest(str(tmp_path)) == str(tmp_path / "c" / "stage1")
+
+
+def test_the_program_finds_a_checkpoint_whose_successor_was_killed(place, known, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out" / "x").mkdir(parents=True)
+    os.symlink(place / "model", tmp_path / "out" / "x" / "stage2.old")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = spoken(monkeypatch, capsys, f"--prompt={Q0}", "--max_new_tokens=6", *CPU)
+    assert code == 0 and out == answer_of(known, None, Q0) + "\n" and "stage2 on cpu" in err
+
+
+# ---- The same text as transformers
+
+
+@torch.no_grad()
+def test_greedy_text_is_that_of_transformers_for_fifty_pictures_and_prompts(tmp_path):
+    torch.manual_seed(0)
+    image_id, vocab = TOKENIZER.vocab, TOKENIZER.vocab + 64
+    clip, llama = hf_clip().config, hf_llama(vocab_size=vocab, max_position_embeddings=256).config
+    theirs = randomised(transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=clip, text_config=llama, image_token_index=image_id, vision_feature_layer=-2,
+        vision_feature_select_strategy="default")))
+    theirs.save_pretrained(tmp_path)
+    TOKENIZER.save(tmp_path)
+    checkpoint = weights.load(str(tmp_path), torch.float32)
+    assert checkpoint.preprocess == Preprocess(28) and checkpoint.system == data.SYSTEM
+
+    rng = np.random.default_rng(0)
+    words = "What colour is the circle Is there a square How many yes two of them".split()
+    images = [noise(i, rng.integers(1, 90, 2)) for i in range(50)]
+    asked = [" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(50)]
+    samples = [encode_prompt([], q, TOKENIZER, checkpoint.layout(), "x.png", f"pair {i}") for i, q in enumerate(asked)]
+    looks = [look(image) for image in images]
+    ours = generate(checkpoint.model, batch_of(samples, looks, torch.float32), 16, TOKENIZER.eos)
+
+    expected = []
+    for start in range(0, 50, 10):  # they pad on the left
+        some = [torch.from_numpy(s.ids).masked_fill(torch.from_numpy(s.ids) == IMAGE, image_id) for s in samples[start:start + 10]]
+        longest = max(map(len, some))
+        ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=0) for row in some])
+        mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in some]).long()
+        out = theirs.generate(input_ids=ids, attention_mask=mask, pixel_values=torch.stack(looks[start:start + 10]),
+                              max_new_tokens=16, do_sample=False, eos_token_id=TOKENIZER.eos, pad_token_id=TOKENIZER.eos)
+        expected += [row[:row.index(TOKENIZER.eos)] if TOKENIZER.eos in row else row for row in out[:, longest:].tolist()]
+    assert ours == expected
+    assert len(set(map(tuple, ours))) >= 45 and len({token for row in ours for token in row}) > 80
+    chats = [answer_of(checkpoint, images[i], asked[i], o=Options(max_new_tokens=16)) for i in range(0, 50, 10)]
+    assert chats == [TOKENIZER.decode(expected[i]) for i in range(0, 50, 10)]
+
+
+# ---- cli.py
+
+
+@dataclasses.dataclass
+class Words:
+    """Some options."""
+    words: list[str] | None = None  # may be repeated
+    counts: list[int] = ()          # may be repeated, too
+    last: str = ""                  # may not
+
+
+def test_a_list_collects_what_is_said_repeatedly_and_of_other_options_the_last_value_counts():
+    argv = "--words a --words=b --last x --counts 1 --words c --last y --counts=2".split()
+    assert cli.parse(Words, argv) == {"words": ["a", "b", "c"], "last": "y", "counts": [1, 2]}
+    assert cli.parse(Words, []) == {}
+    with pytest.raises(cli.UserError, match="--counts b: expected int"):
+        cli.parse(Words, ["--counts", "1", "--counts", "b"])
+    with pytest.raises(cli.UserError, match="--words needs a value"):
+        cli.parse(Words, ["--words", "a", "--words"])
+
+
+def test_output_is_utf_8_whatever_the_locale(monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    cli.main(lambda: print("é日"))
+    assert out.getvalue().decode() == "é日\n"
+
+
+@pytest.mark.parametrize("option", [{"temperature": float("nan")}, {"temperature": 1e-45}, {"top_p": 1e-300}, {"seed": 2**70}])
+def test_a_number_that_cannot_be_drawn_with_is_refused(option):
+    with pytest.raises(cli.UserError, match=next(iter(option))):
+        Options(**option)

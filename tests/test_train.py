@@ -1,0 +1,1021 @@
+"""Training: what each stage moves, that a run is a function of its options, and that it says what went wrong."""
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.flop_counter import FlopCounterMode
+
+import formats.weight_files
+import sample
+import toy.files
+import toy.stand_ins
+import toy.world
+import train
+import training.costs
+import training.distributed
+import training.feed
+import training.muon
+import training.options
+import training.parts
+import training.plan
+import training.sharding
+import training.state
+import weights
+from cli import UserError
+from data import collate, IGNORE, Sample
+from model import Block, IMAGE, LlamaConfig, MLP, rotary, rotate, VisionConfig, VLM, VLMConfig
+from training.feed import BatchSampler, padding_share
+
+
+TINY = {"batch_size": 4, "steps": 4, "dtype": "float32", "log_every": 1000, "muon_lr": 4e-3, "val_every": 2,
+        "allow_random_llm": True}
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    monkeypatch.setattr(train, "ANSWER", 3)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, mesh):
+    """A folder with a tiny world and stages 0 and 1, hardly trained."""
+    out = str(tmp_path_factory.mktemp("toy"))
+    toy.files.write_world(os.path.join(out, "world"), pictures=40, texts=40, test_pictures=6)
+    for stage, part in ((0, "clip"), (0, "llm"), (1, None)):
+        train.run_stage({"out": out, "part": part, **TINY}, stage, mesh)
+    return out
+
+
+def log_of(out, stage, part=None):
+    return [json.loads(line) for line in open(os.path.join(training.options.folder_of(out, stage, part), "log.jsonl"))]
+
+
+def trained(given, stage, mesh):
+    """(tensors before, tensors after) of a stage run on `given`, without writing its checkpoint."""
+    o = training.options.complete(given, stage)
+    os.makedirs(training.options.stage_folder(o), exist_ok=True)
+    job = train.stage_1_or_2(o)
+    before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
+    after = {}
+    job.finish, job.keeps = after.update, ("",)
+    train.train(job, o, mesh)
+    return before, after
+
+
+@pytest.mark.parametrize("stage, tune, moves", [
+    (1, "full", ("projector.",)),
+    (2, "full", ("projector.", "llm.")),
+    (2, "peft", ("projector.", "llm.hypernet.", "llm.guidance_norm.", *(f"llm.layers.{n}.expert." for n in (2, 3)))),
+])
+def test_a_stage_moves_exactly_the_tensors_it_names(run, mesh, tmp_path, stage, tune, moves):
+    given = {"out": str(tmp_path), "tune": tune, **TINY}
+    given |= {"data": f"{run}/world/{'captions' if stage == 1 else 'instruct'}.json", "images": f"{run}/world/images",
+              "val": f"{run}/world/validation.json", "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm"}
+    given |= {"val": f"{run}/world/validation_captions.json"} if stage == 1 else {"init": f"{run}/stage1"}
+    before, after = trained(given, stage, mesh)
+    assert before.keys() == after.keys()
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved == {n for n in before if n.startswith(moves)}
+
+
+def test_stage_1_keeps_only_the_projector_and_names_its_sources(run):
+    config = json.load(open(f"{run}/stage1/config.json"))
+    names = {name for name, _, _ in formats.weight_files.tensors(f"{run}/stage1")}
+    assert names and all(name.startswith("projector.") for name in names)
+    assert config["sources"]["llm"]["path"] == "../stage0/llm" and config["training"]["stage"] == 1
+    loaded = weights.load(f"{run}/stage1")
+    llm = {name: tensor for name, tensor, _ in formats.weight_files.tensors(f"{run}/stage0/llm")}
+    assert torch.equal(loaded.model.llm.embed_tokens.weight, llm["model.embed_tokens.weight"])
+
+
+def test_the_log_has_a_line_a_step_with_the_held_out_loss_now_and_then(run):
+    rows = log_of(run, 1)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(row.keys() >= {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait", "peak_gb", "eta_s"} for row in rows)
+    assert all(0 <= row["data_wait"] <= 1 and row["mfu"] is None and row["peak_gb"] > 0.1 for row in rows) and rows[-1]["eta_s"] == 0
+    assert [("held_out" in row) for row in rows] == [False, True, False, True]
+
+
+def test_the_log_of_stage_2_tells_the_share_of_the_experts(run, mesh, tmp_path):
+    trained(stage_2(run, tmp_path), 2, mesh)
+    shares = [row["expert_share"] for row in log_of(tmp_path, 2) if "expert_share" in row]
+    assert len(shares) == 2 and 0 < shares[0] < shares[1]  # W_u starts at zero and grows
+
+
+def test_the_log_answers_a_held_out_question_as_the_checkpoint_will_and_leaves_training_alone(run, mesh, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ANSWER", 12)
+    for name, more in (("seldom", {"val_every": 100}), ("often", {"val_every": 1, "checkpointing": "full"})):
+        train.run_stage(stage_2(run, tmp_path / name, **more), 2, mesh)
+    seldom, often = (log_of(tmp_path / name, 2) for name in ("seldom", "often"))
+    assert [(r["loss"], r["grad_norm"]) for r in seldom] == [(r["loss"], r["grad_norm"]) for r in often]
+    files = [open(tmp_path / name / "stage2" / "model.safetensors", "rb").read() for name in ("seldom", "often")]
+    assert files[0] == files[1] and ["answer" in r for r in seldom] == [False] * 3 + [True] and all("answer" in r for r in often)
+
+    record = json.load(open(f"{run}/world/validation.json"))[0]
+    o = sample.Options(max_new_tokens=12, dtype="float32", device="cpu")
+    chat = sample.Chat(weights.load(str(tmp_path / "often" / "stage2")), Image.open(f"{run}/world/images/{record['image']}"), o)
+    said = "".join(chat.ask(record["conversations"][0]["value"].replace("<image>", "").strip()))
+    assert said == often[-1]["answer"] == seldom[-1]["answer"] != often[0]["answer"]
+
+
+def test_the_answer_ends_where_the_model_ended_it_though_all_ranks_go_on(run, mesh, tmp_path):
+    o = training.options.complete(stage_2(run, tmp_path), 2)
+    job, tokenizer = train.stage_1_or_2(o), weights.load(f"{run}/stage1").tokenizer
+    record = json.load(open(f"{run}/world/validation.json"))[0]
+    words = tokenizer.encode("a red star")
+    assert job.shown(lambda prompt: words + [tokenizer.eos] + words) == "a red star" and record["image"] in job.asked
+    prompts = []
+    job.shown(lambda prompt: prompts.append(prompt) or words)
+    assert len(prompts[0].ids) == 1 and (prompts[0].target == IGNORE).all() and json.dumps(record["conversations"][1]["value"]) in job.asked
+    job.model.llm.lm_head.weight.data.zero_()  # all logits alike: id 0 for ever
+    with torch.no_grad():
+        assert train.reply(job.model, prompts[0], o) == [0] * train.ANSWER
+
+
+def test_held_out_data_is_dealt_to_the_ranks_in_batches_of_like_number(monkeypatch):
+    for cuts, ranks in ((5, 2), (2, 4), (4, 4), (9, 4)):
+        shares = []
+        for rank in range(ranks):
+            monkeypatch.setattr(dist, "get_rank", lambda: rank)
+            monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+            blank = Sample(*[np.zeros(3, np.int64)] * 4, 1, None, "")
+            make = lambda cut: dataclasses.replace(collate([blank], [], (1, 1)), at=torch.arange(2), target=torch.full((2,), cut))
+            shares.append(training.distributed.split_across_ranks([*range(cuts)], make))
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(b.target[0].item() for share in shares for b in share if b.trained) == [*range(cuts)]
+
+
+def stage_2(run, out, **more):
+    return {"out": str(out), "init": f"{run}/stage1", "data": f"{run}/world/instruct.json",
+            "val": f"{run}/world/validation.json", "images": f"{run}/world/images", **TINY, **more}
+
+
+def test_accumulation_leaves_the_run_as_it_is(run, mesh, tmp_path):
+    losses = []
+    for micro in (4, 1):
+        trained(stage_2(run, tmp_path / str(micro), micro_batch_size=micro), 2, mesh)
+        losses.append([(row["loss"], row["grad_norm"]) for row in log_of(tmp_path / str(micro), 2)])
+    assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-4)
+
+
+PLACES = {  # stage, options
+    "stage 1, none": (1, {"visual_expert": "none"}), "stage 1, static": (1, {"weight_source": "static"}), "stage 1, generated": (1, {}),
+    "stage 2, none": (2, {"visual_expert": "none", "language_expert": "none"}), "stage 2, static": (2, {"weight_source": "static"}),
+    "stage 2, generated": (2, {})}
+
+
+WAYS = {1: ([[[0, 1, 2, 3]]], [[[0, 1], [2, 3]]], [[[0], [1], [2], [3]]]),  # for each rank, the rows of each of its micro-batches
+        2: ([[[0, 1]], [[2, 3]]], [[[0], [2]], [[3], [1]]])}
+
+
+def gradients(out, mesh):
+    """Write OUT/PLACE.pt for each of PLACES: for each way to share four samples out, {name: the gradient of a step}."""
+    for place, (stage, options) in PLACES.items():
+        found = []
+        for ranks in WAYS[dist.get_world_size()]:
+            o = training.options.complete({"out": os.path.join(out, place.split(", ")[1]), "batch_size": 4, "dtype": "float32", "device": "cpu",
+                                "data": os.path.join(out, f"stage{stage}.json"), "images": os.path.join(out, "images"),
+                                "val": None, "vision": os.path.join(out, "clip"), "llm": os.path.join(out, "llm"),
+                                "allow_random_llm": True, **options}, stage)
+            job = train.stage_1_or_2(o)
+            for name, p in job.model.named_parameters():  # what starts at zero would hide what is behind it
+                if not p.any():
+                    p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 20
+            model, opts = train.setup_model(job.model, o, mesh)
+            for opt in opts:
+                opt.step = opt.zero_grad = lambda: None
+            train.train_step(job, model, opts, [job.batch(rows) for rows in ranks[dist.get_rank()]], 0, o, mesh)
+            found.append({name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad})
+        if dist.get_rank() == 0:
+            torch.save(found, os.path.join(out, f"{place} on {dist.get_world_size()}.pt"))
+
+
+def test_gradients_are_the_same_whole_accumulated_and_on_two_ranks_one_of_which_has_text_alone(run, mesh, tmp_path):
+    """Of samples of 1 and of 20 turns, of 2 words and of 60, with pictures and without."""
+    for part in ("clip", "llm"):
+        os.symlink(f"{run}/stage0/{part}", tmp_path / part)
+    os.symlink(f"{run}/world/images", tmp_path / "images")
+    names = sorted(os.listdir(f"{run}/world/images"))
+    said = lambda *texts: [{"from": who, "value": text} for pair in texts for who, text in zip(("human", "gpt"), pair)]
+    turn = ("Is there a red circle?", "yes")
+    captions = [{"image": name, "conversations": said(("<image>", "a red circle and " * n + "a star"))} for name, n in zip(names, (0, 15, 3, 1))]
+    talks = [{"image": names[0], "conversations": said(("<image>\nWhat colour is the star?", "green"), *[turn] * 6)},
+             {"image": names[1], "conversations": said(("How many things are there?\n<image>", "3"))},
+             {"conversations": said(*[turn, ("How many?", "5")] * 10)}, {"conversations": said(("What colour?", "blue"))}]
+    for stage, records in ((1, captions), (2, talks)):
+        json.dump(records, open(tmp_path / f"stage{stage}.json", "w"))
+    for place, (stage, options) in PLACES.items():
+        if stage == 1:
+            given = {**TINY, "steps": 1, "out": str(tmp_path / place.split(", ")[1]), "data": str(tmp_path / "stage1.json"), "images": str(tmp_path / "images"),
+                     "vision": str(tmp_path / "clip"), "llm": str(tmp_path / "llm"), "val": None, **options}
+            train.run_stage(given, 1, mesh)
+    gradients(str(tmp_path), mesh)
+    script = f"import tests.test_train; tests.test_train.gradients({str(tmp_path)!r}, tests.test_train.training.distributed.start_world('cpu')); tests.test_train.dist.barrier()"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", script],
+                          cwd=HERE, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for place in PLACES:
+        whole, *others = [way for ranks in WAYS for way in torch.load(tmp_path / f"{place} on {ranks}.pt", weights_only=True)]
+        assert len(others) == 4
+        for name, expected in whole.items():
+            largest = expected.abs().max()
+            assert largest > 0, (place, name)
+            for other in others:
+                assert (other[name] - expected).abs().max() <= 1e-5 * largest, (place, name)
+
+
+@pytest.mark.parametrize("stage, part", [(0, "clip"), (0, "llm"), (1, None), (2, None)])
+def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_run(run, mesh, tmp_path, monkeypatch, stage, part):
+    def given(name):
+        return stage_2(run, tmp_path / name, steps=6, save_every=2, val_every=100, part=part) | (
+            {} if stage == 2 else {"data": f"{run}/world/captions.json", "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm",
+                                   "val": f"{run}/world/validation_captions.json"})
+
+    def stopping(*args, step=train.train_step, count=[0]):
+        count[0] += 1
+        if count[0] == 6:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    for name in ("whole", "broken"):
+        os.makedirs(tmp_path / name, exist_ok=True)
+        os.symlink(f"{run}/world", tmp_path / name / "world")
+    train.run_stage(given("whole"), stage, mesh)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", stopping)
+        train.run_stage(given("broken"), stage, mesh)
+    assert len(log_of(tmp_path / "broken", stage, part)) == 5 and not training.options.finished(tmp_path / "broken", stage, part)
+    train.run_stage(given("broken") | {"resume": True}, stage, mesh)
+
+    whole, broken = (log_of(tmp_path / name, stage, part) for name in ("whole", "broken"))
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in whole] == [(r["step"], r["loss"], r["grad_norm"]) for r in broken]
+    folders = [training.options.folder_of(tmp_path / name, stage, part) for name in ("whole", "broken")]
+    files = [open(os.path.join(folder, "model.safetensors"), "rb").read() for folder in folders]
+    assert files[0] == files[1]
+    assert not os.path.exists(os.path.join(folders[1], "state"))
+
+
+def test_a_new_state_replaces_whatever_an_older_run_left(run, mesh, tmp_path):
+    states = tmp_path / "stage2" / "state"
+    for name in ("step_000900", "step_000950.tmp"):
+        os.makedirs(states / name)
+    seen = []
+    def look(*args, save=training.state.save_state):
+        save(*args)
+        seen.append(os.listdir(states))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.state, "save_state", look)
+        trained(stage_2(run, tmp_path, save_every=1, steps=3), 2, mesh)
+    assert seen == [["step_000001"], ["step_000002"]]
+
+
+def stopped(given, mesh, number, at):
+    """Run stage 2 with a signal that arrives in 0-based step `at`; the exit code."""
+    def kicked(*args, step=train.train_step, count=[0]):
+        count[0] += 1
+        if count[0] == at:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(train, "train_step", kicked)
+        train.run_stage(given, 2, mesh)
+    return end.value.code
+
+
+def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(run, mesh, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        out = tmp_path / str(code)
+        assert stopped(stage_2(run, out, steps=6), mesh, number, 2) == code
+        steps = len(log_of(out, 2))
+        assert 2 <= steps <= 3 and os.listdir(out / "stage2" / "state") == [f"step_{steps:06d}"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_worker_hears_its_parent_alone():
+    """Deaf to all, it would keep a process that ends with an error from ending: at exit multiprocessing terminates it and waits."""
+    ready = multiprocessing.get_context("fork").Event()
+    worker = multiprocessing.get_context("fork").Process(target=lambda: (training.distributed.ignore_signals(0), ready.set(), time.sleep(60)), daemon=True)
+    worker.start()
+    assert ready.wait(20)
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
+def test_a_stopped_run_is_neither_lost_nor_continued_with_other_options(run, mesh, tmp_path):
+    given = stage_2(run, tmp_path, steps=6)
+    stopped(given, mesh, signal.SIGTERM, 2)
+    state = sorted((tmp_path / "stage2" / "state").rglob("*"))
+    with pytest.raises(UserError, match="stopped after step 3: --resume goes on"):
+        train.run_stage(given, 2, mesh)
+    for name, value in (("lr", 1.0), ("seed", 7), ("batch_size", 2), ("tune", "peft")):
+        with pytest.raises(UserError, match=f"--resume: the run had --{name} "):
+            train.run_stage(given | {"resume": True, name: value}, 2, mesh)
+    with pytest.raises(UserError, match="has taken 3 steps, more than --steps 2"):
+        train.run_stage(given | {"resume": True, "steps": 2}, 2, mesh)
+    assert sorted((tmp_path / "stage2" / "state").rglob("*")) == state
+    train.run_stage(given | {"resume": True, "micro_batch_size": 2, "save_every": 7}, 2, mesh)
+    assert len(log_of(tmp_path, 2)) == 6
+
+
+def test_states_rotate_and_the_last_good_one_outlives_a_full_disk(run, mesh, tmp_path, monkeypatch, capfd):
+    states, seen = tmp_path / "stage2" / "state", []
+    saved, save = training.state.save_state, dcp.save
+
+    def look(*args):
+        fault = saved(*args)
+        seen.append((sorted(os.listdir(states)), fault))
+        return fault
+
+    def full(state, checkpoint_id):
+        if checkpoint_id.endswith("step_000003.tmp"):
+            with open(os.path.join(checkpoint_id, "__0_0.distcp"), "w") as f:
+                f.write("half")
+            raise CheckpointException("", {0: (OSError(28, "No space left on device"), None)})
+        save(state, checkpoint_id=checkpoint_id)
+
+    monkeypatch.setattr(training.state, "save_state", look)
+    monkeypatch.setattr(dcp, "save", full)
+    os.makedirs(states / "step_000001.tmp")  # a kill in the middle of a save left it
+    trained(stage_2(run, tmp_path, steps=6, save_every=1, keep=2), 2, mesh)
+    names = [[f"step_{n:06d}" for n in kept] for kept in ([1], [1, 2], [1, 2], [2, 4], [4, 5])]
+    assert [n for n, _ in seen] == names
+    assert [bool(fault) for _, fault in seen] == [False, False, True, False, False]
+    assert ["save_s" in row for row in log_of(tmp_path, 2)] == [False] + 5 * [True]  # how long training waited, before this step
+    assert "No space left on device" in seen[2][1]
+    assert capfd.readouterr().err.count("training goes on, the states saved before are kept") == 1
+
+
+def damaged(run, out):
+    """A copy of a run's data in which the picture of record 1 is none; (options of stage 2 on it, that record's id)."""
+    shutil.copytree(f"{run}/world", out / "world")
+    record = json.load(open(out / "world" / "instruct.json"))[1]
+    with open(out / "world" / "images" / record["image"], "wb") as f:
+        f.write(b"no picture")
+    return stage_2(run, out / "run", data=f"{out}/world/instruct.json", images=f"{out}/world/images", batch_size=20), record
+
+
+@pytest.mark.parametrize("more", [{}, {"cache_features": False}, {"cache_features": False, "workers": 1}])
+def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_record(run, mesh, tmp_path, capfd, more):
+    given, record = damaged(run, tmp_path)
+    given |= more
+    with pytest.raises(UserError, match="unreadable picture") as error:
+        train.run_stage(given, 2, mesh)
+    assert record["image"] in str(error.value) and "\n" not in str(error.value)
+    job = train.stage_1_or_2(training.options.complete(given | {"skip_bad_images": True}, 2))
+    assert job.batch([0, 1]).records[1].startswith("record 2 ") and len(job.skipped) == 1
+    if more:
+        train.run_stage(given | {"skip_bad_images": True}, 2, mesh)  # 4 steps of 20 of 40 records: twice over
+        assert log_of(tmp_path / "run", 2)[-1]["skipped_images"] >= 2
+        assert "2 times a picture could not be read" in capfd.readouterr().err
+
+
+def test_a_llama_that_guesses_is_refused_before_stage_1(run, mesh, tmp_path):
+    given = {"out": str(tmp_path), **TINY, "data": f"{run}/world/captions.json", "images": f"{run}/world/images",
+             "val": f"{run}/world/validation_captions.json", "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm"}
+    o = training.options.complete(given | {"allow_random_llm": False}, 1)
+    job = train.stage_1_or_2(o)
+    assert sum(job.tokens(b) for b in job.text) > 100 and all((b.ids >= 0).all() for b in job.text)
+    torch.nn.init.zeros_(job.model.llm.lm_head.weight)
+    with pytest.raises(UserError, match=r"loss on the answers is 6\.4\d per token, mere guessing gives 6\.46"):
+        train.check_reads(job, job.model, mesh)
+    ids = torch.cat([b.target[b.target >= 0] for b in job.text]).unique()
+    known = torch.full((job.model.cfg.llm.vocab,), 0.0).index_fill(0, ids, 1.0)
+    job.loss = lambda model, batch: torch.nn.functional.cross_entropy(
+        (known * 5).expand(len(batch.target), -1), batch.target, reduction="sum")  # knows which words occur, no more
+    train.check_reads(job, job.model, mesh)
+
+
+def test_the_memory_of_weights_gradients_and_optimiser_is_foreseen_to_the_byte(run, mesh, tmp_path):
+    for tune in ("full", "peft"):
+        o = training.options.complete(stage_2(run, tmp_path, tune=tune, dtype="bfloat16"), 2)
+        job = train.stage_1_or_2(o)
+        train.freeze(job.model, train.TRAINS[2, tune])
+        model = training.sharding.shard(job.model, mesh, torch.bfloat16)
+        opts = train.optimisers(model, o)
+        batch = job.batch(range(4))
+        for opt in opts:
+            opt.zero_grad = lambda *a: None
+        train.train_step(job, model, opts, [batch], 0, o, mesh)
+        local = lambda t: (t.to_local() if hasattr(t, "to_local") else t).numel() * t.element_size()
+        real = (sum(local(p) for p in model.parameters()), sum(local(p.grad) for p in model.parameters() if p.grad is not None),
+                sum(local(t) for opt in opts for kept in opt.state.values() for t in kept.values()))
+        assert training.plan.state(model, opts, 1) == real
+        parts = [training.plan.state(model, opts, ranks)[0] for ranks in (2, 4)]
+        assert real[0] / 2 <= parts[0] <= real[0] / 2 * 1.01 and real[0] / 4 <= parts[1] <= real[0] / 4 * 1.02
+
+
+RANK_3_OF_4 = """
+import sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+import train, weights, training.sharding
+from formats.name_rules import OURS
+from formats.weight_files import tensors
+from torch.distributed.device_mesh import init_device_mesh
+from model import LlamaConfig, VisionConfig, VLMConfig
+
+class Read(TorchDispatchMode):
+    numbers = 0  # copied out of tensors of half precision, which are the file's
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        source = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if source is not None and source.dtype == torch.half and isinstance(made, torch.Tensor) and not made.is_meta:
+            self.numbers += source.numel() * (made.untyped_storage().data_ptr() != source.untyped_storage().data_ptr())
+        return made
+
+vision = VisionConfig(width=20, depth=2, heads=2, hidden=80, image_size=56, patch=14)
+llm = LlamaConfig(width=100, depth=2, heads=10, kv_heads=10, hidden=402, vocab=200)  # 402 rows: 101, 101, 101 and 99
+model = weights.build_empty(VLMConfig(vision, llm, expert_embed=9))                     # 9: 3, 3, 3 and none
+(file, *dims), shapes = sys.argv[1:], {name: p.shape for name, p in model.named_parameters()}
+save_file({name: torch.randn(shape).half() for name, shape in shapes.items()}, file)
+weights.fill(model, [(file, OURS)])
+dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+mesh = init_device_mesh("cpu", tuple(map(int, dims)), mesh_dim_names=("replicate", "shard")[-len(dims):])
+train.freeze(model, ("projector.", "llm.layers.1."))
+with Read() as read:
+    training.sharding.shard(model, mesh, torch.bfloat16)
+rows = 0
+for name, tensor, _ in tensors(file):
+    ranks = int(dims[-1])
+    p, mine = model.get_parameter(name), (tensor.chunk(ranks) + (tensor[:0],) * ranks)[ranks - 1]
+    assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+    assert torch.equal(p.to_local(), mine.to(p.dtype)), name
+    rows += mine.numel()
+assert 0 < read.numbers == rows, (read.numbers, rows)
+print("right")
+"""
+
+
+@pytest.mark.parametrize("dims", [("4",), ("2", "2")], ids=["sharded", "in two copies"])
+def test_a_rank_reads_and_casts_its_own_rows_of_the_files_and_no_others(tmp_path, dims):
+    """The last rank of four, the others of which are not there."""
+    done = subprocess.run([sys.executable, "-c", RANK_3_OF_4, str(tmp_path / "model.safetensors"), *dims], capture_output=True, text=True, cwd=HERE)
+    assert done.stdout == "right\n", done.stderr[-2000:]
+
+
+def test_a_run_that_cannot_fit_is_refused_with_advice(run, mesh, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.plan, "room", lambda device: 10e6)
+    with pytest.raises(UserError, match="needs about 0.[2-9] GB, the cpu has 0.0: a smaller --micro_batch_size"):
+        train.run_stage(stage_2(run, tmp_path, batch_size=32), 2, mesh)
+
+
+# Llama and options of three models whose weights, gradients and optimiser state take a gigabyte or more
+SIZES = {
+    "all of the Llama, twice accumulated": (
+        LlamaConfig(width=768, depth=8, heads=12, kv_heads=12, hidden=2048, vocab=8000),
+        dict(stage=2, dtype="bfloat16", micro_batch_size=4, batch_size=8)),
+    "a frozen Llama": (
+        LlamaConfig(width=1280, depth=25, heads=10, kv_heads=5, hidden=3456, vocab=8000),
+        dict(stage=2, tune="peft", dtype="bfloat16", micro_batch_size=4, batch_size=4, checkpointing="selective")),
+    "the projector": (
+        LlamaConfig(width=1024, depth=20, heads=8, kv_heads=8, hidden=2816, vocab=8000),
+        dict(stage=1, dtype="float32", micro_batch_size=4, batch_size=4, checkpointing="full", kernels="plain")),
+}
+
+
+def rehearse(name, out):
+    """Print [state, estimate, measured peak over what this process had at first] in bytes of two steps of a random model."""
+    llm, options = SIZES[name]
+    o = training.options.Options(**options, lr=1e-4, steps=2, out=out, device="cpu", save_every=9, allow_random_llm=True)
+    os.makedirs(training.options.stage_folder(o))
+    mesh, before = training.distributed.start_world("cpu"), training.plan.peak("cpu")
+    torch.set_default_dtype(getattr(torch, o.dtype))
+    vision = VisionConfig(image_size=112, width=256, depth=2, heads=4, hidden=512)
+    model = VLM(VLMConfig(vision, llm, language_expert="posterior" if o.stage == 2 else "none"))
+    torch.set_default_dtype(torch.float32)
+
+    def sample(i, length=192, answer=48):
+        ids = torch.randint(3, llm.vocab, (length,), generator=torch.Generator().manual_seed(i)).numpy()
+        ids[1:1 + vision.tokens] = IMAGE
+        turn, told = ids * 0, ids * 0 + (range(length) >= ids * 0 + length - answer)
+        return Sample(ids, np.where(told, ids, IGNORE), np.where(told, -1, turn), turn, 1, "a.png", f"record {i}", 1)
+
+    def batch(rows):
+        return collate([sample(i) for i in rows], [torch.randn(3, 112, 112) for _ in rows], None)
+
+    job = train.Job(model, np.full(16, 192), batch, [], train.vlm_loss, lambda b: b.trained, lambda tensors: None, sample)
+    found, foresee = [], training.plan.estimate_memory
+    training.plan.estimate_memory = lambda *a: found.append(foresee(*a)) or found[0]
+    train.train(job, o, mesh)
+    state = found[0].weights + found[0].gradients + found[0].optimiser
+    print(json.dumps([state, found[0].total, training.plan.peak("cpu") - before]), flush=True)
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_the_memory_of_a_step_is_foreseen_within_15_percent(tmp_path, name):
+    done = subprocess.run([sys.executable, "-c", f"import tests.test_train; tests.test_train.rehearse({name!r}, {str(tmp_path)!r})"], cwd=HERE,
+                          capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    state, foreseen, measured = json.loads(done.stdout)
+    assert state >= 1e9 and abs(foreseen / measured - 1) < 0.15, (state, foreseen, measured)
+
+
+@pytest.mark.parametrize("plain, trains", [(False, True), (True, True), (False, False), (True, False)])
+def test_the_activations_of_a_block_are_what_autograd_keeps(plain, trains):
+    cfg = VLMConfig(llm=LlamaConfig(width=64, depth=1, heads=4, kv_heads=2, hidden=160, vocab=10), language_expert="none")
+    block = Block(cfg.llm).bfloat16().requires_grad_(trains)
+    for part in (block.self_attn, block.input_layernorm, block.post_attention_layernorm):
+        part.plain = plain
+    x = torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
+    keep = lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = block(x, *rotary(torch.arange(48)[None], 16, 10000.0))
+    real = sum(size for at, size in kept.items() if at not in own)
+    foreseen = training.plan.activations(cfg, 2, 48, 0, 0, 2, trains, plain) - training.plan.backward(cfg.llm, 2 * 48, 0, 2)
+    assert out.requires_grad and abs(foreseen / real - 1) < 0.06, (foreseen, real)
+
+
+@pytest.mark.parametrize("which", ["selective", "full"])
+def test_checkpointing_leaves_the_run_as_it_is(run, mesh, tmp_path, which):
+    rows = []
+    for name in ("none", which):
+        trained(stage_2(run, tmp_path / name, steps=2, checkpointing=name), 2, mesh)
+        rows.append([(row["loss"], row["grad_norm"]) for row in log_of(tmp_path / name, 2)])
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("which, runs", [("none", 4), ("selective", 6), ("full", 8)])
+def test_checkpointing_computes_each_second_block_or_all_again(run, mesh, tmp_path, monkeypatch, which, runs):
+    o = training.options.complete(stage_2(run, tmp_path, checkpointing=which), 2)
+    job, seen, forward = train.stage_1_or_2(o), [], MLP.forward
+    model, opts = train.setup_model(job.model, o, mesh)
+    monkeypatch.setattr(MLP, "forward", lambda self, x: seen.append(self) or forward(self, x))
+    train.train_step(job, model, opts, [job.batch(range(4))], 0, o, mesh)
+    assert len(seen) == runs and len(set(seen)) == model.cfg.llm.depth == 4
+
+
+@pytest.mark.parametrize("stage, tune", [(1, "full"), (2, "full"), (2, "peft")])
+def test_the_operations_of_a_step_are_those_that_torch_counts(run, mesh, tmp_path, monkeypatch, stage, tune):
+    given = stage_2(run, tmp_path, tune=tune, cache_features=False)
+    given |= {} if stage == 2 else {"data": f"{run}/world/captions.json", "val": f"{run}/world/validation_captions.json",
+                                    "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm"}
+    o = training.options.complete(given, stage)
+    job = train.stage_1_or_2(o)
+    model, opts = train.setup_model(job.model, o, mesh)
+    monkeypatch.setattr(train, "MULTIPLE", 1)
+    batch = job.batch([3] * 4)  # without padding
+    foreseen, (B, T) = training.costs.operations(model, batch, (stage, tune) == (2, "full")), batch.ids.shape
+    with FlopCounterMode(display=False) as counter:
+        train.train_step(job, model, [], [batch], 0, o, mesh)
+    masked = model.cfg.llm.depth * 3 * 2 * B * T ** 2 * model.cfg.llm.width  # half of attention, which is causal
+    expert = 3 * 2 * B * T * model.cfg.expert_rank * 3 * model.cfg.llm.width
+    others = len(model.cfg.expert_blocks()) * (batch.turns - 1) * expert  # every turn's weights are applied, a token's own are needed
+    assert foreseen == pytest.approx(counter.get_total_flops() - masked - others, rel=0.02)
+
+
+def test_two_batches_are_learnt_by_heart(run, mesh, tmp_path):
+    with open(f"{run}/world/instruct.json") as f:
+        (tmp_path / "some.json").write_text(json.dumps(json.load(f)[:16]))
+    trained(stage_2(run, tmp_path, steps=60, batch_size=8, data=str(tmp_path / "some.json")), 2, mesh)
+    losses = [row["loss"] for row in log_of(tmp_path, 2)]
+    assert losses[0] > 3 and max(losses[-2:]) < 0.7
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_update(run, mesh, tmp_path):
+    o = training.options.complete(stage_2(run, tmp_path), 2)
+    os.makedirs(training.options.stage_folder(o))
+    job = train.stage_1_or_2(o)
+    job.loss = lambda model, batch: train.vlm_loss(model, batch) * float("nan")
+    with pytest.raises(UserError, match=r"step 0: loss nan.*record \d+ \(id train_"):
+        train.train(job, o, mesh)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_learning_rate_rises_once_and_falls_to_nothing(schedule):
+    o = training.options.Options(steps=1000, schedule=schedule, warmup=0.03)
+    rates = [train.schedule(step, o) for step in range(1000)]
+    assert rates[30] == max(rates) == 1 and all(a < b for a, b in zip(rates[:29], rates[1:30]))
+    assert all(a >= b for a, b in zip(rates[30:], rates[31:])) and rates[-1] < 0.003
+    assert rates[0] == (0 if schedule == "cosine" else 1 / 30)
+
+
+def test_the_stand_in_llama_begins_by_looking_back():
+    torch.manual_seed(0)
+    llm, T = toy.stand_ins.StandInLlama().llm, 40
+    block = llm.layers[0]
+    x = block.input_layernorm(llm.embed_tokens(torch.randint(toy.stand_ins.LLAMA.vocab, (8, T))))
+    turned = rotary(torch.arange(T)[None], block.self_attn.width, toy.stand_ins.LLAMA.theta)
+    q, k = (rotate(p(x).view(8, T, -1, block.self_attn.width).transpose(1, 2), *turned)
+            for p in (block.self_attn.q_proj, block.self_attn.k_proj))
+    weight = (q @ k.mT * block.self_attn.width ** -0.5).masked_fill(torch.ones(T, T).triu(1) > 0, float("-inf")).softmax(-1)
+    for head in range(toy.stand_ins.LLAMA.heads):
+        assert weight[:, head].diagonal(-1 - head, dim1=-2, dim2=-1).mean() > 0.6
+
+
+MUON_OF_4 = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+import training.muon as muon, training.distributed
+mesh = training.distributed.start_world("cpu", replicate=int(sys.argv[1]))
+torch.manual_seed(0)
+values = [(torch.randn(shape), torch.randn(shape)) for shape in ((5, 3), (5, 3), (2, 7))]  # of 4 ranks some have less, or nothing
+places = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+whole, parts = [], []
+for value, grad in values:
+    whole.append(torch.nn.Parameter(value.clone()))
+    parts.append(torch.nn.Parameter(distribute_tensor(value, mesh, places)))
+    whole[-1].grad, parts[-1].grad = grad.clone(), distribute_tensor(grad, mesh, places)
+optimisers = [muon.Muon(params, lr=0.1) for params in (whole, parts)]
+for _ in range(2):
+    for optimiser in optimisers:
+        optimiser.step()
+for p, part, (value, _) in zip(whole, parts, values):
+    assert not torch.equal(p, value) and torch.equal(part.full_tensor(), p)
+    assert isinstance(optimisers[1].state[part]["momentum"], DTensor)
+dist.barrier()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copies", [1, 2])
+def test_muon_takes_the_same_step_on_four_ranks_as_on_one(copies):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "--no-python", sys.executable, "-c",
+                           MUON_OF_4, str(copies)], cwd=HERE, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_muon_makes_the_update_of_each_matrix_orthogonal():
+    torch.manual_seed(0)
+    wide, tall = torch.nn.Parameter(torch.randn(8, 32)), torch.nn.Parameter(torch.randn(32, 8))
+    before = [p.detach().clone() for p in (wide, tall)]
+    opt = training.muon.Muon([wide, tall], lr=0.1)
+    (wide.sum() + (wide * torch.randn(8, 32)).sum() + (tall * torch.randn(32, 8)).sum()).backward()
+    opt.step()
+    for p, old, scale in zip((wide, tall), before, (1, 2)):
+        values = torch.linalg.svdvals((old - p.detach()) / (0.1 * scale))
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def call(program, *words, **more):
+    return subprocess.run([sys.executable, os.path.join(HERE, program), *map(str, words)], capture_output=True, text=True, timeout=500,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+
+
+def test_mistakes_on_the_command_line_end_in_one_line(run, tmp_path, monkeypatch, capsys):
+    for words, expected in [
+        (["--stag", "1"], "did you mean --stage?"),
+        (["--steps", "many"], "--steps many: expected int"),
+        (["--stage", "1", "--out", run], "is finished: --overwrite"),
+        (["--stage", "2", "--out", str(tmp_path), "--preset", "7b"], "run --stage 1 first"),
+        (["--stage", "1", "--out", str(tmp_path), "--preset", "7b"], "needs --vision, --llm, --data, --images"),
+        (["--stage", "0", "--preset", "7b"], "expected 1 or 2"),
+        (["--stage", "3"], "expected 1 or 2"),
+        (["--steps", "0"], "--steps 0: expected more than 0"),
+        (["--seed", "-1"], "--seed -1: expected 0 to"),
+        (["--part", "clip"], "--part clip: only stage 0 has parts"),
+        (["--overwrite"], "--overwrite goes with --stage"),
+        (["--stage", "2", "--out", str(tmp_path)], "run --stage 1 first"),
+        (["--stage", "1", "--out", run, "--overwrite", "--batch_size", "9", "--micro_batch_size", "2", "--pictures", "40"],
+         "batch_size 9 is not a multiple"),
+        (["--stage", "1", "--out", run, "--overwrite", "--resume", "--pictures", "40"], "--resume: no saved state"),
+        (["--preset", "9b"], "expected one of toy, 7b, 13b, 1b"),
+        (["--stage", "1", "--out", run, "--overwrite", "--data", "no.json", "--pictures", "40"], "no.json"),
+        (["--stage", "1", "--out", run, "--overwrite", "--images", "nowhere", "--pictures", "40"], "--images nowhere: there is no such"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        monkeypatch.setattr(train, "start_world", lambda device, replicate: init_device_mesh("cpu", (1,)))
+        with pytest.raises(UserError, match=expected):
+            train.run()
+
+
+def llava_batches(lengths, pictured, size, ranks, rng):
+    """Micro-batches as LLaVA's --group_by_modality_length makes them (llava_trainer.py), but for what is left over at the end.
+
+    Of each modality, so many random samples as a step has are dealt out, the longest first, each to the micro-batch that has
+    the fewest words and still room.
+    """
+    batches = []
+    for kind in (True, False):
+        order = rng.permutation(np.flatnonzero(pictured == kind))
+        for i in range(0, len(order) // size * size, size):
+            dealt = [[] for _ in range(ranks)]
+            for j in sorted(order[i:i + size], key=lambda j: -lengths[j]):
+                min((d for d in dealt if len(d) < size // ranks), key=lambda d: lengths[d].sum() if d else 0).append(j)
+            batches += dealt
+    return batches
+
+
+def test_grouping_leaves_a_sixth_of_the_padding_that_llavas_has():
+    rng, n = np.random.default_rng(0), 20000
+    pictured = rng.random(n) < 0.94  # as in LLaVA's 665K
+    text = np.where(pictured, np.exp(rng.normal(5.0, 0.8, n)), np.exp(rng.normal(6.3, 0.8, n))).astype(int) + 10
+    tokens, words = np.minimum(text + 576 * pictured, 2048), (text * rng.uniform(0.6, 0.9, n)).astype(int)
+    ours = BatchSampler(n, 0, 128, words, pictured)
+    steps = ours.epoch(0)[:n // 128 * 128].reshape(-1, 128)
+    share = lambda batches: padding_share(tokens, batches)
+    assert 0.05 < share(steps.reshape(-1, 16)) < 0.075 and 0.35 < share(llava_batches(words, pictured, 128, 8, rng)) < 0.45
+    assert share(BatchSampler(n, 0, 128, words).epoch(0)[:len(steps) * 128].reshape(-1, 16)) > 0.085  # the modalities together
+    kinds = pictured[steps].mean(1)
+    assert ((kinds > 0) & (kinds < 1)).sum() == 1 and 0.03 < (kinds == 0).mean() < 0.09
+    assert sorted(ours.epoch(3)) == [*range(n)] and (ours.epoch(3) != ours.epoch(0)).any()
+    assert ours.step(len(steps) + 5) == BatchSampler(n, 0, 128, words, pictured).step(len(steps) + 5)
+
+
+def test_the_plan_tells_the_padding_of_the_run(run, mesh, tmp_path):
+    data = json.load(open(f"{run}/world/instruct.json"))
+    for record in data[::3]:
+        record.pop("image")
+        for message in record["conversations"]:
+            message["value"] = message["value"].replace("<image>", "").strip()
+    json.dump(data, open(tmp_path / "data.json", "w"))
+    o = training.options.complete(stage_2(run, tmp_path, data=str(tmp_path / "data.json"), steps=20, batch_size=8, micro_batch_size=4), 2)
+    job = train.stage_1_or_2(o)
+    feed = training.feed.TrainDataset(job, o)
+    assert feed.order.pictured.tolist() == [i % 3 > 0 for i in range(40)]
+    batches = [feed[k][0] for k in range(len(feed))]
+    real = 1 - sum(b.lengths.sum().item() for b in batches) / sum(b.ids.numel() for b in batches)
+    assert training.plan.share_of_padding(job, o) == pytest.approx(real) and 0 < real < 0.5
+
+
+def test_a_checkpoint_that_was_set_aside_counts_as_finished(run, tmp_path):
+    shutil.copytree(f"{run}/stage1", tmp_path / "stage1.old")
+    assert training.options.finished(str(tmp_path), 1) and not training.options.finished(str(tmp_path), 2) and not training.options.finished(str(tmp_path), 0)
+    with pytest.raises(UserError, match="stage1 is finished"):
+        training.parts.check_options({"stage": 1, "out": str(tmp_path)})
+
+
+def test_compile_without_a_compiler_is_one_clear_line(run, mesh, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"--compile needs a compiler, and g\+\+ is not there: install one"):
+        training.options.complete(stage_2(run, tmp_path, compile=True), 2)
+    training.options.complete(stage_2(run, tmp_path), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_train_as_plain_ones(run, mesh, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes forked from this one and its threads
+    rows = []
+    for name, more in (("plain", {}), ("compiled", {"compile": True, "checkpointing": "full"})):
+        train.run_stage(stage_2(run, tmp_path / name, steps=3, cache_features=False, val_every=1, **more), 2, mesh)
+        rows.append([(row["loss"], row["grad_norm"], row["held_out"]) for row in log_of(tmp_path / name, 2)])
+    assert np.allclose(rows[0], rows[1], rtol=1e-4)
+    assert rows[0] != rows[1]  # other kernels did it
+
+
+@pytest.mark.slow
+def test_the_main_job_runs_from_nothing_to_scores(tmp_path):
+    words = ("--pictures", 60, "--steps", 4, "--batch_size", 8, "--allow_random_llm", "--out", tmp_path)
+    done = call("train.py", *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = json.load(open(tmp_path / "scores.json"))
+    assert scores["splits"].keys() == {"heldout", "combination", "shuffled", "majority", "experts_off", "experts_swapped"}
+    assert set(scores["splits"]["heldout"]["families"]) == set(toy.world.FAMILIES) and (tmp_path / "gallery.png").exists()
+    before = os.path.getmtime(tmp_path / "stage2" / "config.json")
+    again = call("train.py", *words)
+    assert again.returncode == 0 and again.stderr.count("is finished, skipped") == 4
+    assert os.path.getmtime(tmp_path / "stage2" / "config.json") == before
+
+    picture = next((tmp_path / "world" / "images").iterdir())
+    asked = call("sample.py", "--model", tmp_path / "stage2", "--image", picture, "--prompt", "How many things are there?")
+    assert asked.returncode == 0 and asked.stdout.endswith("\n")
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_same_steps_as_one(run, tmp_path):
+    words = ["--stage", "1", "--steps", "3", "--batch_size", "8", "--dtype", "float32", "--pictures", "40", "--allow_random_llm"]
+    losses = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        os.makedirs(out)
+        os.symlink(f"{run}/stage0", out / "stage0")
+        process = launch(ranks, *words, "--out", out)
+        text = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, text[-2000:]
+        losses.append([(r["loss"], r["grad_norm"]) for r in log_of(out, 1)])
+    assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4)
+
+
+def launch(ranks, *words):
+    """train.py under torchrun, to be waited for."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.Popen([*command, os.path.join(HERE, "train.py"), *map(str, words)], stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})  # whatever the host is called
+
+
+def words_of(given, stage=2):
+    """Options as words of a command line."""
+    options = {"stage": stage} | given
+    return [w for k, v in options.items() if v is not None for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+def rank_of(process, rank):
+    """The id of a rank's process under torchrun."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            parent = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1]
+            if parent == str(process.pid) and f"RANK={rank}" in open(f"/proc/{pid}/environ").read().split("\0"):
+                return int(pid)
+
+
+def wait_for(process, out, lines):
+    """Until the log of stage 2 has so many whole lines."""
+    log, began = os.path.join(out, "stage2", "log.jsonl"), time.time()
+    while not os.path.exists(log) or open(log).read().count("\n") < lines:
+        assert process.poll() is None and time.time() - began < 200, (process.kill(), process.communicate(timeout=60)[1][-2000:])
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_state_of_two_ranks_goes_on_on_one_and_on_two_by_two_and_a_rank_that_dies_ends_the_other(run, mesh, tmp_path):
+    given = stage_2(run, tmp_path / "two", preset="1b", batch_size=8, micro_batch_size=2, steps=200, lr=1e-3, workers=0, keep=9,
+                    save_every=4, val_every=1000, system="", expert_embed=16) | {"muon_lr": None}
+    process = launch(2, *words_of(given))
+    wait_for(process, tmp_path / "two", 26)
+    os.kill(rank_of(process, 1), signal.SIGKILL)
+    began = time.time()
+    text = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and time.time() - began < 60
+    assert text.count("error: rank 0 ends, for another rank is gone") == 1 and "Signal 9 (SIGKILL) received" in text
+    assert training.state.saved_steps(tmp_path / "two" / "stage2" / "state") == [4, 8, 12, 16, 20, 24]
+
+    for name in ("one", "two_by_two"):
+        shutil.copytree(tmp_path / "two", tmp_path / name)
+        for step in (8, 12, 16, 20, 24):
+            shutil.rmtree(tmp_path / name / "stage2" / "state" / f"step_{step:06d}")
+        log = tmp_path / name / "stage2" / "log.jsonl"
+        log.write_text("".join(open(log).readlines()[:4]))
+    assert stopped(given | {"out": str(tmp_path / "one"), "resume": True}, mesh, signal.SIGTERM, 22) == 0
+    process = launch(4, *words_of(given | {"out": str(tmp_path / "two_by_two"), "resume": True, "replicate": 2}))
+    wait_for(process, tmp_path / "two_by_two", 26)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=120)[1]
+    assert "on 4 x cpu in 2 copies, 2 samples a rank at once" in text and text.count("stopped by SIGTERM after step") == 1
+
+    rows = [[r["loss"] for r in log_of(tmp_path / name, 2)[4:25]] for name in ("two", "one", "two_by_two")]
+    for other in rows[1:]:
+        assert len(other) == 21 and other[0] == pytest.approx(rows[0][0], rel=1e-6) and other == pytest.approx(rows[0], rel=1e-4)
+    assert rows[0][0] - rows[0][-1] > 0.1  # something was learnt meanwhile
+
+
+@pytest.mark.slow
+def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_one_after_the_other(tmp_path):
+    given = TINY | {"stage": 0, "steps": 6, "save_every": 1, "pictures": 40, "device": "cpu", "out": tmp_path / "turns"}
+    start = lambda threads, **more: subprocess.Popen(
+        [sys.executable, os.path.join(HERE, "train.py"), *words_of(given | more)], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    logs = lambda out: [tmp_path / out / "stage0" / part / "log.jsonl" for part in training.options.PARTS]
+    lines = lambda log: log.read_text().count("\n") if log.exists() else 0
+    turns = start(1)
+    text = turns.communicate(timeout=200)[1]
+    assert turns.returncode == 0, text[-2000:]
+
+    def under_way(process):  # both parts have taken a step
+        began = time.time()
+        while not all(lines(log) > before for log, before in zip(logs("beside"), had)):
+            assert process.poll() is None and time.time() - began < 200, (process.kill(), process.communicate(timeout=60)[1][-2000:])
+            time.sleep(0.01)
+
+    had, beside = [0, 0], {"out": tmp_path / "beside", "steps": 400}
+    process = start(2, **beside)
+    under_way(process)
+    process.terminate()
+    text = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and text.count("stopped by SIGTERM after step") == 2 and "leaked" not in text
+    text = start(2, **beside).communicate(timeout=60)[1]
+    assert text.count("error: ") == 1 and "--resume goes on with it" in text
+
+    had = [lines(log) for log in logs("beside")]
+    process = start(2, resume=True, **beside)
+    under_way(process)
+    process.kill()
+    process.communicate(timeout=60)  # a child that lived on would keep its end of the pipe open
+    assert all(training.state.saved_steps(tmp_path / "beside" / "stage0" / part / "state") for part in training.options.PARTS)
+
+    done = start(2, out=tmp_path / "beside", overwrite=True)
+    text = done.communicate(timeout=200)[1]
+    assert done.returncode == 0, text[-2000:]
+    for part in training.options.PARTS:
+        files = [(tmp_path / out / "stage0" / part / "model.safetensors").read_bytes() for out in ("turns", "beside")]
+        assert files[0] == files[1]
+
+    for part in training.options.PARTS:
+        shutil.rmtree(tmp_path / "turns" / "stage0" / part)
+    os.makedirs(tmp_path / "turns" / "stage0" / "llm" / "log.jsonl")  # a folder where a file should be
+    process = start(2, steps=400)
+    text = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and text.count("error: ") == 1 and "log.jsonl" in text.partition("error: ")[2]
+    assert not (tmp_path / "turns" / "stage0" / "clip" / "config.json").exists()  # it was ended, too
+
+    shutil.rmtree(tmp_path / "turns" / "stage0")
+    process = start(2, steps=400)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)  # perhaps before the parts can save: no traceback all the same
+    text = process.communicate(timeout=100)[1]
+    assert process.returncode == 130 and "stopped by SIGINT" in text and "Traceback" not in text
+UNITS = ("stage0/clip", "stage0/llm", "stage1", "stage2")  # what a run of all stages leaves, one after the other
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_times_in_all_stages_lose_nothing(tmp_path):
+    given = TINY | {"stage": None, "steps": 40, "save_every": 1, "pictures": 40, "val_every": 15, "out": tmp_path / "quiet"}
+    quiet = call("train.py", *words_of(given))
+    assert quiet.returncode == 0, quiet.stderr[-2000:]
+    out, rng = tmp_path / "loud", random.Random(0)
+
+    def kept(unit):  # steps that will not be taken again
+        return 40 if os.path.exists(out / unit / "config.json") else max(training.state.saved_steps(out / unit / "state"), default=0)
+
+    for unit in (unit for unit in UNITS for _ in range(5)):
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *words_of(given | {"out": out, "resume": True})],
+                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        due, began = kept(unit) + rng.choice([1, 2, 3]), time.time()
+        while process.poll() is None and kept(unit) < min(due, 40) and time.time() - began < 200:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert kept(unit) >= min(due, 40)
+    done = call("train.py", *words_of(given | {"out": out, "resume": True}))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for unit in UNITS:
+        logs = [[json.loads(line) for line in open(tmp_path / name / unit / "log.jsonl")] for name in ("quiet", "loud")]
+        rows = [[(r["step"], r["loss"], r["grad_norm"], r.get("held_out")) for r in log] for log in logs]
+        assert rows[0] == rows[1] and len(rows[0]) == 40
+        files = [open(tmp_path / name / unit / "model.safetensors", "rb").read() for name in ("quiet", "loud")]
+        assert files[0] == files[1] and not (out / unit / "state").exists()
+
+
+@pytest.mark.slow
+def test_a_day_in_miniature(run, tmp_path):
+    toy.files.write_world(str(tmp_path / "world"), pictures=300, texts=100, test_pictures=20)
+    pictured, texts = (json.load(open(tmp_path / "world" / name)) for name in ("instruct.json", "text.json"))
+    json.dump(pictured + texts, open(tmp_path / "world" / "data.json", "w"))  # texts are grouped: whole steps have no picture
+    given = stage_2(run, tmp_path / "quiet", preset="1b", steps=300, batch_size=2, micro_batch_size=1, val_every=150, save_every=75,
+                    lr=1e-3, muon_lr=None, checkpointing="none", workers=1, system="", expert_embed=16, data=tmp_path / "world/data.json",
+                    val=tmp_path / "world/validation.json", images=tmp_path / "world/images")
+    done = call("train.py", *words_of(given))  # on one rank, which is the same and takes less time
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    (tmp_path / "world" / "images" / pictured[1]["image"]).write_bytes(b"no picture")
+    given |= {"out": tmp_path / "loud", "skip_bad_images": True}
+    process = launch(2, *words_of(given))
+    wait_for(process, tmp_path / "loud", 120)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[1]
+    assert text.count("stopped by SIGTERM after step") == 1
+    process = launch(2, *words_of(given | {"resume": True}))
+    text = process.communicate(timeout=600)[1]
+    assert process.returncode == 0 and "a picture could not be read" in text, text[-2000:]
+
+    quiet, loud = log_of(tmp_path / "quiet", 2), log_of(tmp_path / "loud", 2)
+    assert [row["step"] for row in loud] == [row["step"] for row in quiet] == [*range(300)]
+    assert 1 <= loud[-1]["skipped_images"] <= 2  # one of 400 records, 600 samples
+    last = lambda rows: sum(row["loss"] for row in rows[-50:]) / 50
+    assert last(quiet) < 1 and abs(last(loud) - last(quiet)) < 0.1
+    assert loud[-1]["held_out"] == pytest.approx(quiet[-1]["held_out"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_two_ranks_end_together(run, tmp_path):
+    given, record = damaged(run, tmp_path)
+    given |= {"pictures": 40, "cache_features": False, "workers": 1}
+    began = time.time()
+    failed = launch(2, *words_of({k: v for k, v in given.items() if v is not False}), "--no_cache_features")
+    text = failed.communicate(timeout=170)[1]
+    assert failed.returncode == 1 and text.count("unreadable picture") == 1 and "Traceback" not in text.split("error:")[0]
+    assert record["image"] in text and time.time() - began < 170
+
+    out = tmp_path / "stopped"
+    process = launch(2, *words_of(stage_2(run, out, steps=500, pictures=40, workers=1)))  # the worker gets the signal, too
+    wait_for(process, out, 3)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[1]
+    assert text.count("stopped by SIGTERM after step") == 1
+    assert training.state.saved_steps(out / "stage2" / "state") == [len(log_of(out, 2))]
+    on_one = call("train.py", *words_of(stage_2(run, out, steps=len(log_of(out, 2)) + 2, pictures=40, resume=True)))
+    assert on_one.returncode == 0, on_one.stderr[-2000:]

@@ -1,0 +1,1 @@
+"""How does a long run survive? Options, ranks, sharding, saved state, data order, memory plan, optimiser."""
