@@ -1,27 +1,97 @@
-"""Where the weights of an expert come from: the rows of the paper's Tables 5 and 6, at the same places.
+"""What the paper compares its experts with: the rows of Tables 5 and 6, at the same places.
 
-    hyper    generated from the guidance, see hypernet.py                        the paper's own
-    static   learned as they are: b^(n) alone                                    "Adapter"
-    latent   generated from a learned z^(n), the same for all inputs             "Hypernetwork+Adapter", as in hyperformer
-    mlp      a whole matrix, generated from the guidance, in place of W_d, W_u   "Hypernetwork+MLP"
-    lora     a learned low-rank change of the block's own linears                "LoRA"
+    static   b^(n) only: weights that are learned as they are                    "Adapter"
+    latent   generated from a learned z^(n), the same for all inputs             "Hypernetwork+Adapter"
+    mlp      a whole matrix, generated from the guidance, instead of W_d, W_u    "Hypernetwork+MLP"
+    lora     a learned low-rank change of the block's own linear layers          "LoRA"
 
-Of each source: the network that all sites of a modality share, the expert of one site, and the class of a block's own linears.
+`BaselineVLM` builds a HyperLLaVA and puts these modules in the place of its experts. weights.py does so
+without storage, so nothing is computed twice. The latent source is hyperformer's (arXiv 2106.04489).
 """
-import functools
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hypernet import Encoder, Expert, HyperNetwork, turns_of
+from cli import UserError
+from hypernet import Expert, HyperNetwork, rms, turn_mask
+from model import VLM, Llama, VLMConfig
+
+
+@dataclass
+class BaselineConfig(VLMConfig):
+    """A VLMConfig whose experts get their weights elsewhere. Raises UserError on what cannot be built."""
+    weight_source: Literal["static", "latent", "mlp", "lora"] = "static"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weight_source == "lora" and self.visual_expert != "none":
+            raise UserError(f"visual_expert {self.visual_expert}: weight_source lora changes only the "
+                            f"Llama, so it must be none")
+        width = self.llm.width  # the largest matrix: of a language expert or of the second visual one
+        if self.weight_source == "mlp" and self.expert_embed * width ** 2 > 2**27:
+            raise UserError(
+                f"weight_source mlp generates whole matrices, with {self.expert_embed * width ** 2:,} "
+                f"numbers for one of {width} x {width}; it is meant for small models, up to {2**27:,}")
+
+
+def weight_source(cfg):
+    """Where the experts' weights come from: "hyper" in the paper's model, else one of the rows above."""
+    return cfg.weight_source if isinstance(cfg, BaselineConfig) else "hyper"
+
+
+def is_guided(cfg):
+    """Whether the experts' weights depend on the input."""
+    return weight_source(cfg) in ("hyper", "mlp")
+
+
+class StaticExpert(Expert):
+    """The adapter of Eq. 5 with learned weights: b^(n) only. One set of weights serves all rows and turns."""
+
+    def __init__(self, guidance_dim, inputs, outputs, embed, rank):
+        nn.Module.__init__(self)
+        self.down = nn.Parameter(torch.empty(2 * rank, inputs))
+        self.up = nn.Parameter(torch.empty(rank, outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
+        nn.init.zeros_(self.up)
+
+    def weights(self, guidance, hypernet):
+        return self.down[None, None], self.up[None, None]  # B = U = 1
+
+    def forward(self, x, weights, use_id=None):
+        return super().forward(x, weights, None if use_id is None else use_id.clamp(max=0))
+
+
+class LatentExpert(StaticExpert):
+    """An expert with a learned z^(n) in the place of e, as in Eq. 2: the same for all inputs."""
+
+    def __init__(self, guidance_dim, inputs, outputs, embed, rank):
+        super().__init__(guidance_dim, inputs, outputs, embed, rank)
+        self.encoder = nn.Module()
+        self.encoder.weight = nn.Parameter(torch.empty(1, 1, embed))  # z^(n)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        if hasattr(self, "encoder"):
+            nn.init.normal_(self.encoder.weight)  # as in hyperformer
+        super().reset_parameters()
+
+    def weights(self, guidance, hypernet):
+        down, up = hypernet(self.encoder.weight)
+        return (self.down + down.unflatten(-1, self.down.shape),
+                self.up + up.unflatten(-1, self.up.shape))
 
 
 class MatrixNetwork(nn.Module):
-    """The hypernetwork of "Hypernetwork+MLP": its W_2 writes a whole matrix, E * inputs * outputs numbers. For small models.
+    """The hypernetwork of "Hypernetwork+MLP": W_2 writes a whole matrix, E * inputs * outputs numbers.
 
     e        float[B, U, E]
-    returns  (float[B, U, inputs * outputs],)
+    returns  float[B, U, inputs * outputs]
     """
 
     def __init__(self, inputs, outputs, embed, rank):
@@ -35,33 +105,18 @@ class MatrixNetwork(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, e):
-        return self.up(F.silu(self.trunk(e)) * e.shape[-1] ** -0.5),  # (B, U, inputs * outputs)
-
-
-class Latent(nn.Module):
-    """z^(n) in the place of e, as in Eq. 2: float[1, 1, E], whatever the guidance."""
-
-    def __init__(self, guide, embed):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, 1, embed))
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        nn.init.normal_(self.weight)  # hyperformer's
-
-    def forward(self, guidance):
-        return self.weight
+        return self.up(F.silu(self.trunk(e)) * e.shape[-1] ** -0.5)
 
 
 class MatrixExpert(nn.Module):
-    """One linear map from inputs to outputs, generated whole: what `Expert` is without a bottleneck, and so without SwiGLU.
+    """One generated linear map: what `Expert` is without a bottleneck, and so without SwiGLU.
 
-    forward  as Expert's, with the one matrix float[B, U, inputs, outputs] as weights
+    `weights` returns a tuple with one matrix float[B, U, inputs, outputs]; `forward` is as Expert's.
     """
 
-    def __init__(self, guide, inputs, outputs, embed, rank):
+    def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         super().__init__()
-        self.encoder = Encoder(guide, embed)
+        self.encoder = nn.Linear(guidance_dim, embed)
         self.up = nn.Parameter(torch.empty(inputs, outputs))  # b^(n)
         self.reset_parameters()
 
@@ -70,20 +125,21 @@ class MatrixExpert(nn.Module):
         nn.init.zeros_(self.up)
 
     def weights(self, guidance, hypernet):
-        matrix, = hypernet(self.encoder(guidance))
-        return self.up + matrix.unflatten(-1, self.up.shape),
+        matrix = hypernet(self.encoder(rms(guidance)))
+        return (self.up + matrix.unflatten(-1, self.up.shape),)
 
     def forward(self, x, weights, use_id=None):
         matrix, = weights
         U = matrix.shape[1]
         x = x[:, :, None].expand(-1, -1, U, -1)                                  # (B, T, U, inputs)
         if use_id is not None:
-            x = x.masked_fill(~turns_of(use_id, U)[..., None], 0)
+            x = x.masked_fill(~turn_mask(use_id, U)[..., None], 0)
         return x.flatten(2) @ matrix.flatten(1, 2)                               # (B, T, outputs)
 
 
 class LoRA(nn.Module):
-    """The low-rank change of one linear layer, x A B: float[.., inputs] -> float[.., outputs] (arXiv 2106.09685)."""
+    """The low-rank change of a linear layer, x A B: float[.., inputs] -> float[.., outputs]
+    (arXiv 2106.09685)."""
 
     def __init__(self, inputs, outputs, rank):
         super().__init__()
@@ -92,7 +148,8 @@ class LoRA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        nn.init.uniform_(self.down, -self.down.shape[0] ** -0.5, self.down.shape[0] ** -0.5)  # peft's
+        bound = self.down.shape[0] ** -0.5  # as in peft
+        nn.init.uniform_(self.down, -bound, bound)
         nn.init.zeros_(self.up)
 
     def forward(self, x):
@@ -102,34 +159,59 @@ class LoRA(nn.Module):
 class LoRALinear(nn.Linear):
     """A Llama's linear layer with LoRA beside it."""
 
-    def __init__(self, inputs, outputs, bias, rank):
-        super().__init__(inputs, outputs, bias)
+    def __init__(self, inputs, outputs, rank):
+        super().__init__(inputs, outputs, bias=False)
         self.lora = LoRA(inputs, outputs, rank)
 
     def forward(self, x):
         return super().forward(x) + self.lora(x)
 
 
-# ---- By the name of the source of weights: what a modality shares, what a site owns, what a block's own linears are
+# ---- Putting them in the experts' places
 
-GUIDED = ("hyper", "mlp")  # the weights of these depend on the input
-NETWORKS = {"hyper": HyperNetwork, "latent": HyperNetwork, "mlp": MatrixNetwork}
-
-
-ADAPTERS = {"hyper": Expert, "mlp": MatrixExpert, "static": functools.partial(Expert, encoder=None),
-            "latent": functools.partial(Expert, encoder=Latent)}
+EXPERTS = {"static": StaticExpert, "latent": LatentExpert, "mlp": MatrixExpert}
+HYPERNETWORKS = {"latent": HyperNetwork, "mlp": MatrixNetwork}
 
 
-def network_of(source, inputs, outputs, embed, rank):
-    """The hypernetwork that all sites of a modality share, or None where nothing is generated."""
-    return NETWORKS[source](inputs, outputs, embed, rank) if source in NETWORKS else None
+class BaselineLlama(Llama):
+    """A Llama with one of the baselines in the blocks of its experts."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        D, E, R, source = cfg.llm.width, cfg.expert_embed, cfg.expert_rank, cfg.weight_source
+        self.source = source
+        for n in cfg.expert_blocks():
+            block = self.layers[n]
+            block.expert = EXPERTS[source](D, D, D, E, R) if source in EXPERTS else None
+            if source == "lora":
+                add_lora(block, R)
+        if cfg.expert_blocks():
+            self.hypernet = HYPERNETWORKS[source](D, D, E, R) if source in HYPERNETWORKS else None
+            self.guidance_norm = self.guidance_norm if source == "mlp" else None
+
+    def guidance(self, x, batch):
+        if self.source == "mlp":
+            return super().guidance(x, batch)
+        return None, batch.use_id, self.hypernet
 
 
-def expert_of(source, guide, inputs, outputs, embed, rank):
-    """The expert of one site, or None where the change is inside the block's own linears."""
-    return ADAPTERS[source](guide, inputs, outputs, embed, rank) if source in ADAPTERS else None
+def add_lora(block, rank):
+    """Replace the seven linear layers of a Llama block by LoRALinear."""
+    for part in (block.self_attn, block.mlp):
+        for name, linear in list(part.named_children()):
+            setattr(part, name, LoRALinear(linear.in_features, linear.out_features, rank))
 
 
-def linear_of(source, rank):
-    """The class of the linears of a block that is tuned from this source."""
-    return functools.partial(LoRALinear, rank=rank) if source == "lora" else nn.Linear
+class BaselineVLM(VLM):
+    """LLaVA with the baseline `cfg.weight_source` where HyperLLaVA has its generated experts."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        E, R, source = cfg.expert_embed, cfg.expert_rank, cfg.weight_source
+        for visual in (self.projector.expert_1, self.projector.expert_2):
+            if visual is not None:
+                inputs, outputs = visual.hypernet.inputs, self.projector.linear_1.out_features
+                generated = source in HYPERNETWORKS
+                visual.hypernet = HYPERNETWORKS[source](inputs, outputs, E, R) if generated else None
+                visual.expert = EXPERTS[source](inputs, inputs, outputs, E, R)
+        self.llm = BaselineLlama(cfg)

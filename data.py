@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from cli import UserError
-from model import IMAGE
+from model import Batch
 
 MULTIPLE = 16   # what training pads sequences to a multiple of, see `collate`
+IMAGE = -200   # the id of an image token in a Sample (LLaVA's IMAGE_TOKEN_INDEX); it is in no vocabulary
 IGNORE = -100   # the label of a position that is not trained
 TAG = "<image>"
 
@@ -341,7 +342,7 @@ def read_record(record, index, images, layout):
 class Conversations:
     """The conversations of a LLaVA JSON file, encoded when asked for: `len(c)`, `c[i]` -> `Sample`.
 
-    `pictured` bool[n] tells which of them are about a picture.
+    `has_image` bool[n] tells which of them are about a picture.
 
     Records lie in one flat array rather than as objects, so that worker processes share them: a Python
     object's page is copied by a mere look at it, for that counts a reference.
@@ -350,7 +351,7 @@ class Conversations:
 
     def __init__(self, json_path, images, tokenizer, layout=PromptFormat()):
         records = load_records(json_path)
-        self.pictured = np.array([read_record(record, i, images, layout)[2] is not None for i, record in enumerate(records)])
+        self.has_image = np.array([read_record(record, i, images, layout)[2] is not None for i, record in enumerate(records)])
         lines = [json.dumps(record).encode() for record in records]
         self.ends = np.cumsum([len(line) for line in lines])
         self.bytes = np.frombuffer(b"".join(lines), np.uint8)
@@ -381,32 +382,6 @@ class Conversations:
         return encode(turns, self.tokenizer, self.layout, name, image)
 
 
-@dataclass
-class Batch:
-    ids: torch.Tensor      # int64[B, T], padded on the right
-    pool_id: torch.Tensor  # int64[B, T], -1 on padding
-    use_id: torch.Tensor   # int64[B, T], -1 on padding
-    turns: int             # U, of the row that has the most
-    lengths: torch.Tensor  # int64[B], positions of each row that are no padding
-    visual: torch.Tensor   # float[M, 3, S, S] pixels or float[M, N, C] features, in the rows' order
-    at: torch.Tensor       # int64[P] flat positions b * T + i whose next token is trained
-    target: torch.Tensor   # int64[P] those next tokens; IGNORE where P was padded
-    records: list[str]
-    picture: torch.Tensor  # int64[B], which of `visual` a row is about; -1: none
-    tag: torch.Tensor      # int64[B], see Sample
-
-    @property
-    def trained(self):
-        """The number of supervised tokens."""
-        return int((self.target != IGNORE).sum())
-
-    def to(self, device):
-        """The same batch with its tensors on `device`."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-                        for k, v in fields.items()})
-
-
 def pad_right(rows, value, multiple=1):
     """int64[B, T] of int64[T_b] arrays, T a multiple of `multiple`."""
     out = np.full((len(rows), -(-max(map(len, rows)) // multiple) * multiple), value, np.int64)
@@ -415,36 +390,41 @@ def pad_right(rows, value, multiple=1):
     return torch.from_numpy(out)
 
 
-def collate(samples, visual, blank, pad=0, multiple=1):
+def collate(samples, visual, blank=None, pad=0, multiple=1):
     """The `Batch` of samples and of the pictures of those that have one, in order.
 
-    visual  list of float[3, S, S] pixels or float[N, C] features
-    blank   the shape of one of them: a batch without pictures brings one of zeros that no position
-            refers to, so that every rank runs every part of a sharded model
-    multiple  T is padded to a multiple of it, and P of four times it (with target IGNORE): kernels are chosen,
-            and on a CPU compiled, for each new shape, which may cost more than the padding
+    visual    list of float[3, S, S] pixels or float[N, C] features
+    blank     shape of one of them: a batch without pictures brings one of zeros that no position refers
+              to, so that every rank runs every part of a sharded model; None: it brings none
+    multiple  T is padded to a multiple of it, P to a multiple of four times it (with target IGNORE):
+              kernels are chosen, and on a CPU compiled, for each new shape, which may cost more than
+              the padding
     """
-    named = sum(s.image is not None for s in samples)
-    assert len(visual) == named, f"{len(visual)} pictures for {named} samples that name one"
+    expected = sum(s.image is not None for s in samples)
+    assert len(visual) == expected, f"{len(visual)} pictures for {expected} samples with one"
     ids = pad_right([s.ids for s in samples], pad, multiple)
     labels = pad_right([s.labels for s in samples], IGNORE, multiple)
-    shown = torch.tensor([s.image is not None for s in samples])
-    # The label shift, here and nowhere else: position i is trained to say what stands at i + 1.
+    has_image = torch.tensor([s.image is not None for s in samples])
+    # The label shift, here and nowhere else: position i is trained to predict the token at i + 1.
     # <s> USER: hi ASSISTANT: hello </s>  is trained on  ASSISTANT: -> hello  and  hello -> </s>
     b, i = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    at, target, more = b * ids.shape[1] + i, labels[b, i + 1], -len(b) % (4 * multiple) if multiple > 1 else 0
+    at, target = b * ids.shape[1] + i, labels[b, i + 1]
+    more = -len(b) % (4 * multiple) if multiple > 1 else 0
+    if not visual and blank is not None:
+        visual = [torch.zeros(blank)]
     return Batch(
-        ids=ids,
+        ids=ids.clamp(min=0),
+        lengths=torch.tensor([len(s.ids) for s in samples]),
         pool_id=pad_right([s.pool_id for s in samples], -1, multiple),
         use_id=pad_right([s.use_id for s in samples], -1, multiple),
         turns=max(s.turns for s in samples),
-        lengths=torch.tensor([len(s.ids) for s in samples]),
-        visual=torch.stack(visual) if visual else torch.zeros(1, *blank),
+        visual=torch.stack(visual) if visual else None,
+        image_at=(ids == IMAGE).flatten().nonzero()[:, 0],
         at=F.pad(at, (0, more)),
         target=F.pad(target, (0, more), value=IGNORE),
-        records=[s.record for s in samples],
-        picture=(shown.cumsum(0) - 1).masked_fill(~shown, -1),
+        picture=(has_image.cumsum(0) - 1).masked_fill(~has_image, -1),
         tag=torch.tensor([s.tag for s in samples]),
+        records=[s.record for s in samples],
     )
 
 

@@ -3,28 +3,27 @@
     none   V = L2(L1(f))
     1      V = L2(L1(f) + E_V1(f))                        the paper's choice
     2      V = L2(L1(f)) + E_V2(L1(f))
-    both   V = L2(L1(f) + E_V1(f)) + E_V2(L1(f))          the equation's reading; the figure feeds E_V2 the sum
+    both   V = L2(L1(f) + E_V1(f)) + E_V2(L1(f))          as in Eq. 6; in the figure, E_V2 reads the sum
 
-L1 includes the GELU (the paper is silent), so an expert shifts what the next layer reads. Next: model.py.
+L1 includes the GELU (the paper does not say), so an expert shifts the input of the next layer. Next: model.py.
 """
 import torch.nn.functional as F
 from torch import nn
 
-from baselines import expert_of, network_of
+from hypernet import Expert, HyperNetwork
 
 
 class VisualExpert(nn.Module):
-    """E_V of Eq. 6: an expert guided by the mean of the picture's own features, one set of weights per picture.
+    """E_V of Eq. 6: an expert guided by the mean of the picture's own features; one set of weights per picture.
 
     x        float[M, N, inputs]
-    source   of the weights: hyper, or what the paper compares it with, see sources.py
     returns  float[M, N, outputs]
     """
 
-    def __init__(self, inputs, outputs, embed, rank, source="hyper"):
+    def __init__(self, inputs, outputs, embed, rank):
         super().__init__()
-        self.hypernet = network_of(source, inputs, outputs, embed, rank)
-        self.expert = expert_of(source, inputs, inputs, outputs, embed, rank)
+        self.hypernet = HyperNetwork(inputs, outputs, embed, rank)
+        self.expert = Expert(inputs, inputs, outputs, embed, rank)
 
     def forward(self, x):
         guidance = x.float().mean(1, keepdim=True).to(x.dtype)  # (M, 1, inputs)  f_V, "visual guidance"
@@ -34,15 +33,16 @@ class VisualExpert(nn.Module):
 class Projector(nn.Module):
     """f float[M, N, C] -> visual tokens float[M, N, D]."""
 
-    def __init__(self, inputs, outputs, visual_expert, embed, rank, source="hyper"):
+    def __init__(self, inputs, outputs, visual_expert, embed, rank):
         super().__init__()
+        first, second = visual_expert in ("1", "both"), visual_expert in ("2", "both")
         self.linear_1 = nn.Linear(inputs, outputs)
         self.linear_2 = nn.Linear(outputs, outputs)
-        self.expert_1 = VisualExpert(inputs, outputs, embed, rank, source) if visual_expert in ("1", "both") else None
-        self.expert_2 = VisualExpert(outputs, outputs, embed, rank, source) if visual_expert in ("2", "both") else None
+        self.expert_1 = VisualExpert(inputs, outputs, embed, rank) if first else None
+        self.expert_2 = VisualExpert(outputs, outputs, embed, rank) if second else None
 
     def forward(self, f):
-        first = F.gelu(self.linear_1(f))                                       # L1(f)
-        shifted = first if self.expert_1 is None else first + self.expert_1(f)  # + E_V1(f)
-        tokens = self.linear_2(shifted)                                        # L2(.)
+        first = F.gelu(self.linear_1(f))                                        # L1(f)
+        shifted = first if self.expert_1 is None else first + self.expert_1(f)  # + E_V1(f)  Eq. 6
+        tokens = self.linear_2(shifted)                                         # L2(.)
         return tokens if self.expert_2 is None else tokens + self.expert_2(first)

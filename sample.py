@@ -145,7 +145,7 @@ class Chat:
         """
         if re.search("[\ud800-\udfff]", question):
             raise UserError("the prompt is no valid Unicode")
-        layout = self.checkpoint.layout()
+        layout = self.checkpoint.prompt_format()
         if not self.ids:
             name = None if self.image is None else "the picture"
             sample = encode_prompt([], question, self.tokenizer, layout, name)
@@ -346,7 +346,7 @@ def answers(checkpoint, rows, names, images, o, seed):
 
     Raises UserError with the row's name if its picture or prompt cannot be used.
     """
-    layout, prep, tokenizer = checkpoint.layout(), checkpoint.preprocess, checkpoint.tokenizer
+    layout, prep, tokenizer = checkpoint.prompt_format(), checkpoint.preprocess, checkpoint.tokenizer
     samples, visual = [], []
     for row, name in zip(rows, names):
         image = row.get("image")

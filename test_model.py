@@ -20,9 +20,9 @@ import data
 import formats.tokenizer
 import sample
 import weights
-from data import check_causal, collate, encode, encode_prompt, IGNORE, Preprocess, PromptFormat
+from data import IMAGE, check_causal, collate, encode, encode_prompt, IGNORE, Preprocess, PromptFormat
 from hypernet import Expert, HyperNetwork, pool, rms
-from model import (attend, Attention, Cache, CLIP, generate, IMAGE, LlamaConfig, RMSNorm,
+from model import (attend, Attention, Batch, CLIP, generate, LlamaConfig, RMSNorm,
     sample_token, stream, VisionConfig, VLM, VLMConfig)
 from projector import Projector
 
@@ -87,7 +87,7 @@ def whole_batch(**layout):
 
 
 def logits_of(model, batch):
-    return model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns)
+    return model(dataclasses.replace(batch, at=None))
 
 
 def close(a, b, tolerance=1e-6):
@@ -235,7 +235,7 @@ def test_plain_attention_is_the_fused_kernels(kv_heads, masked):
     mask = torch.rand(2, 1, T, T + past) < 0.5
     mask[..., 0] = True
     how = dict(mask=mask if masked == "mask" else None, causal=masked == "causal")
-    plain, fused = attend(q, k, v, plain=True, **how), attend(q, k, v, **how)
+    plain, fused = attend(q, k, v, eager=True, **how), attend(q, k, v, **how)
     assert plain.shape == (2, 4, T, 8) and torch.allclose(plain, fused, atol=1e-12)
     all_of_them = torch.ones(T, T, dtype=torch.bool)
     allowed = {"not": all_of_them, "causal": all_of_them.tril(), "mask": mask}[masked]
@@ -248,11 +248,11 @@ def test_a_model_gives_the_same_logits_with_plain_attention_and_norms():
     model, batch = trained(**EVERY), whole_batch()
     fused = logits_of(model, batch)
     for part in model.modules():
-        if hasattr(part, "plain"):
-            part.plain = True
+        if hasattr(part, "eager"):
+            part.eager = True
     assert close(logits_of(model, batch), fused, 1e-6)
-    assert sum(isinstance(part, Attention) and part.plain for part in model.modules()) == LLAMA.depth
-    assert sum(isinstance(part, RMSNorm) and part.plain for part in model.modules()) == 2 * LLAMA.depth + 2  # the last one, guidance's
+    assert sum(isinstance(part, Attention) and part.eager for part in model.modules()) == LLAMA.depth
+    assert sum(isinstance(part, RMSNorm) and part.eager for part in model.modules()) == 2 * LLAMA.depth + 2  # the last one, guidance's
 
 
 def test_the_tower_is_built_one_block_short_and_its_features_leave_out_cls():
@@ -298,7 +298,9 @@ def test_image_tokens_take_the_places_of_their_pictures_in_order():
     model, batch, seen = trained(**EVERY), whole_batch(), {}
     model.llm.register_forward_pre_hook(lambda part, inputs: seen.update(x=inputs[0]))
     logits_of(model, batch)
-    tokens, here = model.projector(model.features(batch.visual)), batch.ids == IMAGE
+    tokens = model.projector(model.features(batch.visual))
+    here = torch.zeros_like(batch.ids, dtype=torch.bool)
+    here.view(-1)[batch.image_at] = True
     assert here.sum(1).tolist() == [4, 0, 4]
     assert torch.equal(seen["x"][0, here[0]], tokens[0]) and torch.equal(seen["x"][2, here[2]], tokens[1])
     assert torch.equal(seen["x"][~here], model.llm.embed_tokens(batch.ids[~here]))
@@ -306,7 +308,7 @@ def test_image_tokens_take_the_places_of_their_pictures_in_order():
 
 def test_logits_can_be_had_at_some_positions_only():
     model, batch = trained(), whole_batch()
-    some = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, batch.at)
+    some = model(batch)
     assert close(some, logits_of(model, batch).flatten(0, 1)[batch.at], 1e-12)
 
 
@@ -429,7 +431,7 @@ def gradients(model, batch):
         return seen["x"], *inputs[1:]
 
     handle = model.llm.register_forward_pre_hook(into_a_leaf)
-    logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, batch.at)
+    logits = model(batch)
     handle.remove()
     direction = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(2)).double()
     for (b, p), row in zip(answers(batch), logits):
@@ -460,7 +462,8 @@ def by_steps(model, samples, visual, length):
     Turn by turn in one cache: a prefill of the prompts, padded on the right, then single tokens, the end token
     among them; a row whose answer is over waits for the others.
     """
-    cache = Cache(model.cfg.llm, len(samples), length, "cpu", torch.float64)
+    cache = model.new_cache(len(samples), "cpu", torch.float64)
+    cache.reserve(length)
     logits = [[] for _ in samples]
     for turn, spans in enumerate(zip(*map(segments, samples))):
         prompts = [torch.from_numpy(s.ids[prompt]) for s, (prompt, _) in zip(samples, spans)]
@@ -469,15 +472,16 @@ def by_steps(model, samples, visual, length):
         ids, pool_id, use_id = (torch.nn.utils.rnn.pad_sequence(rows, True, fill)
                                 for rows, fill in ((prompts, 0), (pooled, -1), (used, -1)))
         new = torch.tensor([len(p) for p in prompts])
-        seen = visual if (ids == IMAGE).any() else None
-        out = model(ids, seen, pool_id, use_id, 1, None, cache, new)
+        image_at = (ids == IMAGE).flatten().nonzero()[:, 0]
+        out = model(Batch(ids.clamp(min=0), new, pool_id, use_id, image_at=image_at,
+                          visual=visual if len(image_at) else None), cache)
         for row, found, n in zip(logits, out, new):
             row += found[:n]
         texts = [torch.from_numpy(s.ids[answer]) for s, (_, answer) in zip(samples, spans)]
         for step in range(max(map(len, texts))):
             new = torch.tensor([int(step < len(text)) for text in texts])
             ids = torch.stack([text[min(step, len(text) - 1)] for text in texts])[:, None]
-            out = model(ids, None, None, None, 1, None, cache, new)
+            out = model(Batch(ids, new), cache)
             for row, found, n in zip(logits, out, new):
                 row += found[:n]
     return [torch.stack(row) for row in logits]
@@ -522,7 +526,7 @@ def test_a_row_does_not_depend_on_its_batch_mates_nor_on_their_order(kind):
 def test_without_use_id_no_language_expert_takes_part():
     model, batch = trained(visual_expert="none", language_expert="all"), whole_batch()
     none = torch.full_like(batch.ids, -1)
-    found = model(batch.ids, batch.visual, none, none, 1)
+    found = model(dataclasses.replace(batch, pool_id=none, use_id=none, turns=1, at=None))
     assert torch.equal(found, logits_of(static(model), batch)) and not close(found, logits_of(model, batch), 1e-2)
 
 
@@ -571,7 +575,7 @@ def test_the_first_step_moves_the_up_projections_alone_and_the_second_every_part
     moving = []
     for _ in range(2):
         optimiser.zero_grad()
-        logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, batch.at)
+        logits = model(batch)
         F.cross_entropy(logits, batch.target).backward()
         moving.append({name for name, p in experts.items() if p.grad is not None and p.grad.any()})
         optimiser.step()
@@ -626,7 +630,8 @@ def test_greedy_answers_are_the_likeliest_tokens_of_the_whole_sequence_without_a
         ids = torch.cat([one.ids, torch.tensor([row])], 1)
         pool_id = torch.cat([one.pool_id, torch.full((1, 8), -1)], 1)
         use_id = torch.cat([one.use_id, one.use_id[:, -1:].expand(1, 8)], 1)
-        logits = model(ids, one.visual, pool_id, use_id, one.turns)[0]
+        whole = dataclasses.replace(one, ids=ids, pool_id=pool_id, use_id=use_id, at=None)
+        logits = model(whole)[0]
         assert logits[n - 1:-1].argmax(-1).tolist() == row
 
 
@@ -775,7 +780,7 @@ def place(tmp_path_factory):
     model = trained(torch.float32, seed=3)
     model.llm.lm_head.weight.data[:259] = 0  # bytes are never the likeliest: they need not make whole characters
     state = {name: p.detach() for name, p in model.named_parameters()}
-    weights.save(str(folder / "model"), model.cfg, state, TOKENIZER, Preprocess(28), "A chat.", 2, {}, {})
+    weights.save(str(folder / "model"), model.cfg, state, TOKENIZER, Preprocess(28), "A chat.", stage=2, sources={}, training={})
     noise = torch.randint(0, 256, (40, 30, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     Image.fromarray(noise.numpy()).save(folder / "x.png")
     (folder / "empty.png").touch()

@@ -1,10 +1,12 @@
-"""Training: stages 0, 1 and 2 as presets of one loop, sharded with FSDP2 at every world size.
+"""Training: stages 0, 1 and 2 of one loop, sharded with FSDP2 on any number of ranks.
 
-    python train.py                                   the toy: stand-ins, alignment, instruction tuning, then scores
-    torchrun --nproc_per_node 8 train.py --stage 1 --preset 7b --vision CLIP --llm VICUNA --data J.json --images DIR
+    python train.py                 the toy: stand-ins, alignment, instruction tuning, then scores
+    torchrun --nproc_per_node 8 train.py --stage 1 --preset 7b --vision CLIP --llm VICUNA \\
+             --data J.json --images DIR
 
-A stage is a `Job` (model, data, loss, what to write at the end) made by `stage_0` or `stage_1_or_2`; `train` runs it. What trains
-in which stage is said in TRAINS. A run's folder holds log.jsonl, state/ while it lasts, and the checkpoint when it is done.
+In reading order: what trains when, the optimiser, the schedule, a step, the loop, the stages. The rest of
+a long run is in training/: options, ranks, sharding, saved state, order of the data, memory plan.
+A stage's folder holds log.jsonl, state/ while it runs, and the checkpoint when it is finished.
 """
 import contextlib
 import dataclasses
@@ -19,44 +21,34 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import weights
-from benchmarks.toy import score
 from cli import parse, UserError
-from data import (collate, Conversations, encode, encode_prompt, IGNORE, MULTIPLE, PromptFormat,
-    TAG, turns_of_record)
+from data import Conversations, PromptFormat
 from formats.folders import resolve
 from formats.llava import projector_file
-from formats.tokenizer import train_tokenizer
-from model import Attention, Block, Cache, generate, RMSNorm, VisionAttention
-from toy.files import write_world
-from toy.stand_ins import (Captions, contrast_loss, language_loss, LLAMA, StandInCLIP,
-    StandInLlama, VISION, words, write_clip, write_llm)
+from model import Block
+from toy import stage0 as toy
 from training.costs import operations
 from training.distributed import (DistributedUserError, main_distributed, raise_on_all_ranks, Signals,
-    split_across_ranks, start_world, sum_over_ranks)
-from training.feed import (describe_records, is_readable, make_loader, picture_loader,
-    TrainDataset, with_picture)
+                                  start_world, sum_over_ranks)
+from training.feed import (describe_records, make_loader, Pictures, Question, split_across_ranks,
+                           TrainDataset, VLMData)
 from training.log import cut_log, log_line, log_row
 from training.muon import Muon
-from training.options import complete, device_of, EXPERT_OPTIONS, Options, stage_folder, title
+from training.options import (complete, device_of, EXPERT_OPTIONS, Options, stage_folder, title)
 from training.parts import check_options, run_parts_in_parallel, unfinished
 from training.plan import plan
-from training.sharding import compile_blocks, gather_tensors, recompute, shard
+from training.sharding import compile_blocks, gather_tensors, recompute, shard, write_out_kernels
 from training.state import first_step, load_state, save_or_warn
-from vlora import VLoRAConfig
+from vlora import GeneratorConfig
 from weights import assemble, load, save, source_entry
 
-ANSWER = 32  # tokens of an answer in the log
-
-
-# What each stage trains, by prefix of the parameters' names; everything else is frozen (paper §3, "training"; VLoRA §4.1).
+# What each stage trains, by prefix of the parameters' names; the rest is frozen (paper §3; VLoRA §4.1).
+# "llm.expert." stands for the experts of all blocks.
 TRAINS = {
     (0, "full"): ("",),
     (0, "peft"): ("",),
@@ -67,33 +59,12 @@ TRAINS = {
 }
 
 
-@dataclass
-class Job:
-    """One stage: what the loop trains, on what, and what becomes of it."""
-    model: nn.Module
-    lengths: np.ndarray               # int64[samples], how long each of the training data's samples is
-    batch: Callable                   # (rows) -> batch of the training data with those indices
-    held_out: list                    # batches of this rank's share of the held-out data, as many as on the other ranks
-    loss: Callable                    # (model, batch) -> loss summed over the batch's supervised tokens
-    tokens: Callable                  # (batch) -> their number
-    finish: Callable                  # ({name: tensor}) -> writes the finished checkpoint
-    sample: Callable | None           # (index) -> the Sample of the training data, without its picture; None: there are none
-    text: list = dataclasses.field(default_factory=list)  # batches without pictures, to see whether a frozen Llama can read
-    skipped: list = dataclasses.field(default_factory=list)  # what is wrong with pictures that `batch` did without
-    keeps: tuple = ("",)              # prefixes of the names of the tensors that `finish` gets
-    pictured: np.ndarray | None = None  # bool[samples], which of the training data are about a picture; None: all alike
-    shown: Callable | None = None     # (function of a prompt to ids) -> str, the answer to one question; None: nothing to ask
-    asked: str = ""                   # what that question is, and the answer that the data has
-
-
-# ---- World and precision: the only lines that know where and in what they run
+def trains_llm(o):
+    return "llm." in TRAINS[o.stage, o.tune]
 
 
 def freeze(model, prefixes):
-    """Leave trainable what starts with one of `prefixes`.
-
-    "llm.expert." stands for the experts of all blocks, and for LoRA in their place.
-    """
+    """Train the parameters whose names start with one of `prefixes`; freeze the others."""
     for name, p in model.named_parameters():
         name = "llm.expert." if re.match(r"llm\..*\.(expert|lora)\.", name) else name
         p.requires_grad_(name.startswith(prefixes))
@@ -102,21 +73,24 @@ def freeze(model, prefixes):
 # ---- Optimisation
 
 
-def optimisers(model, o):
-    """AdamW for all that trains or, with a muon_lr, Muon for the matrices inside blocks and AdamW for the rest."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    in_block = lambda n, p: ".layers." in n and not re.search(r"\.(expert|lora)\.", n) and p.ndim == 2
-    matrices = [p for n, p in named if o.muon_lr and in_block(n, p)]
-    rest = [p for n, p in named if not (o.muon_lr and in_block(n, p))]
+def is_muon_matrix(name, p):
+    """Whether Muon may train a parameter: a matrix of a block, but not of its expert."""
+    in_expert = re.search(r"\.(expert|lora)\.", name)
+    return ".layers." in name and not in_expert and p.ndim == 2
+
+
+def make_optimisers(model, o):
+    """AdamW for all that trains. With --muon_lr: Muon for the matrices in blocks, AdamW for the rest."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if o.muon_lr and is_muon_matrix(name, p)]
+    rest = [p for name, p in named if not (o.muon_lr and is_muon_matrix(name, p))]
     adam = torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     return [adam] + ([Muon(matrices, lr=o.muon_lr)] if matrices else [])
 
 
 def schedule(step, o):
-    """The factor on the learning rate at 0-based `step`: rises in the warm-up, then a cosine, or flat and a linear end.
-
-    The first step has factor 0 under cosine, as in LLaVA's trainer.
-    """
+    """The factor on the learning rate at 0-based `step`: a warm-up, then a cosine to 0; or for wsd
+    constant with a linear end. With cosine the first step has factor 0, as in LLaVA's trainer."""
     warm = math.ceil(o.warmup * o.steps)
     if step < warm:
         return (step + (o.schedule == "wsd")) / warm
@@ -125,312 +99,339 @@ def schedule(step, o):
     return min(1.0, (o.steps - step) / max(1, o.cooldown * o.steps))
 
 
-# ---- The loop
-
-
-def shift_ratio(model):
-    """{block: |E_L| / |FFN|} filled in by hooks as the model runs, and the hooks' removal: are the experts at work?"""
-    ratios, handles = {}, []
-    for n, block in enumerate(m for m in model.modules() if isinstance(m, Block)):
-        if getattr(block, "expert", None) is not None:
-            norms = {}
-            handles.append(block.mlp.register_forward_hook(
-                lambda m, i, out, norms=norms: norms.update(ffn=out.float().norm())))
-            handles.append(block.expert.register_forward_hook(
-                lambda m, i, out, norms=norms, n=n: ratios.update({n: (out.float().norm() / norms["ffn"]).item()})))
-    return ratios, lambda: [h.remove() for h in handles]
-
-
-def reply(model, prompt, o):
-    """Ids of the model's greedy answer to the prompt of a batch of one.
-
-    It is always ANSWER tokens long, whatever ends it: ranks whose arithmetic differs must still run the model as often.
-    """
-    cache = Cache(model.cfg.llm, 1, 0, o.device, getattr(torch, o.dtype))
-    return generate(model, prompt.to(o.device), ANSWER, eos=-1, cache=cache)[0]
-
-
-@torch.no_grad()
-def evaluate(job, model, o, mesh):
-    """What the log says now and then, as far as there is data for it.
-
-    held_out      loss per token of the held-out data
-    expert_share  |E_L| / |FFN| averaged over the blocks with an expert
-    answer        to `Job.asked`
-    """
-    found = {}
-    with torch.compiler.set_stance("force_eager") if o.compile else contextlib.nullcontext():  # many shapes, each met but rarely
-        if job.held_out:
-            ratios, remove = shift_ratio(model)
-            summed = [job.loss(model, batch.to(mesh.device_type)).item() for batch in job.held_out]
-            loss, tokens = sum_over_ranks([sum(summed), sum(map(job.tokens, job.held_out))], mesh)
-            remove()
-            found = {"held_out": loss / tokens} | ({"expert_share": sum(ratios.values()) / len(ratios)} if ratios else {})
-        if job.shown:
-            found["answer"] = job.shown(lambda prompt: reply(model, prompt, o))
-    return found
+# ---- A step
 
 
 @dataclass
-class Step:
-    """What all ranks know of a step."""
-    loss: float       # per supervised token
-    norm: float       # of the gradient
-    positions: float  # text and image tokens, without padding
-    operations: float  # multiplications and additions, see `operations`
-    skipped: float    # pictures that could not be read
-    stop: int         # the signal that one of the ranks got before it, or 0
+class StepResult:
+    """The figures of a step, the same on all ranks."""
+    loss: float        # per supervised token
+    norm: float        # of the gradient
+    positions: float   # text and image tokens, without padding
+    operations: float  # multiplications and additions, see training/costs.py
+    skipped: float     # pictures that could not be read
+    stop: int          # the signal that some rank got before the step, or 0
 
 
-def fail(error):
-    raise error
+def count(batches, model, step, o, mesh, *, skipped, stop):
+    """(supervised tokens of the global batch, StepResult without loss and norm).
 
-
-def train_step(job, model, opts, batches, step, o, mesh, skipped=0, stop=0):
-    """One optimiser step over this rank's micro-batches -> `Step`.
-
-    batches  of this rank, or in place of one the UserError that making it met
-    skipped  pictures that this rank did without; stop: the signal it got, or 0
-
-    The loss is the sum over supervised tokens divided by their number in the *global* batch, so that accumulation and
-    the number of ranks leave the gradients alone. (LLaVA takes the mean of each micro-batch's mean.) What the ranks must
-    agree on besides, an error or a signal, travels with that number.
+    One all-reduce carries all that the ranks must agree on. Raises DistributedUserError if a batch could
+    not be built on some rank, or if there is no supervised token.
     """
-    faults = [b for b in batches if isinstance(b, UserError)]
-    whole = [b for b in batches if not isinstance(b, UserError)]
-    tokens, positions, work, skips, failed, *signals = sum_over_ranks(
-        [sum(job.tokens(b) for b in whole), sum(b.lengths.sum().item() for b in whole),
-         sum(operations(model, b, TRAINS[o.stage, o.tune] == TRAINS[2, "full"]) for b in whole) if o.stage else 0, skipped, len(faults),
-         stop == signal.SIGTERM, stop == signal.SIGINT], mesh)
+    errors = [b for b in batches if isinstance(b, UserError)]
+    good = [b for b in batches if not isinstance(b, UserError)]
+    tokens, positions, work, skips, failed, terminated, interrupted = sum_over_ranks([
+        sum(b.trained for b in good),
+        sum(b.lengths.sum().item() for b in good),
+        sum(operations(model, b, trains_llm(o)) for b in good) if o.stage else 0,
+        skipped, len(errors), stop == signal.SIGTERM, stop == signal.SIGINT], mesh)
     if failed:
-        raise_on_all_ranks(lambda: fail(faults[0]) if faults else None)
+        raise_on_all_ranks(lambda: raise_first(errors))
     if tokens == 0:
-        raise DistributedUserError(f"step {step}: no supervised token in its batch of {describe_records(batches)}")
+        raise DistributedUserError(f"step {step + 1}: no supervised token in its batch of "
+                                   f"{describe_records(batches)}")
+    stop = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
+    return tokens, StepResult(0.0, 0.0, positions, work, skips, stop)
+
+
+def raise_first(errors):
+    if errors:
+        raise errors[0]
+
+
+def train_step(model, optimisers, batches, step, o, mesh, *, skipped=0, stop=0):
+    """One optimiser step over this rank's micro-batches; returns its StepResult.
+
+    batches  this rank's; a UserError stands for a batch that could not be built
+    skipped  pictures that this rank skipped; stop: the signal that it got, or 0
+
+    The loss is the sum over supervised tokens, divided by their number in the *global* batch. So neither
+    accumulation nor the number of ranks changes the gradients. (LLaVA takes a mean of means.)
+    """
+    tokens, result = count(batches, model, step, o, mesh, skipped=skipped, stop=stop)
     summed = 0.0
     for batch in batches:
-        loss = job.loss(model, batch.to(mesh.device_type)) / tokens
-        (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum
+        loss = model.loss(batch.to(mesh.device_type)) / tokens
+        (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, but the loss is a sum
         summed += loss.item()
-    loss, = sum_over_ranks([summed], mesh)
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], o.clip or math.inf)
-    norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise DistributedUserError(f"step {step}: loss {loss}, gradient norm {norm}, stopped before the update; "
-                     f"{describe_records(batches, lambda: not math.isfinite(summed))}")
-    for opt in opts:
-        opt.step()
-        opt.zero_grad()
-    return Step(loss, norm, positions, work, skips, signal.SIGINT if signals[1] else signal.SIGTERM if signals[0] else 0)
+    result.loss, = sum_over_ranks([summed], mesh)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = nn.utils.clip_grad_norm_(trained, o.clip or math.inf)
+    result.norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
+    if not (math.isfinite(result.loss) and math.isfinite(result.norm)):
+        records = describe_records(batches, failed=not math.isfinite(summed))
+        raise DistributedUserError(f"step {step + 1}: loss {result.loss}, gradient norm {result.norm}, "
+                                   f"stopped before the update; {records}")
+    for optimiser in optimisers:
+        optimiser.step()
+        optimiser.zero_grad()
+    return result
+
+
+# ---- Evaluation
+
+
+@contextlib.contextmanager
+def expert_shares(model):
+    """Yields {block: |E_L| / |FFN|}, filled while the model runs: do the experts contribute?"""
+    ffn, shares, handles = {}, {}, []
+    for n, block in enumerate(m for m in model.modules() if isinstance(m, Block) and m.expert):
+        def note_ffn(module, inputs, out, n=n):
+            ffn[n] = out.float().norm()
+
+        def note_expert(module, inputs, out, n=n):
+            shares[n] = (out.float().norm() / ffn[n]).item()
+
+        handles += [block.mlp.register_forward_hook(note_ffn),
+                    block.expert.register_forward_hook(note_expert)]
+    try:
+        yield shares
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
-def check_reads(job, model, mesh):
-    """UserError if a frozen Llama does not know the language: the loss of answers, given questions, is near ln(vocab).
+def evaluate(stage, model, o, mesh):
+    """Figures for the log, as far as there is data for them.
 
-    That is what weights which were never loaded give, or someone else's. Stage 1 would then fit the projector to noise.
+    held_out       loss per supervised token of the held-out data
+    expert_share   |E_L| / |FFN|, a mean over the blocks with an expert
+    answer, truth  to the stage's question
     """
-    loss = sum(job.loss(model, b.to(mesh.device_type)).item() for b in job.text) / sum(job.tokens(b) for b in job.text)
+    row = {}
+    # Evaluation has many rare shapes; compiling for each would take minutes.
+    with torch.compiler.set_stance("force_eager") if o.compile else contextlib.nullcontext():
+        if stage.held_out:
+            with expert_shares(model) as shares:
+                losses = [model.loss(b.to(mesh.device_type)).item() for b in stage.held_out]
+            tokens = sum(b.trained for b in stage.held_out)
+            loss, tokens = sum_over_ranks([sum(losses), tokens], mesh)
+            row["held_out"] = loss / tokens
+            if shares:
+                row["expert_share"] = sum(shares.values()) / len(shares)
+        if stage.question:
+            row["answer"] = stage.question.answer(model, o.device, getattr(torch, o.dtype))
+            row["truth"] = stage.question.truth
+    return row
+
+
+@torch.no_grad()
+def check_llm(model, batches, mesh):
+    """UserError if the loss of a frozen Llama on answers is near that of chance, ln(vocab).
+
+    Its weights are then random, or those of another model, and stage 1 would fit the projector to noise.
+    """
+    loss = sum(model.loss(b.to(mesh.device_type)).item() for b in batches)
+    loss /= sum(b.trained for b in batches)
     chance = math.log(model.cfg.llm.vocab)
     if not loss < 0.9 * chance:
-        raise DistributedUserError(f"the Llama does not know the language of the data: its loss on the answers is {loss:.2f} per token, mere "
-                     f"guessing gives {chance:.2f}. Look at --llm, or rehearse with --allow_random_llm")
+        raise DistributedUserError(f"loss {loss:.2f} per token of text is near chance ({chance:.2f}): is --llm "
+                                   f"pretrained? To rehearse without, add --allow_random_llm")
+
+
+# ---- The loop
+
+
+@dataclass
+class Stage:
+    """A model with loss(batch), data with batch(rows), and what to write at the end."""
+    model: nn.Module              # loss(batch) is summed over the supervised tokens
+    data: object                  # see training.feed.VLMData
+    held_out: list                # this rank's batches of held-out data; as many as on other ranks
+    write: Callable               # {name: tensor} -> writes the finished checkpoint
+    keeps: tuple = ("",)          # prefixes of the tensors that `write` gets
+    question: Question | None = None
 
 
 def setup_model(model, o, mesh):
-    """(the model frozen where the stage does not train it, and sharded; its optimisers)."""
-    for module in model.modules():
-        if isinstance(module, (Attention, VisionAttention, RMSNorm)):
-            module.plain = o.kernels == "plain"
+    """(model, optimisers): frozen where the stage does not train, compiled, recomputed, sharded."""
     freeze(model, TRAINS[o.stage, o.tune])
+    if o.kernels == "eager":
+        write_out_kernels(model)
     if o.compile:
         compile_blocks(model)
-    recompute(model, o.checkpointing)
+    if o.stage:
+        recompute(model, o.checkpointing)
     model = shard(model, mesh, getattr(torch, o.dtype))
-    return model, optimisers(model, o)
+    return model, make_optimisers(model, o)
 
 
-def start_run(job, model, opts, states, log_path, o, mesh):
-    """Go on from the newest of the saved `states`, or begin anew -> (the first step to take, pictures skipped before it, on rank 0)."""
+def start_or_resume(stage, model, optimisers, o, mesh):
+    """(first step to take, pictures skipped before it): of the newest saved state, or from the start."""
+    states = os.path.join(stage_folder(o), "state")
     start = raise_on_all_ranks(lambda: first_step(o))
     if start:
-        load_state(states, start, model, opts)
+        load_state(states, start, model, optimisers)
     elif dist.get_rank() == 0:
         shutil.rmtree(states, ignore_errors=True)
     if o.stage == 1 and not start and not o.allow_random_llm:
-        check_reads(job, model, mesh)
-    return start, cut_log(log_path, start).get("skipped_images", 0) if dist.get_rank() == 0 else 0
+        check_llm(model, stage.data.text_batches(), mesh)
+    if dist.get_rank() > 0:
+        return start, 0
+    return start, cut_log(os.path.join(stage_folder(o), "log.jsonl"), start).get("skipped_images", 0)
 
 
-def train(job, o, mesh):
-    """Run a job for o.steps optimiser steps and write its checkpoint."""
-    out, rank = stage_folder(o), dist.get_rank()
-    o.steps = o.steps or math.ceil(o.epochs * len(job.lengths) / o.batch_size)
-    model, opts = setup_model(job.model, o, mesh)
-    text = raise_on_all_ranks(lambda: plan(model, opts, job, o, TRAINS[o.stage, o.tune] == TRAINS[2, "full"]))
-    if rank == 0:
+def train(stage, o, mesh, place=0):
+    """Train a stage for o.steps optimiser steps and write its checkpoint; `place`: line of its bar."""
+    out, rank_0 = stage_folder(o), dist.get_rank() == 0
+    o.steps = o.steps or math.ceil(o.epochs * len(stage.data) / o.batch_size)
+    model, optimisers = setup_model(stage.model, o, mesh)
+    text = raise_on_all_ranks(lambda: plan(model, optimisers, stage, o, trains_llm(o)))
+    if rank_0:
         print(text, file=sys.stderr)
-
-    states, log_path = os.path.join(out, "state"), os.path.join(out, "log.jsonl")
-    start, skipped = start_run(job, model, opts, states, log_path, o, mesh)
-    feed = TrainDataset(job, o)
-    loader = make_loader(feed, start, o)
+    start, skipped = start_or_resume(stage, model, optimisers, o, mesh)
+    dataset = TrainDataset(stage.data, o)
+    loader = make_loader(dataset, start, o)
     first = began = time.perf_counter()
-    saving = 0.0  # seconds, before this step
-    with open(log_path, "a") if rank == 0 else contextlib.nullcontext() as log, \
-            tqdm(range(start, o.steps), title(o), initial=start, total=o.steps, disable=rank > 0,
-                 mininterval=1 if sys.stderr.isatty() else 15) as bar, Signals() as signals:
+    save_seconds = 0.0
+    with open_log(out, rank_0) as log, progress(start, o, place, rank_0) as bar, Signals() as signals:
         for step in bar:
+            # Data: this rank's micro-batches of the step
             asked = time.perf_counter()
-            batches, bad = zip(*(next(loader) for _ in range(feed.accumulation)))
+            batches, messages = zip(*(next(loader) for _ in range(dataset.accumulation)))
+            messages = [message for some in messages for message in some]
             waited = time.perf_counter() - asked
-            for text in (text for texts in bad for text in texts):
-                bar.write(f"skipped: {text}", file=sys.stderr)
-            factor = schedule(step, o)
-            for opt, lr in zip(opts, (o.lr, o.muon_lr)):
-                opt.param_groups[0]["lr"] = lr * factor
-            done = train_step(job, model, opts, batches, step, o, mesh, sum(map(len, bad)), signals.got)
+            for message in messages:
+                bar.write(f"skipped: {message}", file=sys.stderr)
 
+            # Learning rate
+            factor = schedule(step, o)
+            for optimiser, lr in zip(optimisers, (o.lr, o.muon_lr)):
+                optimiser.param_groups[0]["lr"] = lr * factor
+
+            # Forward, backward, clip, step
+            result = train_step(model, optimisers, batches, step, o, mesh,
+                                skipped=len(messages), stop=signals.got)
+            skipped += int(result.skipped)
+
+            # Log
             now = time.perf_counter()
-            row = log_row(done, o.lr * factor, step, now - began, waited, (now - first) / (step + 1 - start), o)
-            skipped += int(done.skipped)
-            row |= ({"skipped_images": skipped} if skipped else {}) | ({"save_s": saving} if saving else {})
-            if step + 1 == o.steps or (step + 1) % o.val_every == 0:
-                row |= evaluate(job, model, o, mesh)
-            if rank == 0:
+            times = now - began, waited, (now - first) / (step + 1 - start)
+            row = log_row(result, step + 1, o.lr * factor, times, o)
+            row |= {"skipped_images": skipped} if skipped else {}
+            row |= {"save_s": save_seconds} if save_seconds else {}
+
+            # Evaluate
+            last = step + 1 == o.steps
+            if last or (step + 1) % o.val_every == 0:
+                row |= evaluate(stage, model, o, mesh)
+            if rank_0:
                 print(json.dumps(row), file=log, flush=True)
-            if rank == 0 and (step % o.log_every == 0 or {"held_out", "answer"} & row.keys()):
-                bar.write(log_line(row, o), file=sys.stderr)
-            saving = 0.0
-            if done.stop or (step + 1) % o.save_every == 0 and step + 1 < o.steps:
-                saving = save_or_warn(states, step + 1, model, opts, o, done.stop, bar)
+                if step % o.log_every == 0 or "held_out" in row or "answer" in row:
+                    bar.write(log_line(row, o), file=sys.stderr)
+
+            # Save
+            save_seconds = 0.0
+            if result.stop or (step + 1) % o.save_every == 0 and not last:
+                save_seconds = save_or_warn(os.path.join(out, "state"), step + 1, model, optimisers, o,
+                                            stop=result.stop, bar=bar)
             began = time.perf_counter()
-    if skipped and rank == 0:
-        print(f"{skipped} times a picture could not be read and the next record took its place", file=sys.stderr)
-    tensors = gather_tensors(model, job.keeps, getattr(torch, o.dtype))
-    raise_on_all_ranks(lambda: job.finish(tensors) if rank == 0 else None)
-    if rank == 0:
-        shutil.rmtree(states, ignore_errors=True)
+    finish(stage, model, skipped, o)
+
+
+def open_log(out, rank_0):
+    return open(os.path.join(out, "log.jsonl"), "a") if rank_0 else contextlib.nullcontext()
+
+
+def progress(start, o, place, rank_0):
+    """The progress bar over the steps to take; in a file, it writes a line every 15 s."""
+    return tqdm(range(start, o.steps), title(o), initial=start, total=o.steps, disable=not rank_0,
+                position=place, mininterval=1 if sys.stderr.isatty() else 15, dynamic_ncols=True)
+
+
+def finish(stage, model, skipped, o):
+    """Write the checkpoint, drop the saved states, and say where it is."""
+    tensors = gather_tensors(model, stage.keeps, getattr(torch, o.dtype))
+    raise_on_all_ranks(lambda: stage.write(tensors) if dist.get_rank() == 0 else None)
+    if dist.get_rank() == 0:
+        shutil.rmtree(os.path.join(stage_folder(o), "state"), ignore_errors=True)
+        if skipped:
+            print(f"{skipped} times a picture could not be read, and the next record took its place",
+                  file=sys.stderr)
+        print(f"{title(o)} is finished: {stage_folder(o)}", file=sys.stderr)
     dist.barrier()
 
 
-def stage_0(o):
-    """The toy's CLIP, or its Llama, from the toy world; see toy.py."""
-    folder, out = os.path.join(o.out, "world"), stage_folder(o)
-    tokenizer = train_tokenizer(words(folder), LLAMA.vocab)
-    cuts = lambda n: [range(i, min(i + o.batch_size, n)) for i in range(0, n, o.batch_size)]
-    if o.part == "clip":
-        data, val = (Captions(folder, file, tokenizer) for file in ("captions.json", "validation_captions.json"))
-        return Job(StandInCLIP(), np.ones(len(data), np.int64), data.batch, [val.batch(cut) for cut in cuts(len(val))],
-                   contrast_loss, lambda b: len(b.pixels), lambda tensors: write_clip(tensors, out), None)
-    layout = PromptFormat("v1", o.system, VISION.tokens, LLAMA.context)
-    data, val = (Conversations(os.path.join(folder, file), folder, tokenizer, layout) for file in ("text.json", "validation_text.json"))
-    batch = lambda rows, source=data: collate([source[i] for i in rows], [], (VISION.tokens, VISION.width), multiple=MULTIPLE)
-    return Job(StandInLlama(), data.lengths, batch, [batch(cut, val) for cut in cuts(len(val))], language_loss,
-               lambda b: b.trained, lambda tensors: write_llm(tensors, tokenizer, out), lambda i: data[i])
-
-
-def vlm_loss(model, batch):
-    """Next-token loss summed over the supervised positions, the only ones that have logits."""
-    logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, batch.at, picture=batch.picture, tag=batch.tag)
-    return F.cross_entropy(logits.float(), batch.target, reduction="sum")
-
-
-def sample_question(data, picture, blank, o):
-    """(Job.shown, Job.asked) of the first record whose first question is about a picture that can be read; (None, "") if none is."""
-    for i in range(len(data)):
-        sample, turns = data[i], turns_of_record(data.record(i), f"record {i}")
-        fits = (sample.labels[sample.use_id <= 0] != IGNORE).any()  # the context did not cut the first answer
-        if sample.image is None or TAG not in turns[0][0] or not fits or o.skip_bad_images and not is_readable(sample.image):
-            continue
-        prompt = encode_prompt([], turns[0][0], data.tokenizer, data.layout, sample.image, sample.record)
-        batch, eos = collate([prompt], [picture(sample)], blank), data.tokenizer.eos
-
-        def shown(ids_of):
-            ids = ids_of(batch)
-            text = data.tokenizer.decode(ids[:ids.index(eos)] if eos in ids else ids)
-            return text.split("\n")[0] if o.template == "plain" else text
-
-        asked = turns[0][0].replace(TAG, "").strip() if o.template == "v1" else ""
-        said = [sample.image, *(json.dumps(text, ensure_ascii=False) for text in (asked, turns[0][1]) if text)]
-        return shown, ", due ".join([": ".join(said[:-1]), said[-1]])
-    return None, ""
-
-
-def text_batches(data, blank, context, o):
-    """The first conversations as text alone, in the form that Llamas which answer are trained on: see `check_reads`."""
-    layout, samples = PromptFormat("v1", o.system, 0, context), []
-    for i in range(min(32, len(data))):
-        turns = [(q.replace(TAG, "").strip(), a) for q, a in turns_of_record(data.record(i), f"record {i}")]
-        samples.append(encode(turns, data.tokenizer, layout, f"record {i}"))
-    return [collate(samples[i:i + 8], [], blank, multiple=MULTIPLE) for i in range(0, len(samples), 8)]
+# ---- The stages
 
 
 def model_options(o):
-    """The fields of VLMConfig that the options choose."""
+    """The options of weights.make_config that the command line chooses."""
     if o.method == "vlora":
-        vlora = VLoRAConfig(o.vlora_sites, o.vlora_every, o.vlora_rank, o.vlora_embed, o.vlora_depth, o.vlora_heads)
-        return {"visual_expert": "none", "language_expert": "none", "vlora": vlora}
-    chosen = {k: getattr(o, k) for k in EXPERT_OPTIONS}
-    if o.stage == 1:  # the language experts join in stage 2: nobody has asked anything yet
-        chosen |= {"language_expert": "none", "guidance_after": None}
-    return chosen
+        generator = GeneratorConfig(o.vlora_sites, o.vlora_every, o.vlora_rank, o.vlora_embed,
+                                    o.vlora_depth, o.vlora_heads)
+        return {"visual_expert": "none", "language_expert": "none", "vlora": generator}
+    options = {name: getattr(o, name) for name in EXPERT_OPTIONS}
+    if o.stage == 1:  # language experts join in stage 2: there are no questions yet
+        options |= {"language_expert": "none", "guidance_after": None}
+    return options
 
 
-def stage_1_or_2(o):
-    """Alignment (1) or instruction tuning (2) of a VLM on LLaVA's data."""
+def build_model(o):
+    """(model, tokenizer, preprocess, sources): from CLIP and Llama, or from the checkpoint --init.
+
+    sources  where the frozen parts are, for the checkpoint of stage 1
+    """
     options, dtype = model_options(o), getattr(torch, o.dtype)
-    projector = projector_file(o.init) if o.stage == 2 else None  # LLaVA's own stage 1 leaves no more than that
+    projector = projector_file(o.init) if o.stage == 2 else None  # the result of LLaVA's own stage 1
     if projector and o.method == "vlora":
-        raise UserError(f"--init {o.init}: a projector, which VLoRA has none of; stage 2 wants a checkpoint of stage 1")
-    if o.stage == 1 or projector:
-        parts = {"vision": o.vision, "llm": o.llm}
-        folders = [resolve(name) for name in parts.values()]
-        model, tokenizer, preprocess = assemble(*folders, options, dtype, o.seed, projector, cast=False)
-        sources = {part: source_entry(name, stage_folder(o)) for part, name in parts.items() if o.stage == 1}
-    else:
-        point, sources = load(o.init, dtype, options, o.seed, cast=False), {}
-        model, tokenizer, preprocess = point.model, point.tokenizer, point.preprocess
-    preprocess = dataclasses.replace(preprocess, aspect=o.aspect)
-    context = o.context or min(2048, model.cfg.llm.context)
-    layout = PromptFormat(o.template, o.system, model.cfg.image_tokens, context, o.guidance_pool)
+        raise UserError(f"--init {o.init}: a projector, but VLoRA has none; expected a checkpoint of stage 1")
+    if o.stage == 2 and not projector:
+        checkpoint = load(o.init, dtype, options, o.seed, cast=False)
+        return checkpoint.model, checkpoint.tokenizer, checkpoint.preprocess, {}
+    parts = {"vision": o.vision, "llm": o.llm}
+    folders = [resolve(name) for name in parts.values()]
+    built = assemble(*folders, options, dtype, seed=o.seed, projector=projector, cast=False)
+    if o.stage == 2:
+        return *built, {}
+    return *built, {part: source_entry(name, stage_folder(o)) for part, name in parts.items()}
+
+
+def vlm_stage(o):
+    """Stage 1 (alignment) or 2 (instruction tuning) of a VLM on LLaVA's data."""
+    model, tokenizer, preprocess, sources = build_model(o)
+    cfg, preprocess = model.cfg, dataclasses.replace(preprocess, aspect=o.aspect)
+    context = o.context or min(2048, cfg.llm.context)
+    layout = PromptFormat(o.template, o.system, cfg.image_tokens, context, o.guidance_pool)
     if not os.path.isdir(o.images):
-        raise UserError(f"--images {o.images}: there is no such folder")
-    data = [Conversations(path, o.images, tokenizer, layout) for path in (o.data, o.val) if path]
-    picture = picture_loader(data, model, preprocess, o)
-    blank = (model.cfg.vision.tokens, model.cfg.vision.width) if o.cache_features else (3, preprocess.size, preprocess.size)
+        raise UserError(f"--images {o.images}: folder not found")
+    files = [Conversations(path, o.images, tokenizer, layout) for path in (o.data, o.val) if path]
+    load_picture, blank = Pictures(preprocess), (3, preprocess.size, preprocess.size)
+    if o.cache_features:
+        blank = (cfg.vision.tokens, cfg.vision.width)
+        load_picture.cache(sorted({path for f in files for path in f.pictures()}), model, o)
+    data = [VLMData(f, load_picture, blank, o.skip_bad_images) for f in files]
 
-    skipped = []
+    def write(tensors):
+        save(stage_folder(o), cfg, tensors, tokenizer, preprocess, o.system, stage=o.stage,
+             sources=sources, training=dataclasses.asdict(o))
 
-    def batch(rows, source=data[0]):
-        pairs = [with_picture(source, i, picture, skipped if o.skip_bad_images else None) for i in rows]
-        return collate([s for s, _ in pairs], [p for _, p in pairs if p is not None], blank, multiple=MULTIPLE)
-
-    held_out = split_across_ranks([range(i, min(i + o.micro_batch_size, 512, len(d)))
-                      for d in data[1:] for i in range(0, min(len(d), 512), o.micro_batch_size)], lambda rows: batch(rows, data[1]))
-    shown, asked = sample_question(data[-1], picture, blank, o)
-
-    def finish(tensors):
-        save(stage_folder(o), model.cfg, tensors, tokenizer, preprocess, o.system, o.stage,
-                     sources, dataclasses.asdict(o))
-
-    features = (model.cfg.vision.tokens, model.cfg.vision.width)
-    text = text_batches(data[0], features, context, o) if o.stage == 1 and not o.allow_random_llm else []
-    return Job(model, data[0].lengths, batch, held_out, vlm_loss, lambda b: b.trained, finish, lambda i: data[0][i], text, skipped,
-               ("",) if o.stage == 2 else TRAINS[1, o.tune], data[0].pictured, shown, asked)
+    held_out = held_out_batches(data[1], o.micro_batch_size, 512) if o.val else []
+    keeps = ("",) if o.stage == 2 else TRAINS[1, o.tune]
+    return Stage(model, data[0], held_out, write, keeps, data[-1].question())
 
 
-def run_stage(given, stage, mesh):
-    """Train one stage and write its checkpoint."""
+def held_out_batches(data, size, most=None):
+    """Batches of `size` of this rank's share of held-out data, its first `most` samples."""
+    n = min(len(data), most or len(data))
+    return split_across_ranks([range(i, min(i + size, n)) for i in range(0, n, size)], data.batch)
+
+
+def run_stage(given, stage, mesh, place=0):
+    """Train one stage, or a part of stage 0, with the options that the user gave."""
     o = raise_on_all_ranks(lambda: complete(given, stage))
     raise_on_all_ranks(lambda: (first_step(o), os.makedirs(stage_folder(o), exist_ok=True)))
     torch.manual_seed(o.seed)
-    job = raise_on_all_ranks(lambda: stage_0(o) if stage == 0 else stage_1_or_2(o))
-    train(job, o, mesh)
+    train(raise_on_all_ranks(lambda: toy_stage(o) if stage == 0 else vlm_stage(o)), o, mesh, place)
 
 
-def toy_world(out, pictures):
-    """Write the toy's world into OUT/world, unless it is there."""
-    write_world(os.path.join(out, "world"), pictures, side=VISION.image_size, texts=pictures, test_pictures=min(250, pictures))
+def toy_stage(o):
+    """Stage 0: the toy's stand-in for CLIP or for the Llama."""
+    model, data, val, write = toy.stage_0(o.part, os.path.join(o.out, "world"), stage_folder(o), o.system)
+    batches = [val.batch(range(i, min(i + o.batch_size, len(val)))) for i in range(0, len(val), o.batch_size)]
+    return Stage(model, data, batches, write)
 
 
 def run():
@@ -439,18 +440,19 @@ def run():
     began = time.perf_counter()
     mesh = start_world(device_of(o), o.replicate)
     raise_on_all_ranks(lambda: check_options(given))
+    rank_0, alone = dist.get_rank() == 0, "WORLD_SIZE" not in os.environ
     if o.preset == "toy":
-        raise_on_all_ranks(lambda: dist.get_rank() or toy_world(o.out, o.pictures))
-    stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
-    for stage in [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage]):
+        raise_on_all_ranks(lambda: toy.make_world(o.out, o.pictures) if rank_0 else None)
+    needs_parts = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
+    for stage in [0] * needs_parts + ([1, 2] if o.stage is None else [o.stage]):
         runs = unfinished(given, stage)
-        if len(runs) > 1 and mesh.device_type == "cpu" and "WORLD_SIZE" not in os.environ and torch.get_num_threads() > 1:
+        if len(runs) > 1 and mesh.device_type == "cpu" and alone and torch.get_num_threads() > 1:
             run_parts_in_parallel(run_stage, runs, stage)
         else:
             for one in runs:
                 run_stage(one, stage, mesh)
-    if o.stage is None and dist.get_rank() == 0:
-        score(os.path.join(o.out, "stage2"), os.path.join(o.out, "world"), o.out, began)
+    if o.stage is None and rank_0:
+        toy.finish(o.out, began)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,59 @@
-"""VLoRA: a picture becomes low-rank weights of the Llama, and no visual token is left (arXiv 2405.20339, "the paper").
+"""VLoRA: a picture becomes low-rank weights of the Llama; no visual token is left
+(arXiv 2405.20339, "the paper").
 
     picture ─> CLIP ─> visual_proj + pos_embed ─> z
-    queries ─> [self-attention ─> cross-attention to z ─> FFN] x depth ─> shared head ─> W_v, one D x R for each query
-    x W'   ─>  x W' + (x W_v) W_s       in every 4th block of the Llama, beside q, k, v, o and the FFN ("m")
+    queries ─> [self-attention ─> cross-attention to z ─> FFN] x depth ─> shared head ─> W_v (D x R)
+    x W'   ─>  x W' + (x W_v) W_s      in every 4th block of the Llama: q, k, v, o and the FFN ("m")
 
-W_v is generated anew for each picture (Eq. 4), W_s is learned and zero at the start (Eq. 5): LoRA's A and B, called
-`down` and `up` here as in hypernet.py. `PerceptualWeights` makes them, `branch` runs them, `merged` adds them to the
-Llama's own weights. HyperLLaVA, to compare, generates both factors and what is gated between them, from the mean of the
-features, for one site of a block. Where the authors' code (github.com/FeipengMa6/VLoRA) does other than their paper
-says, the line says so; the code is followed, because its checkpoint is.
+W_v is generated for each picture (Eq. 4); W_s is learned and zero at the start (Eq. 5). They are LoRA's
+A and B, called `down` and `up` here as in hypernet.py. `PerceptualWeights` makes them; `VLoRA` is a VLM
+whose Llama adds them. To compare: HyperLLaVA generates both factors and a gate between them, from the
+mean of the features, for one place in a block. Where the authors' code (github.com/FeipengMa6/VLoRA)
+and their paper differ, a comment says so and the code is followed, because their checkpoint is.
 
-The prompt. No position belongs to the picture: its tag leaves nothing in the ids, and picture[b] says which picture row
-b is about. The published checkpoint was trained with one hidden token in the tag's place, which nobody attends to but
-which counts: what follows it stands one position further on. `skip_tag` counts so, without that token. The authors' own
-generation forgets it again while decoding; training did not, so neither does this.
+The prompt. The picture has no position: its tag leaves nothing in the ids, and picture[b] says which
+picture row b is about. The published checkpoint was trained with one hidden token in the tag's place.
+No token attends to it, but it counts: what follows stands one position later. `skip_tag` counts the
+same way without that token. (The authors' generation forgets it while decoding. Training did not, so
+we do not.)
 
     the prompt        <s>  ...  USER:  <image>  What  is  this?  ASSISTANT:
     ours               0   ...    5              6    7    8        9
     the checkpoint's   0   ...    5      (6)     7    8    9       10
 
-Letters are explained at the top of model.py; Q counts a generator's queries, one for each block that is changed, and E
-is the width of its states. Next: model.py.
+The letters are explained at the top of model.py. Here Q counts a generator's queries, one for each
+changed block, and E is the width of its states.
 """
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cli import UserError
+from model import CLIP, MLP, VLM, Cache, Llama, VLMConfig, merge_heads, split_heads
 
-SITES = "qkvom"  # the linears of attention; m: the whole FFN
+SITES = "qkvom"  # q, k, v and o of attention; m: the whole FFN
 
 
 @dataclass
-class VLoRAConfig:
-    """A perceptual weights generator; the defaults are the paper's choices (its Tables 3 to 5)."""
+class GeneratorConfig:
+    """Settings of the perceptual weights generator; the defaults are the paper's (its Tables 3 to 5).
+
+    Raises UserError on a setting that cannot be built.
+    """
     sites: str = SITES  # which weights get a ΔW, in the order in which the generators are kept
-    every: int = 4      # of so many blocks of the Llama, the last gets them
+    every: int = 4      # adapt every N-th block of the Llama
     rank: int = 64      # R
-    embed: int = 512    # E; the published script for the first stage says 1024, but the paper and the other script 512
+    embed: int = 512    # E; the first stage's script says 1024, the paper and the other script 512
     depth: int = 8      # blocks of a generator
-    heads: int = 16     # of a generator's attention; from the code, the paper is silent
+    heads: int = 16     # of a generator's attention; from the code, the paper does not say
     tag: bool = False   # the picture's tag counts as a position, as in the published checkpoint
 
     def __post_init__(self):
-        if not self.sites or len(set(self.sites)) < len(self.sites) or set(self.sites) - set(SITES):
+        unknown = set(self.sites) - set(SITES)
+        if not self.sites or len(set(self.sites)) < len(self.sites) or unknown:
             raise UserError(f"sites {self.sites!r}: expected some of the letters {SITES}, each once")
         for name in ("every", "rank", "embed", "depth", "heads"):
             if getattr(self, name) < 1:
@@ -55,38 +62,60 @@ class VLoRAConfig:
             raise UserError(f"embed {self.embed} does not divide by heads {self.heads}")
 
     def blocks(self, llm):
-        """Indices of the blocks that are changed in a Llama of this LlamaConfig; by default 3, 7, .. 31 of 32.
+        """Indices of the changed blocks in a Llama of this LlamaConfig; by default 3, 7, .. 31 of 32.
 
-        Raises UserError on a Llama for which there are no such weights.
+        Raises UserError if the Llama has grouped keys and values, or too few blocks.
         """
         if llm.kv_heads != llm.heads:
-            raise UserError(f"VLoRA writes every ΔW as width x width, so it needs a Llama whose keys and values are as "
-                            f"wide as its states; this one has kv_heads {llm.kv_heads}, heads {llm.heads}")
+            raise UserError(
+                f"VLoRA writes every ΔW as width x width, so it needs a Llama whose keys and values "
+                f"are as wide as its states; this one has kv_heads {llm.kv_heads}, heads {llm.heads}")
         if llm.depth < self.every:
-            raise UserError(f"every {self.every}: the Llama has only {llm.depth} blocks; take {llm.depth} or less")
+            raise UserError(f"every {self.every}: the Llama has only {llm.depth} blocks; "
+                            f"take {llm.depth} or less")
         return range(self.every - 1, llm.depth, self.every)
 
 
+@dataclass
+class VLoRAConfig(VLMConfig):
+    """A CLIP, a Llama and a generator between them; there are no experts. Raises UserError if there are."""
+    visual_expert: str = "none"
+    language_expert: str = "none"
+    vlora: GeneratorConfig = field(default_factory=GeneratorConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.vlora.blocks(self.llm)  # refuses a Llama that cannot have such weights
+        if (self.visual_expert, self.language_expert) != ("none", "none"):
+            raise UserError(f"visual_expert {self.visual_expert}, language_expert "
+                            f"{self.language_expert}: VLoRA has no experts, both must be none")
+
+    @property
+    def image_tokens(self):
+        return 0
+
+
 class Attention(nn.Module):
-    """x float[M, Q, E] attends to z float[M, N, E]; torch's nn.MultiheadAttention, its three matrices in one."""
+    """x float[M, Q, E] attends to z float[M, N, E]; laid out as torch's nn.MultiheadAttention."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.heads = cfg.heads
+        self.width = cfg.embed // cfg.heads  # K
         self.in_proj = nn.Linear(cfg.embed, 3 * cfg.embed)
         self.out_proj = nn.Linear(cfg.embed, cfg.embed)
 
     def forward(self, x, z):
-        parts = zip((x, z, z), self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3))
-        q, k, v = (F.linear(*part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        out = F.scaled_dot_product_attention(q, k, v)  # (M, H, Q, K)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        w, b = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
+        q = split_heads(F.linear(x, w[0], b[0]), self.width)  # (M, H, Q, K)
+        k = split_heads(F.linear(z, w[1], b[1]), self.width)
+        v = split_heads(F.linear(z, w[2], b[2]), self.width)
+        return self.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
 class Decoder(nn.Module):
-    """A block of the generator: the queries attend to each other, then to the picture; then an FFN.
+    """A block of a generator: the queries attend to each other, then to the picture; then an FFN.
 
-    That each part reads normalised states is the code's choice; the paper's Figure 3 shows no norms.
+    Each part reads normalised states, as in the code; the paper's Figure 3 shows no norms.
     """
 
     def __init__(self, cfg):
@@ -104,11 +133,11 @@ class Decoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """W_v of one kind of weight in the Q blocks that are changed (Eq. 4), for each row of a batch.
+    """W_v of one site in the Q changed blocks (Eq. 4), for each row of a batch.
 
     z        float[M, N, E]
     picture  int64[B], -1 .. M - 1; see PerceptualWeights
-    returns  float[B, Q, D * R], as it is written; zero where picture is -1
+    returns  float[B, Q, D * R], flat; zero where picture is -1
     """
 
     def __init__(self, cfg, queries, width):
@@ -127,17 +156,17 @@ class Generator(nn.Module):
 
 
 class PerceptualWeights(nn.Module):
-    """One generator for each kind of weight, and the learned factors W_s of all of them.
+    """One generator for each site, and the learned factors W_s of all of them.
 
-    The paper speaks of CLIP's features as they are; the code projects them to E, without a norm, and adds learned
-    positions, once for all generators, which ties a checkpoint to its number of patches. It also has a factor alpha / R
-    on W_s, which is 1 in every script and is left out here.
+    In the paper the generators read CLIP's features directly. The code projects them to E, without a
+    norm, and adds learned positions, once for all generators; this ties a checkpoint to its number of
+    patches. It also has a factor alpha / R on W_s, which is 1 in every script and left out here.
 
-    f        float[M, N, C]  CLIP's patch features, what the projector of a LLaVA reads
-    picture  int64[B], -1 .. M - 1  the picture that a row is about; -1: none, its ΔW is zero
-    returns  list of a dict for each block of the Llama, {site: (W_v float[B, D, R], W_s float[R, D])}; empty where
-             nothing is changed. One picture a row: W_v belongs to the row, not to the token
-    Raises UserError (when built) as VLoRAConfig.blocks does.
+    f        float[M, N, C]  CLIP's patch features, as the projector of a LLaVA reads them
+    picture  int64[B], -1 .. M - 1  the row's picture; -1: none, its ΔW is zero
+    returns  a dict for each block of the Llama, {site: (W_v float[B, D, R], W_s float[R, D])}; empty
+             for blocks that are not changed. One picture a row: W_v belongs to the row, not the token
+    Raises UserError (when built) as GeneratorConfig.blocks does.
     """
 
     def __init__(self, cfg, vision, llm):
@@ -151,11 +180,12 @@ class PerceptualWeights(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """As the code does. The paper says that W_s is zero and all else random.
+        """As in the code. (The paper: W_s is zero, everything else is random.)
 
-        Queries and positions stay at unit variance, since the code's initialiser never meets a bare parameter. W_v
-        starts out some fifty times as large as LoRA's A, which makes W_s learn faster than its learning rate says. The
-        std of 0.02 is the code's; a generator narrower than 512 takes more, or the picture is lost beside the positions.
+        Queries and positions keep unit variance, since the code's initialiser skips bare parameters. W_v
+        starts about fifty times as large as LoRA's A, so W_s learns faster than its learning rate says.
+        The std of 0.02 is the code's. Generators narrower than 512 take a larger one (ours), or the
+        features would be lost beside the positions.
         """
         std = 0.02 * max(1, 512 / self.visual_proj.out_features) ** 0.5
         for part in self.modules():
@@ -167,70 +197,156 @@ class PerceptualWeights(nn.Module):
             elif isinstance(part, Generator):
                 nn.init.normal_(part.queries)
         for part in self.modules():
-            if isinstance(part, Attention):  # another bare parameter there
+            if isinstance(part, Attention):  # a bare parameter in the code
                 nn.init.xavier_uniform_(part.in_proj.weight)
         nn.init.normal_(self.pos_embed)
         nn.init.zeros_(self.Bs)
 
     def forward(self, f, picture):
-        z = self.visual_proj(f) + self.pos_embed                                         # (M, N, E)
-        ups = self.Bs.view(len(self.sites), len(self.blocks), -1, self.rank).mT          # (sites, Q, R, D)
+        z = self.visual_proj(f) + self.pos_embed                                 # (M, N, E)
+        ups = self.Bs.view(len(self.sites), len(self.blocks), -1, self.rank).mT  # (sites, Q, R, D)
         deltas = [{} for _ in range(self.depth)]
         for site, generator, up in zip(self.sites, self.gen, ups):
-            down = generator(z, picture).unflatten(-1, (-1, self.rank))                  # (B, Q, D, R)
+            down = generator(z, picture).unflatten(-1, (-1, self.rank))          # (B, Q, D, R)
             for slot, n in enumerate(self.blocks):
                 deltas[n][site] = down[:, slot], up[slot]
         return deltas
 
 
-def add_delta(module, x, delta, site):
-    """What `module` makes of x, shifted by x ΔW = (x W_v) W_s (Eq. 6, without ever forming ΔW).
+class DeltaLinear(nn.Linear):
+    """q_proj, k_proj, v_proj or o_proj with a picture's change: x W + (x W_v) W_s (Eq. 6).
 
-    module   q_proj, k_proj, v_proj or o_proj, or for m the MLP as a whole: the paper's FFN has two matrices, each with
-             a ΔW; a Llama's has three, none of them square, and the code leads a linear bypass around all of it
-    x        float[B, T, D]  what `module` reads
-    delta    the block's dict of `PerceptualWeights`, or (); without `site`, and in rows without a picture, nothing is added
+    delta  (W_v float[B, D, R], W_s float[R, D]) of the pass in progress, set by VLoRA; None: no picture.
+           ΔW itself is never formed.
     """
-    if site not in delta:
-        return module(x)
-    down, up = delta[site]
-    return module(x) + (x @ down) @ up
+    delta = None
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.delta is None else add_delta(y, x, *self.delta)
+
+
+class DeltaMLP(MLP):
+    """The FFN with a picture's change around it.
+
+    The paper's FFN has two matrices, each with a ΔW. A Llama's has three, none of them square; the
+    code leads one linear bypass around the whole FFN, and so does this.
+    """
+    delta = None
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.delta is None else add_delta(y, x, *self.delta)
+
+
+def add_delta(y, x, down, up):
+    """y + x ΔW for y, x float[B, T, D], with ΔW = W_v W_s."""
+    return y + (x @ down) @ up
+
+
+class TaggedLlama(Llama):
+    """A Llama that counts positions as the published checkpoint does.
+
+    tag  int64[B] of the pass in progress, set by VLoRA; None: the tag takes no position
+    """
+    tag = None
+
+    def positions(self, batch, cache):
+        positions = super().positions(batch, cache)
+        return positions if self.tag is None else skip_tag(positions, self.tag)
+
+
+def skip_tag(positions, tag):
+    """int64[B, T] positions of the real tokens -> as the published checkpoint counts them.
+
+    tag  int64[B], position of the first token after the picture's tag; -1: no picture
+    """
+    tag = tag[:, None]
+    return positions + ((tag >= 0) & (positions >= tag))
+
+
+class PictureCache(Cache):
+    """A Cache that also keeps the rows' weight changes and tags."""
+    deltas = tag = None
+
+
+class VLoRA(VLM):
+    """A CLIP tower, generators of perceptual weights, and a Llama that they change.
+
+    A forward pass first sets every `delta` (and the tag) on the modules that use it. They stay until
+    the next pass, because activation checkpointing runs blocks again in the backward pass.
+    """
+
+    def __init__(self, cfg):
+        nn.Module.__init__(self)
+        self.cfg = cfg
+        self.vision = CLIP(cfg.vision)
+        self.perceptual = PerceptualWeights(cfg.vlora, cfg.vision, cfg.llm)
+        self.llm = TaggedLlama(cfg)
+        for n in cfg.vlora.blocks(cfg.llm):
+            block = self.llm.layers[n]
+            block.mlp = DeltaMLP(cfg.llm)
+            for site in "qkvo":
+                linear = DeltaLinear(cfg.llm.width, cfg.llm.width, bias=False)
+                setattr(block.self_attn, f"{site}_proj", linear)
+
+    def image_weights(self, visual, picture):
+        """The deltas of each block, see PerceptualWeights; visual as in Batch, picture int64[B]."""
+        return self.perceptual(self.features(visual), picture)
+
+    def set_deltas(self, deltas, tag):
+        """deltas: a dict {site: (down, up)} for each block; None: no row has a picture."""
+        for n in self.cfg.vlora.blocks(self.cfg.llm):
+            block, delta = self.llm.layers[n], deltas[n] if deltas else {}
+            block.mlp.delta = delta.get("m")
+            for site in "qkvo":
+                getattr(block.self_attn, f"{site}_proj").delta = delta.get(site)
+        self.llm.tag = tag if self.cfg.vlora.tag else None
+
+    def forward(self, batch, cache=None):
+        """As VLM.forward; the pictures' weights come from `batch.visual`, or else from the cache."""
+        deltas = tag = None
+        if batch.visual is not None:
+            deltas, tag = self.image_weights(batch.visual, batch.picture), batch.tag
+            if cache is not None:
+                cache.deltas, cache.tag = deltas, tag
+        elif cache is not None:
+            deltas, tag = cache.deltas, cache.tag
+        self.set_deltas(deltas, tag)
+        x = self.llm(self.llm.embed_tokens(batch.ids), batch, cache)
+        return self.llm.head(x if batch.at is None else x.flatten(0, 1)[batch.at])
+
+    def new_cache(self, rows, device, dtype):
+        return PictureCache(self.cfg.llm, rows, device, dtype)
 
 
 @contextlib.contextmanager
 def merged(layers, deltas):
-    """While it lasts, the ΔW of q, k, v and o are part of a Llama's own weights: W + ΔW, added in fp32 (Eq. 3).
+    """Inside this context the ΔW of q, k, v and o are added to the Llama's own weights (Eq. 3).
 
-    Gives back the deltas that are still to be run as branches, those of m: a bypass of a non-linearity is in no matrix
-    (the paper merges it, the code merges nothing). For one picture and long answers: forming a ΔW costs 2 D D R, the
-    branch 4 D R a token, so that FLOPs are saved after D/2 tokens; what is saved at once are the branch's kernels.
-    In bf16 a small ΔW loses bits to W. At the end each layer has its own parameter back, which nobody wrote to.
+    W + ΔW is computed in fp32. Yields the deltas that still run as branches, those of m: no matrix
+    can hold a bypass around a non-linearity. (The paper merges it, the code merges nothing.)
+    It pays for one picture and long answers: forming a ΔW costs 2 D D R operations, the branch 4 D R
+    a token, so operations are saved after D/2 tokens. In bf16 a small ΔW loses bits to W.
+    At the end each layer has its own parameter back, unchanged.
 
-    layers   the blocks of a Llama, whose parameters are whole (not sharded)
-    deltas   of one row, as `PerceptualWeights` returns them; the Llama may then run any number of rows about that
-             picture
+    layers  the blocks of a Llama, not sharded
+    deltas  of one row, as `PerceptualWeights` returns them; the Llama may then run any number of rows
+            about that picture
     """
     own = []
     try:
         for block, delta in zip(layers, deltas, strict=True):
             for site, (down, up) in delta.items():
-                assert len(down) == 1, f"the weights of {len(down)} rows cannot be merged into one Llama"
+                assert len(down) == 1, f"cannot merge the weights of {len(down)} rows into one Llama"
                 if site != "m":
                     linear = getattr(block.self_attn, f"{site}_proj")
                     own.append((linear, linear.weight))
-                    with torch.no_grad():  # a Linear holds the transpose of what the paper calls W
+                    with torch.no_grad():  # a Linear holds the transpose of the paper's W
                         total = linear.weight.float() + (down[0].float() @ up.float()).mT
-                        linear.weight = nn.Parameter(total.to(linear.weight.dtype), requires_grad=False)
+                        weight = total.to(linear.weight.dtype)
+                        linear.weight = nn.Parameter(weight, requires_grad=False)
         yield [{site: delta[site] for site in delta if site == "m"} for delta in deltas]
     finally:
         for linear, weight in own:
             linear.weight = weight
-
-
-def skip_tag(positions, tag):
-    """Positions as the published checkpoint counts them: int64[B, T] of the tokens that there are -> int64[B, T].
-
-    tag  int64[B]  where the picture's tag stood, which is the position of the first token after it; -1: no picture
-    """
-    tag = tag[:, None]
-    return positions + ((tag >= 0) & (positions >= tag))

@@ -1,38 +1,41 @@
-"""Checkpoints: reading CLIP, Llama and LLaVA-1.5 as they are published, reading and writing our own.
+"""Checkpoints: build, fill, save and load a model. The one door to checkpoints of every kind.
 
-A foreign checkpoint becomes ours by a table of (pattern, replacement) over its tensors' names. The model is built
-without storage and filled tensor by tensor from mapped files; each parameter is filled exactly once and each tensor
-used once or skipped by a rule. Anything else is a UserError that names the tensor and the file.
+    assemble(clip, llama, options)   a model of two pretrained parts, with a new projector and experts
+    load(folder or hub name)         a checkpoint of ours, LLaVA-1.5 in either layout, or VLoRA's
+    save(folder, ...)                write one of ours, whole or not at all
 
-    assemble(clip, llama)     a VLM of two pretrained parts, with a new projector and new experts
-    load(folder)              a checkpoint of ours, LLaVA-1.5 in its own layout or in that of transformers, or VLoRA's
-    save(folder, ...)         writes one of ours, whole or not at all
-    write_llava(folder, ...)  writes a model without experts for transformers to open:
-                              python weights.py --model CHECKPOINT --export FOLDER
+The model is built without storage and filled tensor by tensor from mapped files. Rules rename the
+tensors of a foreign checkpoint (formats/name_rules.py). Each parameter is filled exactly once; each
+tensor is used once or skipped by a rule. Anything else is a UserError with the tensor and the file.
 
-A checkpoint of ours is config.json, tokenizer.json and model.safetensors (or shards with an index). One of stage 1
-holds what was trained, and where the frozen rest came from. Next: train.py.
+A checkpoint of ours is a folder with config.json, tokenizer.json and model.safetensors (or shards and
+an index). After stage 1 it holds what was trained, and notes where the frozen rest came from.
+Next: train.py.
 """
 import dataclasses
 import os
+import typing
 import zlib
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from baselines import BaselineConfig, BaselineVLM, weight_source
 from cli import UserError
 from data import Preprocess, PromptFormat, SYSTEM
 from formats.configs import llama_config, vision_config
 from formats.folders import atomic_folder, locate, resolve
-from formats.json_files import build_dataclass, expect_keys, read_json, write_json
+from formats.json_files import (build_dataclass, expect_keys, expected, is_valid, read_json,
+                                write_json)
 from formats.llava import read_llava, read_original, vlora_config, VLORA_TYPE
-from formats.name_rules import (BY_ID, clip_rules, llama_rules, ORIGINAL_PROJECTOR, OURS, rename,
-    SKIP)
+from formats.name_rules import (BY_ID, clip_rules, llama_rules, ORIGINAL_PROJECTOR, OURS,
+                                rename, SKIP)
 from formats.tokenizer import Tokenizer
 from formats.weight_files import fingerprint, tensors, write_tensors
 from model import LlamaConfig, VisionConfig, VLM, VLMConfig
-from vlora import VLoRAConfig
+from vlora import GeneratorConfig, VLoRA, VLoRAConfig
 
 FORMAT, VERSION = "hyperllava", 1
 
@@ -41,27 +44,76 @@ FORMAT, VERSION = "hyperllava", 1
 
 
 def pick_device(wanted=None):
-    """The device asked for, or the first of cuda, mps and cpu that there is; UserError if it is not there."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if wanted is not None and wanted not in there:
-        raise UserError(f"--device {wanted}: this machine has {', '.join(there)}")
-    return wanted or there[0]
+    """`wanted`, or the first of cuda, mps and cpu that exists; UserError if it does not exist here."""
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if wanted is not None and wanted not in found:
+        raise UserError(f"--device {wanted}: this machine has {', '.join(found)}")
+    return wanted or found[0]
 
 
 def fast_dtype(device):
-    """"bfloat16" on a GPU and on processors that multiply in it, else "float32": without them, bf16 is slower on a CPU."""
-    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if fast else "float32"
+    """"bfloat16" where it is fast: on GPUs and on CPUs with bf16 products. Elsewhere "float32"."""
+    cpu_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if device != "cpu" or cpu_bf16 else "float32"
+
+
+# ---- Configs and models
+
+
+def make_config(vision, llm, *, weight_source="hyper", vlora=None, **experts):
+    """The config of a model on these two parts, of the class that its options ask for.
+
+    experts        fields of VLMConfig
+    weight_source  of the experts; not "hyper": a baseline, see baselines.py
+    vlora          GeneratorConfig or None
+    Raises UserError as the configs do.
+    """
+    if vlora is not None:
+        return VLoRAConfig(vision, llm, vlora=vlora, **experts)
+    if weight_source != "hyper":
+        return BaselineConfig(vision, llm, weight_source=weight_source, **experts)
+    return VLMConfig(vision, llm, **experts)
+
+
+def options_of(cfg):
+    """The options that `make_config` makes `cfg` from, in the order in which config.json has them."""
+    experts = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(VLMConfig)[2:]}
+    return experts | {"weight_source": weight_source(cfg), "vlora": getattr(cfg, "vlora", None)}
+
+
+MODELS = {VLMConfig: VLM, BaselineConfig: BaselineVLM, VLoRAConfig: VLoRA}
+
+
+class SkipInit(TorchFunctionMode):
+    """Skip the first values of parameters: on the meta device they cost a second and mean nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def build_empty(cfg):
+    """The model of a config, without storage (on the meta device)."""
+    with torch.device("meta"), SkipInit():
+        return MODELS[type(cfg)](cfg)
+
+
+def names_of(cfg):
+    """The names of a model's parameters."""
+    return {name for name, _ in build_empty(cfg).named_parameters()}
 
 
 # ---- Filling a model
 
 
 def check_fit(target, tensor, shape, label):
+    """UserError unless the tensor has the shape and kind of the parameter `target`."""
     if tensor.shape != shape:
         raise UserError(f"{label} is {list(tensor.shape)}, but the model's {target} is {list(shape)}")
     if not tensor.is_floating_point():
-        raise UserError(f"{label} is {tensor.dtype}, not of a floating type: quantised weights are not supported")
+        raise UserError(f"{label} has dtype {tensor.dtype}, expected a floating type: "
+                        f"quantised weights are not supported")
 
 
 def assign(model, target, tensor):
@@ -71,12 +123,12 @@ def assign(model, target, tensor):
 
 
 def fill(model, sources, dtype=None, new=(), added=0):
-    """Fill a model that was built without storage (on the meta device).
+    """Fill a model without storage from files.
 
     sources  [(folder, rules)], see `tensors` and `rename`
-    dtype    what all tensors are cast to; None: each keeps its own. What needs no cast stays mapped from its file
-    new      names of the parameters that no source holds; they stay without storage, for `initialise`
-    added    rows of embedding and head, the last ones, that `write_llava` added; they are left out
+    dtype    cast all tensors to it; None: each keeps its own. A tensor without a cast stays mapped
+    new      names of the parameters that no source holds; they stay empty, for `initialise`
+    added    number of rows that `write_llava` added to embedding and head; they are left out
     Raises UserError on a tensor that is missing, left over, mis-shaped or there twice.
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -98,14 +150,15 @@ def fill(model, sources, dtype=None, new=(), added=0):
     missing = [name for name in shapes if name not in origin and name not in new]
     if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise UserError(f"{' and '.join(folder for folder, _ in sources)}: no tensor for {missing[0]}{more}")
+        folders = " and ".join(folder for folder, _ in sources)
+        raise UserError(f"{folders}: no tensor for {missing[0]}{more}")
 
 
 def initialise(module, seed, dtype=None, name=""):
-    """Give storage and first values to the parameters that have none, each part by its reset_parameters().
+    """Give storage and first values to the parameters without storage, by reset_parameters().
 
-    Every part draws from a seed of its own, made of `seed` and its name, in fp32: it starts out the same whatever
-    other new parts the model has.
+    Every part draws in fp32 from its own seed, made of `seed` and its name. So it starts the same,
+    no matter which other new parts the model has.
     """
     if not any(p.is_meta for p in module.parameters()):
         return
@@ -120,47 +173,33 @@ def initialise(module, seed, dtype=None, name=""):
     module.to(dtype or torch.float32)
 
 
-class SkipInit(TorchFunctionMode):
-    """No first values for parameters: on the meta device there is nothing to draw, but trying costs a second of imports."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def build_empty(cfg):
-    with torch.device("meta"), SkipInit():
-        return VLM(cfg)
-
-
-def names_of(cfg):
-    return {name for name, _ in build_empty(cfg).named_parameters()}
-
-
 def tokenizer_of(folder, llm):
-    """The tokenizer in a folder; UserError if it has ids that the Llama has no embedding for."""
+    """The tokenizer in a folder; UserError if it has ids without an embedding in the Llama."""
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab > llm.vocab:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab} ids, but the model only {llm.vocab}")
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab} ids, "
+                        f"but the model only {llm.vocab}")
     return tokenizer
 
 
-def assemble(vision_folder, llm_folder, options, dtype=torch.float32, seed=0, projector=None, cast=True):
-    """(VLM, Tokenizer, Preprocess) of a CLIP and a Llama in Hugging Face's layout; what is new starts from `seed`.
+def assemble(vision_folder, llm_folder, options, dtype=torch.float32, *, seed=0, projector=None,
+             cast=True):
+    """(model, Tokenizer, Preprocess) of a CLIP and a Llama in Hugging Face's layout.
 
-    options    dict of the fields of VLMConfig that choose the experts
+    options    dict of the options of `make_config`; new parts are initialised from `seed`
     projector  path of an mm_projector.bin for the projector's static part, see `projector_file`
-    cast       whether what the folders hold is cast to `dtype` as well; if not it stays mapped as it is there
+    cast       False: `dtype` is that of the new parts; the folders' tensors keep theirs, mapped
     """
     vision, preprocess = vision_config(vision_folder)
     llm = llama_config(llm_folder)
     tokenizer = tokenizer_of(llm_folder, llm)
-    model = build_empty(VLMConfig(vision, llm, **options))
-    parts = [(vision_folder, clip_rules(vision.depth)), (llm_folder, llama_rules(llm.tied))]
-    parts += [(projector, ORIGINAL_PROJECTOR)] if projector else []
-    held = {n for n in names_of(VLMConfig(vision, llm, "none", "none")) if projector or not n.startswith("projector.")}
-    fill(model, parts, dtype if cast else None, names_of(model.cfg) - held)
+    cfg = make_config(vision, llm, **options)
+    sources = [(vision_folder, clip_rules(vision.depth)), (llm_folder, llama_rules(llm.tied))]
+    sources += [(projector, ORIGINAL_PROJECTOR)] if projector else []
+    held = names_of(VLMConfig(vision, llm, "none", "none"))
+    held = {name for name in held if projector or not name.startswith("projector.")}
+    model = build_empty(cfg)
+    fill(model, sources, dtype if cast else None, names_of(cfg) - held)
     initialise(model, seed, dtype)
     return model, tokenizer, preprocess
 
@@ -170,102 +209,134 @@ def assemble(vision_folder, llm_folder, options, dtype=torch.float32, seed=0, pr
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A model, and what it takes to talk to it as it was trained."""
+    """A model, and what is needed to use it as it was trained."""
     model: VLM
     tokenizer: Tokenizer
     preprocess: Preprocess
     system: str   # the system prompt
     config: dict  # the whole of config.json
 
-    def layout(self):
-        """How to lay out a conversation with it: as in training, guidance included."""
-        cfg, pool = self.model.cfg, self.config.get("training", {}).get("guidance_pool", "instruction")
+    def prompt_format(self):
+        """The PromptFormat of its conversations: as in training, guidance included."""
+        cfg = self.model.cfg
+        pool = self.config.get("training", {}).get("guidance_pool", "instruction")
         return PromptFormat("v1", self.system, cfg.image_tokens, cfg.llm.context, pool)
 
 
 def source_entry(name, checkpoint):
-    """What a checkpoint in the folder `checkpoint` notes of the model `name`, a folder or a hub id, that it needs.
+    """What config.json in the folder `checkpoint` notes of a model that it needs.
 
-    A folder is noted relative to the checkpoint, so that both may move together.
+    name  a folder or a hub name. A folder is noted relative to the checkpoint, so both may move together
     """
     local = os.path.exists(name)
     path = os.path.relpath(os.path.realpath(name), os.path.realpath(checkpoint)) if local else name
     return {"path": path, "fingerprint": fingerprint(resolve(name))}
 
 
-def source_folder(noted, checkpoint):
-    """The folder of a model that `source` noted; UserError if it is gone or is another by now."""
-    expect_keys(noted, {"path", "fingerprint"}, f"{checkpoint}/config.json: sources")
-    path = os.path.join(os.path.realpath(checkpoint), noted["path"])
+def source_folder(entry, checkpoint):
+    """The folder of a model that `source_entry` noted; UserError if it is gone or has changed."""
+    expect_keys(entry, {"path", "fingerprint"}, f"{checkpoint}/config.json: sources")
+    path = os.path.join(os.path.realpath(checkpoint), entry["path"])
     try:
-        folder = os.path.normpath(path) if os.path.exists(path) else resolve(noted["path"])
+        folder = os.path.normpath(path) if os.path.exists(path) else resolve(entry["path"])
     except UserError as error:
         raise UserError(f"{checkpoint} needs the model that it was trained on: {error}") from None
-    if fingerprint(folder) != noted["fingerprint"]:
-        raise UserError(f"{folder}: its weights are not those that {checkpoint} was trained on (fingerprints differ)")
+    if fingerprint(folder) != entry["fingerprint"]:
+        raise UserError(f"{folder}: its weights are not those that {checkpoint} was trained on "
+                        f"(fingerprints differ)")
     return folder
 
 
-def save(folder, model_config, state, tokenizer, preprocess, system, stage, sources, training):
-    """Write a checkpoint of ours, whole or not at all (see `written`).
+def save(folder, model_config, state, tokenizer, preprocess, system, *, stage, sources, training):
+    """Write a checkpoint of ours, whole or not at all (see `atomic_folder`).
 
-    state     {name in VLM: plain CPU tensor}; in stage 1 those that were trained
-    sources   {"vision": source(...), "llm": source(...)} if the frozen rest is to be found there; {}: `state` is all
+    state     {name in the model: plain CPU tensor}; after stage 1 only what was trained
+    sources   {"vision": source_entry(...), "llm": source_entry(...)}, where the frozen rest is; {}: in `state`
     training  dict of the options that made it
-    Raises OSError or UserError if it cannot be written; what was there before is then still there.
+    Raises OSError or UserError if it cannot be written; an older checkpoint is then still there.
     """
-    config = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(model_config),
-              "preprocess": dataclasses.asdict(preprocess), "template": {"system": system}, "stage": stage,
-              "sources": sources, "training": training}
+    parts = {name: dataclasses.asdict(getattr(model_config, name)) for name in ("vision", "llm")}
+    options = options_of(model_config)
+    if options["vlora"] is not None:
+        options["vlora"] = dataclasses.asdict(options["vlora"])
+    config = {"format": FORMAT, "version": VERSION, "model": parts | options,
+              "preprocess": dataclasses.asdict(preprocess), "template": {"system": system},
+              "stage": stage, "sources": sources, "training": training}
     with atomic_folder(folder) as new:
         write_tensors(new, state)
         tokenizer.save(new)
         write_json(os.path.join(new, "config.json"), config)
 
 
-def build_config(values, label):
-    """VLMConfig of its nested dict."""
-    expect_keys(values, {f.name for f in dataclasses.fields(VLMConfig)}, label)
-    parts = {"vision": VisionConfig, "llm": LlamaConfig} | ({} if values["vlora"] is None else {"vlora": VLoRAConfig})
-    cfg = build_dataclass(VLMConfig, values | {name: build_dataclass(kind, values[name], f"{label}.{name}") for name, kind in parts.items()}, label)
+def read_config(values, label):
+    """The config of a model from its object in config.json."""
+    expect_keys(values, {"vision", "llm", *options_of(VLMConfig())}, label)
+    parts = {"vision": VisionConfig, "llm": LlamaConfig, "vlora": GeneratorConfig}
+    values = values | {name: build_dataclass(kind, values[name], f"{label}.{name}")
+                       for name, kind in parts.items() if values[name] is not None or name != "vlora"}
+    check_options(values, label)
+    cfg = make_config(**values)
     for name, part in (("vision", cfg.vision), ("llm", cfg.llm)):
         if part.width % part.heads:
             raise UserError(f"{label}.{name}: width {part.width} does not divide by heads {part.heads}")
     if cfg.llm.heads % cfg.llm.kv_heads or cfg.llm.width // cfg.llm.heads % 2:
-        raise UserError(f"{label}.llm: {cfg.llm.heads} heads of {cfg.llm.width // cfg.llm.heads}, {cfg.llm.kv_heads} of keys: expected heads "
-                        "of an even size, in as many as divide by those of keys")
+        raise UserError(f"{label}.llm: {cfg.llm.heads} heads of width {cfg.llm.width // cfg.llm.heads}, "
+                        f"{cfg.llm.kv_heads} for keys: expected heads of an even width, "
+                        f"and a multiple of those for keys")
     return cfg
 
 
-def same_method(cfg, asked, label):
-    """The VLoRAConfig of `cfg`, or None; UserError unless it is what is `asked` for, how positions are counted aside."""
-    if (cfg.vlora is None) != (asked is None):
-        held, method = ("no VLoRA", "hyperllava") if cfg.vlora is None else ("a VLoRA", "vlora")
-        raise UserError(f"{label}: holds {held}, whose pictures reach the Llama in another way: say --method {method}")
-    if cfg.vlora is not None:
-        for name, value in dataclasses.asdict(cfg.vlora).items():
-            if name != "tag" and getattr(asked, name) != value:
-                raise UserError(f"{label}: {name} is {value} there, not {getattr(asked, name)}; a trained generator keeps its "
-                                f"form: say --vlora_{name} {value}")
-    return cfg.vlora
+def check_options(values, label):
+    """UserError if an option of `make_config` in config.json has a value that it cannot have."""
+    kinds = typing.get_type_hints(VLMConfig)
+    kinds |= {"weight_source": Literal["hyper", "static", "latent", "mlp", "lora"],
+              "vlora": GeneratorConfig | None}
+    for name, kind in kinds.items():
+        if not is_valid(values[name], kind):
+            raise UserError(f"{label}: {name} is {values[name]!r}, expected {expected(kind)}")
 
 
-def with_experts(cfg, experts, label):
-    """`cfg` with experts added where it has none; UserError if those that it has are not the ones asked for."""
-    grown = dataclasses.replace(cfg, **experts | {"vlora": same_method(cfg, experts.get("vlora"), label)})
+def check_method(cfg, wanted, label):
+    """UserError unless `cfg` is the method that was asked for: a GeneratorConfig, or None for no VLoRA.
+
+    The published checkpoint's way to count positions (`tag`) is its own and always kept.
+    """
+    held = getattr(cfg, "vlora", None)
+    if (held is None) != (wanted is None):
+        what, method = ("no VLoRA", "hyperllava") if held is None else ("a VLoRA", "vlora")
+        raise UserError(f"{label}: holds {what}, so its pictures reach the Llama in another way: "
+                        f"say --method {method}")
+    for name, value in dataclasses.asdict(held).items() if held else ():
+        if name != "tag" and getattr(wanted, name) != value:
+            raise UserError(f"{label}: {name} is {value} there, not {getattr(wanted, name)}; "
+                            f"a trained generator keeps its form: say --vlora_{name} {value}")
+
+
+def add_experts(cfg, options, label):
+    """`cfg` with the experts of `options` where it has none yet.
+
+    Raises UserError if it has experts, and they are not the ones asked for.
+    """
+    check_method(cfg, options.get("vlora"), label)
+    now = options_of(cfg)
+    grown = make_config(cfg.vision, cfg.llm, **now | options | {"vlora": now["vlora"]})
     held = ["visual_expert"] if cfg.visual_expert != "none" else []
     held += ["language_expert", "guidance_after"] if cfg.language_expert != "none" else []
     held += ["expert_embed", "expert_rank", "weight_source"] if held else []
-    for field in held:
-        was, asked = getattr(cfg, field), getattr(grown, field)
-        if was != asked:
-            raise UserError(f"{label}: {field} is {was} there, not {asked}; trained experts keep their form: say --{field} {was}")
+    then = options_of(grown)
+    for name in held:
+        if now[name] != then[name]:
+            raise UserError(f"{label}: {name} is {now[name]} there, not {then[name]}; "
+                            f"trained experts keep their form: say --{name} {now[name]}")
     return grown
 
 
-def build_and_fill(cfg, sources, dtype, cast, seed, experts, label, added=0):
-    """The VLM of `cfg` with what `sources` hold, see `fill` and `load`, and the experts that `experts` adds, new from `seed`."""
-    grown = cfg if experts is None else with_experts(cfg, experts, label)
+def build_and_fill(cfg, sources, label, *, dtype, cast, seed, experts, added=0):
+    """The model of `cfg` with the tensors of `sources`, see `fill` and `load`.
+
+    experts  options of the experts to add, initialised from `seed`; None: none
+    """
+    grown = cfg if experts is None else add_experts(cfg, experts, label)
     model = build_empty(grown)
     new = names_of(grown) - names_of(cfg) if experts else ()
     fill(model, sources, dtype if cast else None, new, added)
@@ -273,57 +344,66 @@ def build_and_fill(cfg, sources, dtype, cast, seed, experts, label, added=0):
     return model
 
 
-def load_ours(folder, config, dtype, cast, seed, experts):
+def load_ours(folder, config, *, dtype, **how):
     path = os.path.join(folder, "config.json")
-    keys = {"format", "version", "model", "preprocess", "template", "stage", "sources", "training"}
-    expect_keys(config, keys, path)
+    expect_keys(config, {"format", "version", "model", "preprocess", "template", "stage", "sources",
+                         "training"}, path)
     if config["version"] != VERSION:
         raise UserError(f"{path}: version {config['version']}, this code reads {VERSION}")
-    cfg = build_config(config["model"], f"{path}: model")
+    cfg = read_config(config["model"], f"{path}: model")
     preprocess = build_dataclass(Preprocess, config["preprocess"], f"{path}: preprocess")
     expect_keys(config["template"], {"system"}, f"{path}: template")
-    parts = [(folder, OURS)]
+    sources = [(folder, OURS)]
     if config["sources"]:
         expect_keys(config["sources"], {"vision", "llm"}, f"{path}: sources")
         rules = {"vision": clip_rules(cfg.vision.depth), "llm": llama_rules(cfg.llm.tied)}
-        parts += [(source_folder(noted, folder), rules[part]) for part, noted in config["sources"].items()]
-        dtype = dtype or next(tensors(folder))[1].dtype  # that of the trained part for the frozen ones, too
-    model = build_and_fill(cfg, parts, dtype, cast, seed, experts, path)
+        sources += [(source_folder(entry, folder), rules[part])
+                    for part, entry in config["sources"].items()]
+        dtype = dtype or next(tensors(folder))[1].dtype  # the frozen parts take that of the trained one
+    model = build_and_fill(cfg, sources, path, dtype=dtype, **how)
     return Checkpoint(model, Tokenizer.load(folder), preprocess, config["template"]["system"], config)
 
 
-def load_llava(folder, config, dtype, cast, seed, experts):
+# ---- LLaVA-1.5 and VLoRA, in their authors' layout or in that of transformers
+
+
+def load_llava(folder, config, *, dtype, **how):
     path = os.path.join(folder, "config.json")
     read = read_original if "mm_vision_tower" in config else read_llava
     vision, llm, preprocess, sources = read(folder, config, path)
     added = config.get("added_rows", 0)
     llm = dataclasses.replace(llm, vocab=llm.vocab - added)
     tokenizer = tokenizer_of(folder, llm)
-    dtype = dtype or (next(tensors(folder))[1].dtype if sources[1:] else None)  # that of the Llama for a tower apart, too
-    vlora = vlora_config(config, path, vision, llm) if config["model_type"] == VLORA_TYPE else None
-    model = build_and_fill(VLMConfig(vision, llm, "none", "none", vlora=vlora), sources, dtype, cast, seed, experts, path, added)
+    if dtype is None and len(sources) > 1:
+        dtype = next(tensors(folder))[1].dtype  # a tower in its own folder takes that of the Llama
+    published = config["model_type"] == VLORA_TYPE
+    vlora = vlora_config(config, path, vision, llm) if published else None
+    cfg = make_config(vision, llm, visual_expert="none", language_expert="none", vlora=vlora)
+    model = build_and_fill(cfg, sources, path, dtype=dtype, added=added, **how)
     return Checkpoint(model, tokenizer, preprocess, config.get("system_prompt", SYSTEM), config)
 
 
-# By "format" in config.json, or the "model_type" of foreign ones; LLaVA's authors say llava in old files, llava_llama in new
+# By "format" in our config.json, or "model_type" in foreign ones. LLaVA's authors say llava in old
+# files, llava_llama in new ones.
 LOADERS = {FORMAT: load_ours, "llava": load_llava, "llava_llama": load_llava, VLORA_TYPE: load_llava}
 
 
 def load(name, dtype=None, experts=None, seed=0, cast=True):
-    """The `Checkpoint` in a folder or under a hub id: ours, LLaVA-1.5 as its authors or transformers write it, or VLoRA's.
+    """The `Checkpoint` in a folder or under a hub name: ours, LLaVA-1.5 in either layout, or VLoRA's.
 
     dtype    of all parameters; None: as stored
-    experts  dict of the fields of VLMConfig that choose experts and method, to add the experts that the checkpoint has not
-    seed     of the experts that are added
-    cast     False: `dtype` is that of the added experts alone; what the folder holds stays mapped as it is there
-    Falls back to `name`.old where a save was killed. Raises UserError: no checkpoint, another format, an unknown key, a
-    tensor that is missing, left over or mis-shaped, a frozen part that is not the one it was trained on.
+    experts  options of `make_config`, to add the experts that the checkpoint lacks
+    seed     of the added experts
+    cast     False: `dtype` is that of the added experts; the folder's tensors keep theirs, mapped
+    Falls back to `name`.old if a save was killed. Raises UserError: no checkpoint, another format, an
+    unknown key, a tensor that is missing, left over or mis-shaped, a frozen part that has changed.
     """
     folder = locate(name)
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: a file, expected the folder of a checkpoint")
+        raise UserError(f"{folder}: is a file, expected the folder of a checkpoint")
     config = read_json(os.path.join(folder, "config.json"))
     kind = config.get("format", config.get("model_type"))
     if not isinstance(kind, str) or kind not in LOADERS:
-        raise UserError(f"{folder}/config.json: {kind!r} is no format that can be opened, expected {', '.join(LOADERS)}")
-    return LOADERS[kind](folder, config, dtype, cast, seed, experts)
+        raise UserError(f"{folder}/config.json: format {kind!r} cannot be opened, "
+                        f"expected one of {', '.join(LOADERS)}")
+    return LOADERS[kind](folder, config, dtype=dtype, cast=cast, seed=seed, experts=experts)

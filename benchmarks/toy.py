@@ -46,7 +46,7 @@ class Answerer:
 
     def __init__(self, checkpoint, max_new_tokens=72):
         self.model, self.tokenizer, self.preprocess = checkpoint.model.eval(), checkpoint.tokenizer, checkpoint.preprocess
-        self.layout = checkpoint.layout()
+        self.layout = checkpoint.prompt_format()
         self.max_new_tokens, self.features = max_new_tokens, {}
 
     @torch.no_grad()

@@ -382,7 +382,7 @@ def costs(o, rounds=60, steps=16):
     found, answers = [], []
     for row in TABLES[o.table].rows:
         point = load(os.path.join(row_folder(o, row, 0), "stage2"), torch.float32)
-        model, layout = point.model.eval(), point.layout()
+        model, layout = point.model.eval(), point.prompt_format()
         freeze(model, TRAINS[2, row.options.get("tune", "full")])
         sample = encode_prompt([], "What colour is the thing at the top left?", point.tokenizer, layout, "picture")
         batch = collate([sample], [torch.zeros(model.cfg.vision.tokens, model.cfg.vision.width)], None)

@@ -14,6 +14,7 @@ from formats.folders import atomic_folder
 from formats.json_files import write_json
 from formats.name_rules import BY_ID, rename, TO_LLAVA
 from formats.weight_files import dtype_name, write_tensors
+from vlora import VLoRAConfig
 from model import VisionBlock
 
 
@@ -108,7 +109,7 @@ def write_llava(folder, model, tokenizer, preprocess, system, write=write_tensor
     Raises UserError if the model has experts or is a VLoRA: their weights depend on the input, for which there is no place.
     """
     cfg = model.cfg
-    if cfg.vlora is not None:
+    if isinstance(cfg, VLoRAConfig):
         raise UserError("a VLoRA does not fit into LLaVA's layout, which has visual tokens and no generated weights")
     if (cfg.visual_expert, cfg.language_expert) != ("none", "none"):
         raise UserError(f"visual_expert {cfg.visual_expert}, language_expert {cfg.language_expert}: a model with experts does not "

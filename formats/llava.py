@@ -11,7 +11,7 @@ from formats.name_rules import (clip_rules, llama_rules, llava_rules, ORIGINAL_P
     ORIGINAL_TOWER, tower_rules, under, vlora_rules)
 from formats.weight_files import LAYOUTS, names_in
 from model import VisionConfig
-from vlora import SITES, VLoRAConfig
+from vlora import SITES, GeneratorConfig
 
 VLORA_TYPE = "llava_vlora"       # model_type of VLoRA's authors
 
@@ -72,7 +72,7 @@ def tower_folder(name, folder, path):
 
 
 def vlora_config(config, path, vision, llm):
-    """VLoRAConfig of the published checkpoint's config; UserError naming the field that describes another generator.
+    """GeneratorConfig of the published checkpoint's config; UserError naming the field that describes another generator.
 
     Its heads are in the code alone, and so is that the tag counts as a position.
     """
@@ -80,7 +80,7 @@ def vlora_config(config, path, vision, llm):
     demand(config, path, weights_sep=True, vlora_alpha=n["vlora_rank"], vlora_visual_dim=vision.width,
            vlora_pos_num=vision.tokens, vlora_llm_dim=llm.width, vlora_llm_depth=llm.depth)
     try:
-        return VLoRAConfig(config.get("vlora_type", SITES), n["skip_layers"], n["vlora_rank"], n["vlora_dim"], n["vlora_depth"],
+        return GeneratorConfig(config.get("vlora_type", SITES), n["skip_layers"], n["vlora_rank"], n["vlora_dim"], n["vlora_depth"],
                            tag=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -115,7 +115,7 @@ class Model:
             (path / "config.json").write_text(json.dumps({"model_type": "llava", **ORIGINAL}))
         elif layout == "ours":
             model = weights.load(str(self.folder("today"))).model
-            weights.save(str(path), model.cfg, state_of(model), self.tokenizer, Preprocess(self.side), SYSTEM, 2, {}, {})
+            weights.save(str(path), model.cfg, state_of(model), self.tokenizer, Preprocess(self.side), SYSTEM, stage=2, sources={}, training={})
         else:
             state = renamed(native(self.theirs), *TO_ORIGINAL)
             tower = "model.vision_tower."

@@ -93,7 +93,7 @@ def look(image, dtype=torch.float32):
 @torch.no_grad()
 def whole_logits(checkpoint, turns, image):
     """(Sample, Batch, logits float[T, V]) of a conversation, the way that training runs it: at once, without a cache."""
-    whole = encode(turns, TOKENIZER, checkpoint.layout(), "whole", None if image is None else "x.png")
+    whole = encode(turns, TOKENIZER, checkpoint.prompt_format(), "whole", None if image is None else "x.png")
     batch = batch_of([whole], [] if image is None else [look(image)], torch.float32)
     return whole, batch, logits_of(checkpoint.model, batch)[0]
 
@@ -284,7 +284,7 @@ def place(tmp_path_factory):
     model.llm.lm_head.weight.data[3:259] = 0  # bytes are never the likeliest: they need not make whole characters
     for name in ("model", "endless"):
         state = {name: p.detach() for name, p in model.named_parameters()}
-        weights.save(str(folder / name), cfg, state, TOKENIZER, Preprocess(28), "A chat.", 2, {}, {})
+        weights.save(str(folder / name), cfg, state, TOKENIZER, Preprocess(28), "A chat.", stage=2, sources={}, training={})
         model.llm.lm_head.weight.data[TOKENIZER.eos] = 0
     noise(0).save(folder / "x.png")
     noise(1).save(folder / "y.png")
@@ -626,7 +626,7 @@ def test_greedy_text_is_that_of_transformers_for_fifty_pictures_and_prompts(tmp_
     words = "What colour is the circle Is there a square How many yes two of them".split()
     images = [noise(i, rng.integers(1, 90, 2)) for i in range(50)]
     asked = [" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(50)]
-    samples = [encode_prompt([], q, TOKENIZER, checkpoint.layout(), "x.png", f"pair {i}") for i, q in enumerate(asked)]
+    samples = [encode_prompt([], q, TOKENIZER, checkpoint.prompt_format(), "x.png", f"pair {i}") for i, q in enumerate(asked)]
     looks = [look(image) for image in images]
     ours = generate(checkpoint.model, batch_of(samples, looks, torch.float32), 16, TOKENIZER.eos)
 

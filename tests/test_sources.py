@@ -352,7 +352,7 @@ def test_whole_matrices_are_for_small_models_and_lora_is_for_the_llama():
 def test_a_checkpoint_keeps_the_source_of_its_weights(source, tmp_path):
     model = tuned(source, torch.float32)
     state = {n: p.detach() for n, p in model.named_parameters()}
-    weights.save(str(tmp_path / "x"), model.cfg, state, TOKENIZER, Preprocess(28), "", 2, {}, {})
+    weights.save(str(tmp_path / "x"), model.cfg, state, TOKENIZER, Preprocess(28), "", stage=2, sources={}, training={})
     batch = batch_of(conversations(), pictures(2, torch.float32), torch.float32)
     point = weights.load(str(tmp_path / "x"))
     assert point.model.cfg == model.cfg and close(logits_of(point.model, batch), logits_of(model, batch), 1e-6)
@@ -361,7 +361,7 @@ def test_a_checkpoint_keeps_the_source_of_its_weights(source, tmp_path):
     with pytest.raises(UserError, match=f"weight_source is {source} there, not {other}"):
         weights.load(str(tmp_path / "x"), experts={**asked, "weight_source": other})
     broken = {n: t for n, t in state.items() if not n.endswith(("layers.3.expert.up", "layers.3.mlp.up_proj.lora.up"))}
-    weights.save(str(tmp_path / "x"), model.cfg, broken, TOKENIZER, Preprocess(28), "", 2, {}, {})
+    weights.save(str(tmp_path / "x"), model.cfg, broken, TOKENIZER, Preprocess(28), "", stage=2, sources={}, training={})
     with pytest.raises(UserError, match="no tensor for llm.layers.3"):
         weights.load(str(tmp_path / "x"))
 

@@ -810,7 +810,8 @@ def test_a_llama_with_grouped_queries_and_experts_beside_a_vlora_are_refused():
 
 def saved(whole, folder, **more):
     held = {n: p.detach().clone() for n, p in whole.named_parameters() if n.startswith(more.pop("part", ""))}
-    weights.save(str(folder), whole.cfg, held, TOKENIZER, Preprocess(28), "A chat.", 2, more.pop("sources", {}), {})
+    weights.save(str(folder), whole.cfg, held, TOKENIZER, Preprocess(28), "A chat.", stage=2,
+                 sources=more.pop("sources", {}), training={})
     return str(folder)
 
 

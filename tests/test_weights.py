@@ -570,7 +570,7 @@ def test_the_bytes_of_the_weights_depend_on_the_weights_alone(world, tmp_path, s
     monkeypatch.setattr(formats.weight_files, "SHARD", shard)
     world.save(tmp_path / "x")
     turned = dict(reversed(state_of(world.model).items()))
-    weights.save(str(tmp_path / "y"), world.model.cfg, turned, world.tokenizer, world.preprocess, "Other.", 2, {}, {"a": 1})
+    weights.save(str(tmp_path / "y"), world.model.cfg, turned, world.tokenizer, world.preprocess, "Other.", stage=2, sources={}, training={"a": 1})
     content = lambda n: {p.name: p.read_bytes() for p in (tmp_path / n).glob("model*")}
     assert content("x") == content("y")
     world.save(tmp_path / "y", shift=0.5)
@@ -581,7 +581,7 @@ def test_a_model_loaded_from_a_folder_can_be_saved_over_it(world, tmp_path):
     world.save(tmp_path / "x")
     world.model = weights.load(str(tmp_path / "x")).model
     weights.save(str(tmp_path / "x"), world.model.cfg, dict(world.model.named_parameters()), world.tokenizer,
-                 world.preprocess, "", 2, {}, {})
+                 world.preprocess, "", stage=2, sources={}, training={})
     assert equal(state_of(weights.load(str(tmp_path / "x")).model), state_of(world.model))
 EXPERTS = dict(visual_expert="1", language_expert="posterior", guidance_after=None, expert_embed=4, expert_rank=2)
 

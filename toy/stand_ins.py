@@ -17,7 +17,7 @@ from torch import nn
 from data import (load_records, open_image, pad_right, pieces, pixels, Preprocess, PromptFormat,
     turns_of_record)
 from formats.export import write_llama, write_vision
-from model import CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
+from model import Batch, CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
 
 VISION = VisionConfig(image_size=56, patch=8, width=128, depth=4, heads=2, hidden=512)
 LLAMA = LlamaConfig(width=192, depth=4, heads=3, kv_heads=3, hidden=512, vocab=640, context=256)
@@ -63,7 +63,7 @@ class StandInCLIP(nn.Module):
         super().__init__()
         self.vision = CLIP(VISION)
         self.post_layernorm = nn.LayerNorm(VISION.width, eps=VISION.eps)
-        self.caption = Llama(CAPTION, VLMConfig(llm=CAPTION, visual_expert="none", language_expert="none"))
+        self.caption = Llama(VLMConfig(llm=CAPTION, visual_expert="none", language_expert="none"))
         self.caption_projection = nn.Linear(CAPTION.width, VISION.width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor([10.0]).log())  # 1-D: FSDP shards no scalars
         begin(self)
@@ -71,9 +71,14 @@ class StandInCLIP(nn.Module):
     def forward(self, batch):
         """How well each picture fits each phrase, float32[M, Q]."""
         patches = F.normalize(self.post_layernorm(self.vision(batch.pixels)[:, 1:]), dim=-1)            # (M, N, C)
-        states = self.caption(self.caption.embed_tokens(batch.phrases)).flatten(0, 1)[batch.ends]       # (Q, width)
+        text = Batch(batch.phrases, batch.ends)
+        states = self.caption(self.caption.embed_tokens(batch.phrases), text).flatten(0, 1)[batch.ends]  # (Q, width)
         phrases = F.normalize(self.caption_projection(states), dim=-1) * self.logit_scale.exp()         # (Q, C)
         return (patches @ phrases.mT).float().logsumexp(1)                                              # of (M, N, Q)
+
+    def loss(self, batch):
+        """`contrast`, as a sum over the pictures of a micro-batch; a picture competes within it only."""
+        return contrast(self(batch), batch.own) * len(batch.pixels)
 
 
 class StandInLlama(nn.Module):
@@ -81,7 +86,7 @@ class StandInLlama(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.llm = Llama(LLAMA, STATIC)
+        self.llm = Llama(STATIC)
         begin(self)
         # Llama's projections have no biases: heads can attend to a place, such as "the token before", only by what all
         # embeddings share. Born with it, and as large as what blocks add, the Llama learns much sooner (README, Results).
@@ -92,8 +97,12 @@ class StandInLlama(nn.Module):
 
     def forward(self, batch):
         """Logits float[P, V] at the batch's supervised positions."""
-        x = self.llm(self.llm.embed_tokens(batch.ids))
+        x = self.llm(self.llm.embed_tokens(batch.ids), batch)
         return self.llm.head(x.flatten(0, 1)[batch.at])
+
+    def loss(self, batch):
+        """Next-token loss summed over the supervised positions."""
+        return F.cross_entropy(self(batch).float(), batch.target, reduction="sum")
 
 
 def contrast(fit, own):
@@ -109,16 +118,6 @@ def contrast(fit, own):
     return sum(F.softplus(foreign.logsumexp(dim, keepdim=True) - fit)[own].mean() for dim in (0, 1)) / 2
 
 
-def contrast_loss(model, batch):
-    """`contrast`, as a sum over the pictures of a micro-batch, as train.py expects; a picture competes within it alone."""
-    return contrast(model(batch), batch.own) * len(batch.pixels)
-
-
-def language_loss(model, batch):
-    """Next-token loss summed over the supervised positions."""
-    return F.cross_entropy(model(batch).float(), batch.target, reduction="sum")
-
-
 @dataclass
 class CaptionBatch:
     """Pictures, in pairs that differ in one thing, and all phrases of their captions."""
@@ -128,6 +127,10 @@ class CaptionBatch:
     own: torch.Tensor      # bool[M, Q], which picture's caption has which phrase
     lengths: torch.Tensor  # int64[M], positions a picture takes in the tower
     records: list[str]
+
+    @property
+    def trained(self):
+        return len(self.pixels)
 
     def to(self, device):
         tensors = (x.to(device) for x in (self.pixels, self.phrases, self.ends, self.own, self.lengths))
@@ -149,8 +152,17 @@ class Captions:
         self.phrases = [re.split(", | and ", r["conversations"][1]["value"].rstrip(".")) for r in records]
         self.ids = {p: np.array(tokenizer.encode(p) + [tokenizer.eos]) for p in set(itertools.chain(*self.phrases))}
 
+    has_image = sample = None
+
     def __len__(self):
         return len(self.pixels) // 2
+
+    @property
+    def lengths(self):
+        return np.ones(len(self), np.int64)
+
+    def take_skipped(self):
+        return []
 
     def batch(self, rows):
         pictures = [j for i in rows for j in (2 * i, 2 * i + 1)]

@@ -7,7 +7,8 @@ import dataclasses
 
 import torch
 
-from baselines import GUIDED
+from baselines import is_guided, weight_source
+from vlora import VLoRAConfig
 
 
 def paper_flops(text=32, visual=576, width=4096, depth=32, changed=8, rank=64):
@@ -53,9 +54,9 @@ def lora(llm, rank):
 def tuning(cfg, tokens, guidances):
     """Language experts, their weights generated so many times, or LoRA, on so many tokens."""
     llm, R = cfg.llm, cfg.expert_rank
-    if cfg.weight_source == "lora":
+    if weight_source(cfg) == "lora":
         return len(cfg.expert_blocks()) * tokens * lora(llm, R)
-    weights, run = expert(cfg.weight_source, llm.width, llm.width, llm.width, cfg.expert_embed, R)
+    weights, run = expert(weight_source(cfg), llm.width, llm.width, llm.width, cfg.expert_embed, R)
     return len(cfg.expert_blocks()) * (guidances * weights + tokens * run)
 
 
@@ -63,7 +64,7 @@ def token_flops(cfg, length):
     """FLOPs of one further token of an answer, which attends to `length` positions; weights that were generated are kept."""
     llm, D = cfg.llm, cfg.llm.width
     count = llm.depth * (transformer(1, D, D * llm.kv_heads // llm.heads, llm.hidden, 3) + 4 * (length - 1) * D) + 2 * D * llm.vocab
-    if cfg.vlora:
+    if isinstance(cfg, VLoRAConfig):
         return count + len(cfg.vlora.sites) * len(cfg.vlora.blocks(llm)) * 4 * D * cfg.vlora.rank
     return count + tuning(cfg, 1, 0)
 
@@ -78,7 +79,7 @@ def flops(cfg, text, turns=1, at=None):
     at       positions P whose logits are computed; None: all
     returns  dict of vision, projector, llm, experts and head; for VLoRA generator and branches instead of projector, experts
     """
-    vision, llm, vlora, N = cfg.vision, cfg.llm, cfg.vlora, cfg.vision.tokens
+    vision, llm, vlora, N = cfg.vision, cfg.llm, getattr(cfg, "vlora", None), cfg.vision.tokens
     C, D = vision.width, llm.width
     T = text + cfg.image_tokens
     count = {"vision": 2 * N * C * 3 * vision.patch ** 2 + vision.depth * transformer(N + 1, C, C, vision.hidden, 2),
@@ -92,10 +93,10 @@ def flops(cfg, text, turns=1, at=None):
         count["branches"] = sites * Q * 4 * T * D * vlora.rank
         return count
     count["projector"] = 2 * N * D * (C + D)
-    guided = cfg.weight_source in GUIDED
+    guided = is_guided(cfg)
     U = turns if guided else 1  # all tokens go through the weights of all turns
     visual = [width for which, width in (("1", C), ("2", D)) if cfg.visual_expert in (which, "both")]
-    found = [expert(cfg.weight_source, width, width, D, cfg.expert_embed, cfg.expert_rank) for width in visual]
+    found = [expert(weight_source(cfg), width, width, D, cfg.expert_embed, cfg.expert_rank) for width in visual]
     count["experts"] = sum(weights + N * run for weights, run in found)
     count["experts"] += tuning(cfg, U * T, U) + bool(cfg.expert_blocks()) * guided * 2 * U * T * D  # and the pooling
     return count
@@ -126,10 +127,10 @@ def operations(model, batch, trains_llm):
     kv = l.kv_heads * (l.width // l.heads)
     block = l.width * (2 * l.width + 2 * kv + 3 * l.hidden)
     found = l.depth * (passes * 2 * n * block + 3 * 2 * square * l.width) + passes * 2 * batch.trained * l.width * l.vocab
-    found += 3 * tuning(model.cfg, n, turns if model.cfg.weight_source in GUIDED else 1)
+    found += 3 * tuning(model.cfg, n, turns if is_guided(model.cfg) else 1)
     count, pictures = flops(dataclasses.replace(model.cfg, language_expert="none"), 1), len(batch.visual)
     if batch.visual.ndim == 4:
         found += pictures * count["vision"]
-    if model.cfg.vlora is not None:
+    if isinstance(model.cfg, VLoRAConfig):
         return found + 3 * (pictures * count["generator"] + n * count["branches"])
     return found + 3 * pictures * (count["projector"] + count["experts"])

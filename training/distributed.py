@@ -1,5 +1,8 @@
-"""TODO"""
-import dataclasses
+"""Ranks: how they start, agree, and end. One code path for one process and for many.
+
+Errors across ranks: if one fails, all must stop, or the rest hang in the next collective. So anything
+that may fail on one rank runs inside `raise_on_all_ranks`.
+"""
 import os
 import signal
 import sys
@@ -11,68 +14,70 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from cli import main, UserError
-from data import IGNORE
+
+
+class DistributedUserError(UserError):
+    """A user's error that all ranks raise, with the same text."""
 
 
 def start_world(device, replicate=1):
     """Join torchrun's processes, or be a world of one; returns the mesh that parameters are sharded over.
 
-    With `replicate`, one of two dimensions: as many copies of what is sharded within each. torchrun counts ranks node by
-    node, so that with a copy for each node only gradients travel between them, and only what is left when a node has summed its own.
+    replicate  copies of the sharded state. torchrun numbers ranks node by node, so with one copy a node,
+               parameters travel inside a node, and only summed gradients between nodes.
+    Raises DistributedUserError if the ranks cannot be split into that many copies.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors in a CPU's memory: steps of the toy take a tenth less
+    # Large pages for tensors in CPU memory: steps of the toy take a tenth less time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    backend = "nccl" if device == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group(backend)
     else:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     ranks = dist.get_world_size()
     if replicate == 1:
         return init_device_mesh(device, (ranks,))
     if ranks % replicate:
-        raise DistributedUserError(f"--replicate {replicate}: the number of ranks, {ranks}, is not a multiple of it")
-    return init_device_mesh(device, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
+        raise DistributedUserError(f"--replicate {replicate}: expected a divisor of the {ranks} ranks")
+    return init_device_mesh(device, (replicate, ranks // replicate),
+                            mesh_dim_names=("replicate", "shard"))
 
 
 def sum_over_ranks(values, mesh):
     """list[float]: each of some numbers, summed over all ranks."""
-    t = torch.tensor(values, device=mesh.device_type, dtype=torch.float64 if mesh.device_type == "cpu" else torch.float32)
+    dtype = torch.float64 if mesh.device_type == "cpu" else torch.float32
+    t = torch.tensor(values, device=mesh.device_type, dtype=dtype)
     dist.all_reduce(t)
     return t.tolist()
 
 
-# ---- Ending together: what one rank meets, all of them must hear of, or they wait for it in their next collective
-
-
-class DistributedUserError(UserError):
-    """A user's error that all ranks raise, in the same words."""
-
-
 def all_gather(value):
-    """What each rank brings, a list by rank."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    """The values of all ranks, a list by rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def raise_on_all_ranks(work):
-    """The result of work() on this rank; if it is a user's error on any, Agreed with the first of them on all."""
-    result = fault = None
+    """work() on this rank; if it raises a user's error on any, all raise DistributedUserError with the first."""
+    result = error = None
     try:
         result = work()
-    except (UserError, OSError) as error:
-        fault = str(error)
-    faults = [f for f in all_gather(fault) if f is not None]
-    if faults:
-        raise DistributedUserError(faults[0])
+    except (UserError, OSError) as caught:
+        error = str(caught)
+    errors = [e for e in all_gather(error) if e is not None]
+    if errors:
+        raise DistributedUserError(errors[0])
     return result
 
 
 class Signals:
-    """SIGTERM and Ctrl-C while it is entered: noted in `got`, for the loop to look at between two steps.
+    """Notes SIGTERM and Ctrl-C in `got` while it is entered; the loop looks at it between two steps.
 
-    torchrun passes a signal on that a terminal has sent already, so that only a later Ctrl-C ends the process at once.
+    torchrun sends on a signal that the terminal has already sent. So a second Ctrl-C ends the process
+    at once only if it comes more than two seconds later.
     """
 
     def __enter__(self):
@@ -92,7 +97,10 @@ class Signals:
 
 
 def ignore_signals(worker):
-    """Let a process that prepares batches hear its parent alone: terminals and torchrun signal all, and it is needed to the end."""
+    """For worker processes of a data loader: only the parent shuts them down.
+
+    A terminal and torchrun signal all processes of a group, but workers are needed until the state is saved.
+    """
     numbers = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
@@ -104,38 +112,35 @@ def ignore_signals(worker):
     threading.Thread(target=listen, daemon=True).start()
 
 
-def split_across_ranks(cuts, make):
-    """Batches made of this rank's share of `cuts`, as many as on other ranks: where one is short, a batch that supervises nothing."""
-    batches = [make(cut) for cut in cuts[dist.get_rank()::dist.get_world_size()]]
-    if len(batches) < -(-len(cuts) // dist.get_world_size()):
-        other = make(cuts[0])
-        batches.append(dataclasses.replace(other, target=torch.full_like(other.target, IGNORE)))
-    return batches
-
-
-def shutdown():
-    """End the process. gloo's threads may abort an ordinary exit after all work is done (torch 2.13), so skip it."""
-    dist.barrier()
+def flush_and_exit(code):
+    """End the process without Python's exit handlers: gloo's threads may abort them (torch 2.13)."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def main_distributed(work):
-    """Do the work of this process and end it, with the exit code of cli.main."""
+    """Do the work of this process and end it, with the exit code of cli.main.
+
+    An error that all ranks share is printed by rank 0 only. A rank that fails does not wait for the others.
+    """
     try:
         main(work)
-    except SystemExit as end:  # an error, a signal or --help: leave without waiting for the other ranks
-        alike = isinstance(end.__context__, DistributedUserError) or not dist.is_initialized()
-        if isinstance(end.code, str) and not (alike and int(os.environ.get("RANK", 0))):
-            print(end.code, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1 if isinstance(end.code, str) else end.code or 0)
+    except SystemExit as end:  # an error, a signal or --help
+        code = end.code
+        shared = isinstance(end.__context__, DistributedUserError) or not dist.is_initialized()
+        if isinstance(code, str):
+            if not shared or int(os.environ.get("RANK", 0)) == 0:
+                print(code, file=sys.stderr)
+            code = 1
+        flush_and_exit(code or 0)
     except RuntimeError as error:
-        if not (isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or "/gloo/" in str(error)):
+        broken = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+        if not (broken or "/gloo/" in str(error)):
             raise
-        print(f"error: rank {os.environ['RANK']} ends, for another rank is gone: what that or torchrun said tells why. "
-              f"--resume goes on from the last saved state", file=sys.stderr, flush=True)
-        os._exit(1)
-    shutdown()
+        print(f"error: rank {os.environ['RANK']} stops because another rank is gone; the messages of "
+              f"that rank or of torchrun say why. --resume goes on from the last saved state",
+              file=sys.stderr)
+        flush_and_exit(1)
+    dist.barrier()
+    flush_and_exit(0)

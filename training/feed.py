@@ -1,5 +1,11 @@
-"""TODO"""
+"""From a data set to the micro-batches of each rank.
+
+The order of the data is f(seed, epoch, step) and nothing else. A resumed run, on any number of ranks, sees
+the same samples in the same steps.
+"""
 import functools
+import json
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,32 +14,40 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cli import UserError
-from data import MULTIPLE, open_image, pixels
+from data import (IGNORE, MULTIPLE, PromptFormat, TAG, collate, encode, encode_prompt, open_image,
+                  pixels, turns_of_record)
+from formats.tokenizer import Tokenizer
+from model import Batch, generate
 from training.distributed import all_gather, ignore_signals
 
 
 def padding_share(lengths, batches, multiple=MULTIPLE):
-    """The share of padding among the positions of batches, [[index, ...], ...] of samples with lengths int64[n], see `collate`."""
+    """The share of padding among the positions of batches.
+
+    lengths int64[n], batches [[index, ...], ...]; `multiple` as in `collate`
+    """
     places = sum(len(b) * -(-int(lengths[b].max()) // multiple) * multiple for b in batches)
     return 1 - sum(int(lengths[b].sum()) for b in batches) / places
 
 
 class BatchSampler:
-    """Which samples make which step: a function of seed and step alone, the same for any number of ranks.
+    """Which samples make which step: a function of seed and step only, the same for any number of ranks.
 
-    The epochs' permutations follow one another and are cut into steps of `batch_size`. With `lengths` (any measure,
-    one number a sample), samples of like length share a step, so that less is padded: within runs of GROUP steps the
-    permutation is sorted by length, then the steps of the whole epoch are mixed. With `pictured` bool[n], samples with a
-    picture and without are grouped apart, as their lengths cannot be compared; only what is left of both shares a step.
+    The permutations of the epochs follow one another and are cut into steps of `batch_size`.
 
-    LLaVA's --group_by_modality_length sorts within a step alone, to deal out like sums to the ranks: its batches hold long
-    and short samples. Sorting more of them makes batches of like lengths, so that ranks wait no longer for each other.
+    lengths    int64[n], any measure: samples of similar length share a step, so that less is padded.
+               Runs of GROUP steps are sorted by length; then the steps of the epoch are shuffled
+    has_image  bool[n]: samples with and without a picture are grouped apart, since their lengths
+               cannot be compared; only the remainders of both share a step
+
+    LLaVA's --group_by_modality_length sorts only within a step, to give the ranks similar sums, so its
+    batches mix long and short samples. Sorting more steps at once makes batches of similar lengths.
     """
     GROUP = 32
 
-    def __init__(self, n, seed, batch_size, lengths=None, pictured=None):
+    def __init__(self, n, seed, batch_size, lengths=None, has_image=None):
         self.n, self.seed, self.batch_size, self.lengths = n, seed, batch_size, lengths
-        self.pictured = np.zeros(n, bool) if pictured is None else pictured
+        self.has_image = np.zeros(n, bool) if has_image is None else has_image
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
 
     def epoch(self, epoch):
@@ -42,14 +56,15 @@ class BatchSampler:
         order = rng.permutation(self.n)
         if self.lengths is None:
             return order
-        first = min(-epoch * self.n % self.batch_size, self.n)  # these complete the last step of the epoch before
+        first = min(-epoch * self.n % self.batch_size, self.n)  # they complete the last epoch's last step
         last = first + (self.n - first) // self.batch_size * self.batch_size
         body, size = order[first:last], self.batch_size
-        kinds = [body[self.pictured[body] == kind] for kind in (True, False)]
+        kinds = [body[self.has_image[body] == kind] for kind in (True, False)]
         whole = [kind[:len(kind) // size * size] for kind in kinds]
-        left = np.concatenate([kind[len(part):] for kind, part in zip(kinds, whole)])  # a step of both, or nothing
-        runs = [part[i:i + self.GROUP * size] for part in (*whole, left) for i in range(0, len(part), self.GROUP * size)]
-        runs = [r[np.lexsort((self.lengths[r], self.pictured[r]))] for r in runs]
+        left = np.concatenate([kind[len(part):] for kind, part in zip(kinds, whole)])  # a mixed step
+        run = self.GROUP * size
+        runs = [part[i:i + run] for part in (*whole, left) for i in range(0, len(part), run)]
+        runs = [r[np.lexsort((self.lengths[r], self.has_image[r]))] for r in runs]
         steps = np.concatenate(runs).reshape(-1, size) if runs else order[:0].reshape(0, size)
         return np.concatenate([order[:first], rng.permutation(steps).ravel(), order[last:]])
 
@@ -59,19 +74,19 @@ class BatchSampler:
         return [int(self.epoch(place // self.n)[place % self.n]) for place in places]
 
 
-# ---- Data order: f(seed, epoch, step) and nothing else
-
-
 class TrainDataset(Dataset):
-    """The micro-batches of this rank, in order: item k is micro-batch k % accumulation of step k // accumulation.
+    """The micro-batches of this rank in order: item k is micro-batch k % accumulation of step
+    k // accumulation.
 
-    An item is (the batch or a UserError, what is wrong with the pictures that were skipped in it).
-    A step's samples are the same whatever the world: micro-batch j of the step goes to rank j % world.
+    A step has the same samples on any number of ranks: its micro-batch j goes to rank j % ranks.
+    An item is (batch, messages about skipped pictures). If a batch cannot be built, a UserError stands
+    in its place: raised in a worker, it would arrive inside a traceback.
     """
 
-    def __init__(self, job, o):
-        self.job, self.o = job, o
-        self.order = BatchSampler(len(job.lengths), o.seed, o.batch_size, job.lengths if o.group_by_length else None, job.pictured)
+    def __init__(self, data, o):
+        self.data, self.o = data, o
+        lengths = data.lengths if o.group_by_length else None
+        self.sampler = BatchSampler(len(data), o.seed, o.batch_size, lengths, data.has_image)
         self.accumulation = o.batch_size // (o.micro_batch_size * dist.get_world_size())
 
     def __len__(self):
@@ -79,26 +94,43 @@ class TrainDataset(Dataset):
 
     def __getitem__(self, k):
         step, turn = divmod(k, self.accumulation)
-        rows = self.order.step(step)
+        rows = self.sampler.step(step)
         first = (turn * dist.get_world_size() + dist.get_rank()) * self.o.micro_batch_size
-        self.job.skipped.clear()
         try:
-            return self.job.batch(rows[first:first + self.o.micro_batch_size]), list(self.job.skipped)
-        except UserError as error:  # handed over like a batch: raised in a worker, it would arrive inside a traceback
+            batch = self.data.batch(rows[first:first + self.o.micro_batch_size])
+        except UserError as error:
             return error, []
+        return batch, self.data.take_skipped()
 
 
-def describe_records(batches, guilty=lambda: False):
-    """The records of this step, by rank; those of the guilty ranks alone if there are any."""
-    ranks = all_gather((guilty(), [r for b in batches for r in b.records]))
+def make_loader(dataset, start, o):
+    """An iterator over the items of a TrainDataset from step `start` on, prepared by --workers processes."""
+    items = range(start * dataset.accumulation, len(dataset))
+    return iter(DataLoader(dataset, batch_size=None, sampler=items, num_workers=o.workers,
+                           multiprocessing_context="fork" if o.workers else None,
+                           worker_init_fn=ignore_signals))
+
+
+def describe_records(batches, failed=False):
+    """The records of this step, by rank; only those of the ranks that `failed`, if any did."""
+    ranks = all_gather((failed, [record for batch in batches for record in batch.records]))
     some = any(bad for bad, _ in ranks)
-    return "; ".join(f"rank {n}, records {', '.join(records)}" for n, (bad, records) in enumerate(ranks) if bad or not some)
+    return "; ".join(f"rank {n}, records {', '.join(records)}"
+                     for n, (bad, records) in enumerate(ranks) if bad or not some)
 
 
-def make_loader(feed, start, o):
-    """An iterator over the micro-batches of a `Feed` from step `start` on, prepared by --workers processes."""
-    return iter(DataLoader(feed, batch_size=None, sampler=range(start * feed.accumulation, len(feed)), num_workers=o.workers,
-                           multiprocessing_context="fork" if o.workers else None, worker_init_fn=ignore_signals))
+def split_across_ranks(cuts, make_batch):
+    """Batches of this rank's share of `cuts`, [rows, ...]; as many as on the other ranks.
+
+    Where one is missing, a batch without supervised tokens stands in, so that all ranks run the model
+    equally often.
+    """
+    ranks = dist.get_world_size()
+    batches = [make_batch(rows) for rows in cuts[dist.get_rank()::ranks]]
+    if len(batches) < -(-len(cuts) // ranks):
+        batches.append(make_batch(cuts[0]))
+        batches[-1].target = torch.full_like(batches[-1].target, IGNORE)
+    return batches
 
 
 def is_readable(path):
@@ -109,38 +141,136 @@ def is_readable(path):
         return False
 
 
-def picture_loader(data, model, preprocess, o):
-    """A function from a sample to its picture: pixels float[3, S, S] or, with --cache_features, features float[N, C]."""
-    read = lambda path, name: pixels(open_image(path, name), preprocess)
-    if not o.cache_features:
-        return lambda sample: read(sample.image, f"{sample.record}: {sample.image}")
-    paths = sorted({p for d in data for p in d.pictures()})
-    dtype, found = getattr(torch, o.dtype), {}
-    model.vision.to(o.device, dtype)
-    with torch.no_grad():
-        for i in tqdm(range(0, len(paths), 64), "features", mininterval=5):
-            some = paths[i:i + 64]
-            if o.skip_bad_images:
-                some = [p for p in some if is_readable(p)]
-            if some:
-                made = model.features(torch.stack([read(p, p) for p in some]).to(o.device, dtype)).cpu()
-                found |= zip(some, made)
-    model.vision.to("cpu")
-    return lambda sample: found[sample.image] if sample.image in found else read(sample.image, f"{sample.record}: {sample.image}")
+class Pictures:
+    """The pictures of samples: pixels float[3, S, S], or CLIP's features float[N, C] if they were cached.
 
-
-def with_picture(data, i, picture, skipped):
-    """(sample i, its picture or None). With a list `skipped`, a sample whose picture cannot be read is replaced.
-
-    By the next of the file, and so on, the first after the last: a rule that knows nothing of the run, so that a resumed
-    one meets the same. What was wrong is added to the list.
+    Called with a Sample; raises UserError if its picture cannot be read.
     """
-    for j in range(len(data)):
-        sample = data[(i + j) % len(data)]
-        try:
-            return sample, None if sample.image is None else picture(sample)
-        except UserError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
-    raise UserError("--skip_bad_images: not one picture of the data can be read")
+
+    def __init__(self, preprocess):
+        self.preprocess, self.features = preprocess, {}
+
+    def read(self, path, name):
+        return pixels(open_image(path, name), self.preprocess)
+
+    def __call__(self, sample):
+        if sample.image in self.features:
+            return self.features[sample.image]
+        return self.read(sample.image, f"{sample.record}: {sample.image}")
+
+    @torch.no_grad()
+    def cache(self, paths, model, o):
+        """Run the frozen tower once per picture, before training."""
+        dtype = getattr(torch, o.dtype)
+        model.vision.to(o.device, dtype)
+        for i in tqdm(range(0, len(paths), 64), "features", mininterval=5):
+            some = [p for p in paths[i:i + 64] if not o.skip_bad_images or is_readable(p)]
+            if some:
+                batch = torch.stack([self.read(p, p) for p in some])
+                self.features |= zip(some, model.features(batch.to(o.device, dtype)).cpu())
+        model.vision.to("cpu")
+
+
+@dataclass
+class Question:
+    """A held-out question that the log answers now and then."""
+    batch: Batch          # the prompt, a batch of one
+    tokenizer: Tokenizer
+    image: str            # path of the picture
+    text: str             # without the picture's tag; empty for a caption
+    truth: str            # the answer in the data
+    plain: bool           # a caption ends with its line
+    LENGTH = 32           # tokens of an answer
+
+    def answer(self, model, device, dtype):
+        """The model's greedy answer, as text.
+
+        Never stops at eos: every rank must make the same number of forward calls.
+        """
+        cache, eos = model.new_cache(1, device, dtype), self.tokenizer.eos
+        ids = generate(model, self.batch.to(device), self.LENGTH, eos=-1, cache=cache)[0]
+        text = self.tokenizer.decode(ids[:ids.index(eos)] if eos in ids else ids)
+        return text.split("\n")[0] if self.plain else text
+
+    def __str__(self):
+        parts = [self.image, *(json.dumps(t, ensure_ascii=False) for t in [self.text] if t)]
+        return f"{': '.join(parts)} (truth {json.dumps(self.truth, ensure_ascii=False)})"
+
+
+class VLMData:
+    """Conversations with their pictures, in batches.
+
+    blank  shape of a picture or of its features, for batches without one
+    skip   replace a record whose picture cannot be read by the next one in the file
+    """
+
+    def __init__(self, conversations, load_picture, blank, skip=False):
+        self.conversations, self.load_picture, self.blank = conversations, load_picture, blank
+        self.lengths, self.has_image = conversations.lengths, conversations.has_image
+        self.skip, self.skipped = skip, []
+
+    def __len__(self):
+        return len(self.conversations)
+
+    def sample(self, i):
+        """The Sample with that index, without its picture."""
+        return self.conversations[i]
+
+    def take_skipped(self):
+        """Messages about the pictures skipped since the last call."""
+        messages, self.skipped = self.skipped, []
+        return messages
+
+    def batch(self, rows):
+        """The Batch of the samples with these indices. Raises UserError if a picture cannot be read."""
+        pairs = [self.with_picture(i) for i in rows]
+        visual = [picture for _, picture in pairs if picture is not None]
+        return collate([sample for sample, _ in pairs], visual, self.blank, multiple=MULTIPLE)
+
+    def with_picture(self, i):
+        """(sample i, its picture or None). With `skip`, the next readable record stands in for a bad one.
+
+        The rule depends on the data only, so that a resumed run makes the same replacement.
+        """
+        for j in range(len(self)):
+            sample = self.conversations[(i + j) % len(self)]
+            try:
+                return sample, None if sample.image is None else self.load_picture(sample)
+            except UserError as error:
+                if not self.skip:
+                    raise
+                self.skipped.append(str(error))
+        raise UserError("--skip_bad_images: no picture of the data can be read")
+
+    def text_batches(self):
+        """The first 32 conversations as text only, in the form that chat Llamas are trained on."""
+        data, samples = self.conversations, []
+        text_format = PromptFormat("v1", data.layout.system, 0, data.layout.context)
+        for i in range(min(32, len(self))):
+            turns = turns_of_record(data.record(i), f"record {i}")
+            turns = [(question.replace(TAG, "").strip(), answer) for question, answer in turns]
+            samples.append(encode(turns, data.tokenizer, text_format, f"record {i}"))
+        return [collate(samples[i:i + 8], [], self.blank, multiple=MULTIPLE)
+                for i in range(0, len(samples), 8)]
+
+    def question(self):
+        """A Question about the first picture that can be read; None if there is none.
+
+        The first question of its record must be about the picture, and the context must not have cut
+        its answer.
+        """
+        data = self.conversations
+        for i in range(len(self)):
+            sample, turns = data[i], turns_of_record(data.record(i), f"record {i}")
+            answered = (sample.labels[sample.use_id <= 0] != IGNORE).any()
+            if sample.image is None or TAG not in turns[0][0] or not answered:
+                continue
+            if self.skip and not is_readable(sample.image):
+                continue
+            prompt = encode_prompt([], turns[0][0], data.tokenizer, data.layout, sample.image,
+                                   sample.record)
+            batch = collate([prompt], [self.load_picture(sample)])
+            plain = data.layout.template == "plain"
+            text = "" if plain else turns[0][0].replace(TAG, "").strip()
+            return Question(batch, data.tokenizer, sample.image, text, turns[0][1], plain)
+        return None

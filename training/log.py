@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a run writes: log.jsonl, a line a step, and the lines on the screen."""
 import json
 import os
 
@@ -10,32 +10,48 @@ from training.plan import GB, peak
 
 
 def cut_log(path, step):
-    """Drop the lines of log.jsonl from `step` on: a resumed run writes them again. Returns the last one kept, or {}."""
-    lines = open(path).readlines() if os.path.exists(path) else []
-    kept = lines[:step] if step else []  # a line a step, the last one perhaps cut off by a kill
+    """Drop the lines of log.jsonl after `step` steps: a resumed run writes them again.
+
+    Returns the last line kept, or {}. A line is a step; a kill may have cut off the last one.
+    """
+    lines = []
+    if os.path.exists(path):
+        with open(path) as f:
+            lines = f.readlines()
+    kept = lines[:step]
     with open(path + ".tmp", "w") as f:
         f.writelines(kept)
     os.replace(path + ".tmp", path)
     return json.loads(kept[-1]) if kept else {}
 
 
-def log_row(done, lr, step, seconds, waited, average, o):
-    """A step's line in log.jsonl. `seconds` it took, of which it `waited` for data; `average`: seconds a step so far."""
+def log_row(result, step, lr, times, o):
+    """The line of a step in log.jsonl; steps count from 1.
+
+    times  (seconds of the step, of which it waited for data, seconds a step on average so far)
+    """
+    seconds, waited, average = times
     rate = peak_rate(o)
-    return {"step": step, "loss": done.loss, "lr": lr, "grad_norm": done.norm,
-            "tokens_per_s": done.positions / seconds,
-            "mfu": done.operations / seconds / (rate * dist.get_world_size()) if rate and o.stage else None,
-            "data_wait": waited / seconds, "peak_gb": peak(o.device) / GB,
-            "eta_s": average * (o.steps - step - 1)}
+    mfu = result.operations / seconds / (rate * dist.get_world_size()) if rate and o.stage else None
+    return {"step": step, "loss": result.loss, "lr": lr, "grad_norm": result.norm,
+            "tokens_per_s": result.positions / seconds, "mfu": mfu, "data_wait": waited / seconds,
+            "peak_gb": peak(o.device) / GB, "eta_s": average * (o.steps - step)}
 
 
 def log_line(row, o):
-    """One aligned line of the log."""
-    mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
-    left = f"{row['eta_s'] // 3600:.0f}:{row['eta_s'] % 3600 // 60:02.0f}:{row['eta_s'] % 60:02.0f}"
-    text = (f"{title(o)}  step {row['step'] + 1:5d}/{o.steps}  loss {row['loss']:7.4f}  lr {row['lr']:.2e}  "
-            f"grad {row['grad_norm']:7.3f}  {row['tokens_per_s']:7.0f} tok/s  MFU {mfu}  data {row['data_wait']:4.0%}  "
-            f"{row['peak_gb']:.1f} GB  {left} left")
-    extra = [("held_out", "held out"), ("expert_share", "|E_L|/|FFN|")]
-    text += "".join(f"  {label} {row[key]:.4f}" for key, label in extra if key in row)
-    return text + (f"  says {json.dumps(row['answer'], ensure_ascii=False)}" if "answer" in row else "")
+    """One aligned line for the screen, at most 100 columns without an answer."""
+    parts = [f"{title(o)}  {row['step']:>{len(str(o.steps))}}/{o.steps}", f"loss {row['loss']:.4f}",
+             f"lr {row['lr']:.1e}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s"]
+    if row["mfu"] is not None:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    if row["data_wait"] > 0.05:
+        parts.append(f"waiting for data {row['data_wait']:.0%}")
+    parts.append(f"{row['peak_gb']:.1f} GB")
+    if "held_out" in row:
+        parts.append(f"held-out {row['held_out']:.4f}")
+    if "expert_share" in row:
+        parts.append(f"|E_L|/|FFN| {row['expert_share']:.4f}")
+    line = "  ".join(parts)
+    if "answer" in row:
+        line += f"\n    answer {json.dumps(row['answer'], ensure_ascii=False)} (truth {row['truth']})"
+    return line

@@ -71,7 +71,7 @@ VLORA_STEPS = {1: 300, 2: 1000}  # of the toy: it learns more slowly
 
 
 TOY_RECIPE = dict(vision="stage0/clip", llm="stage0/llm", system="", aspect="pad", expert_embed=16, group_by_length=True,
-           kernels="plain", log_every=20, val_every=300, save_every=200)
+           kernels="eager", log_every=20, val_every=300, save_every=200)
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Options:
     context: int | None = None       # longest sequence, image tokens included; none: the Llama's, 2048 at most
     group_by_length: bool = False    # samples of like length share a step, so that less is padded
     cache_features: bool = False     # run the frozen tower once per picture, before training; kept in memory
-    kernels: Literal["fused", "plain"] = "fused"  # attention and RMS norms; plain is faster in bf16 on a CPU
+    kernels: Literal["fused", "eager"] = "fused"  # attention and RMS norms; eager is faster in bf16 on a CPU
     checkpointing: Literal["none", "selective", "full"] = "none"  # recompute every second block, or each, in the backward pass
     compile: bool = False            # let torch.compile make the blocks faster: minutes at the start, and a C++ compiler
     replicate: int = 1               # copies of the sharded state, a divisor of the ranks: with one a node, each shards within itself

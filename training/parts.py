@@ -1,4 +1,5 @@
-"""TODO"""
+"""Which stages and parts are still to be run, and how the two parts of stage 0 run side by side."""
+import multiprocessing
 import multiprocessing.connection
 import os
 import signal
@@ -31,62 +32,83 @@ def check_options(given):
         first_step(complete(given | {"part": left[0]}, o.stage))
 
 
-
 def unfinished(given, stage):
-    """The options of what is still to be run of a stage, by part; it goes on from a saved state where --resume wants that."""
+    """The options of each part of a stage that is still to be run, [dict, ...].
+
+    With --resume a part goes on from its saved state if it has one.
+    """
     o, runs = Options(**given), []
     for part in parts_of(o, stage):
         folder = folder_of(o.out, stage, part)
         if not finished(o.out, stage, part) or (o.overwrite and stage == o.stage):
-            runs.append(given | {"part": part, "resume": o.resume and bool(saved_steps(os.path.join(folder, "state")))})
+            resume = o.resume and bool(saved_steps(os.path.join(folder, "state")))
+            runs.append(given | {"part": part, "resume": resume})
         elif dist.get_rank() == 0:
             print(f"{folder} is finished, skipped", file=sys.stderr)
     return runs
 
 
-def run_part(run_stage, given, stage, threads):
-    """One of the runs of `side_by_side`: a world of one, in a process that does not outlive its parent."""
-    def watch():
+def run_part(run_stage, given, stage, threads, place, lock):
+    """One of the parts of `run_parts_in_parallel`: a world of one that ends when its parent does.
+
+    place  line of its progress bar on the terminal; lock: held while a bar is drawn
+    """
+    def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which `launch` would leave behind
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(lock)
     torch.set_num_threads(threads)
-    main_distributed(lambda: run_stage(given, stage, start_world("cpu")))
+    main_distributed(lambda: run_stage(given, stage, start_world("cpu"), place))
 
 
 def run_parts_in_parallel(run_stage, runs, stage):
-    """Run the parts of a stage at once, each in a process with its share of the cores.
+    """Run the parts of a stage at the same time, each in a process with its share of the cores.
 
-    They need nothing of one another, and small products gain little from a second core: two parts on a core each take less time
-    than one after the other on both. A signal, or the failure of a part, ends all of them, as a signal ends any run.
+    The parts are independent, and small products gain little from a second core: two parts with a core
+    each take less time than one after the other on both. A signal, or the failure of a part, ends all.
     """
-    raise_on_all_ranks(lambda: [first_step(complete(given, stage)) for given in runs])  # what is wrong is said here, once
+    raise_on_all_ranks(lambda: [first_step(complete(given, stage)) for given in runs])  # errors once
     threads = max(1, torch.get_num_threads() // len(runs))
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit OpenMP's state, but not its threads
-    parts = {given["part"]: spawn.Process(target=run_part, args=(run_stage, given, stage, threads)) for given in runs}
-    failed, told = None, False
+    spawn = multiprocessing.get_context("spawn")  # a fork has OpenMP's state without its threads
+    lock = spawn.RLock()
+    parts = {given["part"]: spawn.Process(target=run_part,
+                                          args=(run_stage, given, stage, threads, place, lock))
+             for place, given in enumerate(runs)}
     with Signals() as signals:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: until a part can save, a terminal's Ctrl-C is its parent's affair
-        for process in parts.values():
-            process.start()
-        signal.signal(signal.SIGINT, signals.note)
-        while running := [process for process in parts.values() if process.is_alive()]:
-            multiprocessing.connection.wait([process.sentinel for process in running], timeout=0.5)
-            failed = failed or next((name for name, process in parts.items() if process.exitcode), None)
-            if (signals.got or failed) and not told:
-                told = True
-                for process in running:
-                    process.terminate()
-    if any(process.exitcode == 1 for process in parts.values()):
-        sys.exit(1)  # it has said why
-    if signals.got:
-        print(f"stopped by {signal.Signals(signals.got).name}", file=sys.stderr)
-        sys.exit(130 if signals.got == signal.SIGINT else 0)
-    if failed and parts[failed].exitcode > 0:
-        sys.exit(parts[failed].exitcode)  # a Ctrl-C that met it alone, say
-    if failed:
-        raise UserError(f"stage {stage} {failed} was ended by {signal.Signals(-parts[failed].exitcode).name}")
+        start_and_wait(parts, signals)
+    exit_as_parts_did(parts, signals.got, stage)
     if not all(finished(Options(**given).out, stage, given["part"]) for given in runs):
-        sys.exit(0)  # a signal met one of them alone, which has said so
+        sys.exit(0)  # one part was stopped by a signal of its own, and has said so
+
+
+def start_and_wait(parts, signals):
+    """Start the processes and wait until all have ended; a signal or a failure ends the others."""
+    # Children ignore Ctrl-C until they can save: they inherit this.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for process in parts.values():
+        process.start()
+    signal.signal(signal.SIGINT, signals.note)
+    terminated = False
+    while running := [process for process in parts.values() if process.is_alive()]:
+        multiprocessing.connection.wait([process.sentinel for process in running], timeout=0.5)
+        failed = any(process.exitcode for process in parts.values())
+        if (signals.got or failed) and not terminated:
+            terminated = True
+            for process in running:
+                process.terminate()
+
+
+def exit_as_parts_did(parts, got, stage):
+    """End this process if a part did not succeed; `got`: the signal that all got, or 0."""
+    codes = {name: process.exitcode for name, process in parts.items() if process.exitcode}
+    if 1 in codes.values():
+        sys.exit(1)  # the part has printed its error
+    if got:
+        print(f"stage {stage} stopped by {signal.Signals(got).name}", file=sys.stderr)
+        sys.exit(130 if got == signal.SIGINT else 0)
+    for name, code in codes.items():
+        if code > 0:
+            sys.exit(code)  # Ctrl-C reached only this part
+        raise UserError(f"stage {stage} {name} was ended by {signal.Signals(-code).name}")

@@ -27,6 +27,7 @@ from model import Block
 from training.feed import padding_share, TrainDataset
 from training.muon import Muon
 from training.options import title
+from baselines import weight_source
 from vlora import Generator
 
 GB = 1e9
@@ -139,7 +140,7 @@ def activations(cfg, samples, length, supervised, pictures, size, trains_llm, pl
     bare = {"none": 0, "selective": llm.depth // 2, "full": llm.depth}[checkpointing]
     blocks = (llm.depth - bare) * block + bare * size * tokens * D + (block if bare == llm.depth else 0)
     spare = backward(llm, tokens, samples * supervised, size)
-    N, C, vlora = cfg.vision.tokens, cfg.vision.width, cfg.vlora
+    N, C, vlora = cfg.vision.tokens, cfg.vision.width, getattr(cfg, "vlora", None)
     if vlora is None:
         return blocks + expert + spare + size * pictures * N * (C + 3 * D)
     E, Q, sites = vlora.embed, len(vlora.blocks(llm)), len(vlora.sites)
@@ -180,18 +181,18 @@ def estimate_memory(model, opts, samples, o, trains_llm):
         estimate.update = max(reduced, muon(opts, shards))
         estimate.activations = activations(
             model.cfg, o.micro_batch_size, max(len(s.ids) for s in samples), max(map(supervised, samples)), o.micro_batch_size,
-            size, trains_llm or model.cfg.weight_source == "lora", o.kernels == "plain",
+            size, trains_llm or weight_source(model.cfg) == "lora", o.kernels == "eager",
             o.checkpointing, o.device)  # LoRA needs again what a frozen product does not
     return estimate
 
 
 def share_of_padding(job, o):
     """The share of padding in some steps of the run, from all over it."""
-    order, steps = TrainDataset(job, o).order, max(1, 1024 // o.batch_size)
+    order, steps = TrainDataset(job.data, o).sampler, max(1, 1024 // o.batch_size)
     rows = [order.step(step) for step in range(0, o.steps, max(1, o.steps // steps))[:steps]]
     batches = np.reshape(rows, (-1, o.micro_batch_size))
-    lengths = np.zeros(len(job.lengths), np.int64)
-    lengths[batches] = [[len(job.sample(i).ids) for i in batch] for batch in batches.tolist()]
+    lengths = np.zeros(len(job.data.lengths), np.int64)
+    lengths[batches] = [[len(job.data.sample(i).ids) for i in batch] for batch in batches.tolist()]
     return padding_share(lengths, batches)
 
 
@@ -204,8 +205,8 @@ def plan(model, opts, job, o, trains_llm):
     parts = {}
     for name, p in model.named_parameters():
         parts.setdefault(part_of(name), [0, 0])[0 if p.requires_grad else 1] += p.numel()
-    n, ranks = len(job.lengths), dist.get_world_size()
-    some = [job.sample(i) for i in range(0, n, max(1, n // 256))] if job.sample else []
+    n, ranks = len(job.data.lengths), dist.get_world_size()
+    some = [job.data.sample(i) for i in range(0, n, max(1, n // 256))] if job.data.sample else []
     epochs = o.steps * o.batch_size / n
     text = [f"{title(o)}: {n:,} samples, {o.steps:,} steps of {o.batch_size} ({epochs:.2f} epochs), "
             f"{o.dtype} on {ranks} x {o.device}{f' in {o.replicate} copies' if o.replicate > 1 else ''}, "
@@ -214,7 +215,7 @@ def plan(model, opts, job, o, trains_llm):
     if some:
         text += [f"  supervised tokens: about {np.mean([*map(supervised, some)]) * o.steps * o.batch_size:,.0f} (from {len(some)} samples)",
                  f"  padding: about {share_of_padding(job, o):.0%} of the positions"]
-    text += [f"  asked every {o.val_every} steps: {job.asked}"] if job.asked else []
+    text += [f"  asked every {o.val_every} steps: {job.question}"] if job.question else []
     estimate = estimate_memory(model, opts, some, o, trains_llm)
     shares = ", ".join(f"{f.name} {getattr(estimate, f.name) / GB:.2f}" for f in dataclasses.fields(estimate) if f.name != "once")
     text.append(f"  memory of a rank, GB: {shares}; at its peak {estimate.total / GB:.2f}")

@@ -1,4 +1,8 @@
-"""TODO"""
+"""The saved state of a run: written whole or not at all, and read back on any number of ranks.
+
+A stage's folder has state/step_NNNNNN/ while it runs: the shards of torch.distributed.checkpoint and
+options.json.
+"""
 import dataclasses
 import json
 import os
@@ -14,29 +18,28 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from cli import UserError
 from training.distributed import DistributedUserError, raise_on_all_ranks
-from training.options import CHANGEABLE, stage_folder
+from training.options import CHANGEABLE, stage_folder, title
 
 
-# ---- State: what a run needs to go on
+def state_of(model, optimisers):
+    """Model and optimiser state of what trains, as torch.distributed.checkpoint expects it."""
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, moments = get_state_dict(model, optimisers, options=options)
+    return {"model": weights, "optim": moments}
 
 
-def state_of(model, opts):
-    """Model and optimiser state of what trains, as torch.distributed.checkpoint wants it."""
-    part, optim = get_state_dict(model, opts, options=StateDictOptions(ignore_frozen_params=True))
-    return {"model": part, "optim": optim}
+def save_state(folder, step, model, optimisers, o):
+    """Write folder/step_NNNNNN whole or not at all; then drop all but the newest --keep.
 
-
-def save_state(folder, step, model, opts, o):
-    """Write folder/step_NNNNNN whole or not at all, then drop all but the newest --keep of them.
-
-    Returns why it could not be written, "" if it was: a full disk leaves the states that were there and ends nothing.
-    Whatever ends in .tmp was cut off while it was written or removed.
+    Returns "", or the reason why it could not be written. A full disk does not end the run, and leaves
+    the older states. A name that ends in .tmp is the rest of an interrupted write or removal.
     """
     path = os.path.join(folder, f"step_{step:06d}")
 
     def begin():
         if dist.get_rank() == 0:
-            drop(folder, [name for name in os.listdir(folder) if name.endswith(".tmp")] if os.path.isdir(folder) else [])
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            drop(folder, [name for name in names if name.endswith(".tmp")])
             os.makedirs(path + ".tmp")
             with open(os.path.join(path + ".tmp", "options.json"), "w") as f:
                 json.dump(dataclasses.asdict(o), f)
@@ -50,79 +53,88 @@ def save_state(folder, step, model, opts, o):
 
     try:
         raise_on_all_ranks(begin)
-        dcp.save(state_of(model, opts), checkpoint_id=path + ".tmp")
+        dcp.save(state_of(model, optimisers), checkpoint_id=path + ".tmp")
         raise_on_all_ranks(publish)
         return ""
     except (DistributedUserError, CheckpointException) as error:  # the same on all ranks
         if dist.get_rank() == 0:
             shutil.rmtree(path + ".tmp", ignore_errors=True)
-        reasons = [str(e[0]) for e in error.failures.values()] if isinstance(error, CheckpointException) else [str(error)]
-        return f"the state after step {step} could not be saved in {folder} ({reasons[0].splitlines()[0]})"
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        reason = str(error).splitlines()[0]
+        return f"the state after step {step} could not be saved in {folder} ({reason})"
 
 
 def drop(folder, names):
-    """Remove what `save_state` wrote, by way of names that no longer count as saved."""
+    """Remove saved states. Rename to .tmp first, so that a half-deleted state is never loaded."""
     for name in names:
         path = os.path.join(folder, name)
-        gone = path.removesuffix(".tmp") + ".tmp"
-        if path != gone:
-            shutil.rmtree(gone, ignore_errors=True)
-            os.replace(path, gone)
-        shutil.rmtree(gone)
+        doomed = path.removesuffix(".tmp") + ".tmp"
+        if path != doomed:
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, doomed)
+        shutil.rmtree(doomed)
 
 
 def saved_steps(folder):
-    """Steps with a whole saved state, ascending."""
+    """The steps whose saved state is whole, ascending."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(int(n.removeprefix("step_")) for n in names if n.startswith("step_") and not n.endswith(".tmp")
-                  and os.path.exists(os.path.join(folder, n, ".metadata")))
+    names = [name for name in names if name.startswith("step_") and not name.endswith(".tmp")]
+    return sorted(int(name.removeprefix("step_")) for name in names
+                  if os.path.exists(os.path.join(folder, name, ".metadata")))
 
 
 def first_step(o):
-    """How many steps are done already: those of the newest saved state with --resume, else none.
+    """The number of steps already done: those of the newest saved state with --resume, else 0.
 
-    Raises UserError if there is none to resume, if it was made with other options, or if one would be lost.
+    Raises UserError if there is nothing to resume, if the options differ from those of the saved run,
+    or if a saved run would be lost.
     """
     states = os.path.join(stage_folder(o), "state")
     saved = saved_steps(states)
     if not o.resume:
         if saved and not o.overwrite:
-            raise UserError(f"{states} holds a run that was stopped after step {saved[-1]}: --resume goes on with it, "
-                            f"--stage {o.stage} --overwrite starts anew")
+            raise UserError(f"{states} holds a run that was stopped after step {saved[-1]}: --resume goes "
+                            f"on with it, --stage {o.stage} --overwrite starts anew")
         return 0
     if not saved:
         raise UserError(f"--resume: no saved state in {states}")
     with open(os.path.join(states, f"step_{saved[-1]:06d}", "options.json")) as f:
-        had = json.load(f)
+        before = json.load(f)
     for name, value in dataclasses.asdict(o).items():
-        if name not in CHANGEABLE and had.get(name, value) != value:
-            raise UserError(f"--resume: the run had --{name} {had[name]}, not {value}")
+        if name not in CHANGEABLE and before.get(name, value) != value:
+            raise UserError(f"--resume: the run had --{name} {before[name]}, not {value}")
     if o.steps and saved[-1] > o.steps:
         raise UserError(f"--resume: the run has taken {saved[-1]} steps, more than --steps {o.steps}")
     return saved[-1]
 
 
-def load_state(folder, step, model, opts):
-    """Put the state saved after `step` steps, on any number of ranks, into model and optimisers."""
-    state = state_of(model, opts)
+def load_state(folder, step, model, optimisers):
+    """Load the state saved after `step` steps into model and optimisers, on any number of ranks."""
+    state = state_of(model, optimisers)
     dcp.load(state, checkpoint_id=os.path.join(folder, f"step_{step:06d}"))
-    set_state_dict(model, opts, model_state_dict=state["model"], optim_state_dict=state["optim"],
-                   options=StateDictOptions(ignore_frozen_params=True, strict=False))
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    set_state_dict(model, optimisers, model_state_dict=state["model"],
+                   optim_state_dict=state["optim"], options=options)
 
 
-def save_or_warn(folder, steps, model, opts, o, stop, bar):
-    """Save the state after so many steps -> the seconds that took.
+def save_or_warn(folder, step, model, optimisers, o, *, stop, bar):
+    """Save the state after `step` steps; returns the seconds it took.
 
-    A failure is a warning; after the signal `stop` it is an error, else the run ends.
+    A failure is a warning. After the signal `stop` (0: none) it is an error; else the process ends,
+    with 130 after Ctrl-C and 0 after SIGTERM.
     """
     began = time.perf_counter()
-    fault = save_state(folder, steps, model, opts, o)
-    if fault and stop:
-        raise DistributedUserError(f"stopped by {signal.Signals(stop).name}, and {fault}")
-    if fault and dist.get_rank() == 0:
-        bar.write(f"warning: {fault}; training goes on, the states saved before are kept", file=sys.stderr)
+    problem = save_state(folder, step, model, optimisers, o)
+    rank_0 = dist.get_rank() == 0
+    if problem and stop:
+        raise DistributedUserError(
+            f"{title(o)} was stopped by {signal.Signals(stop).name}, and {problem}")
+    if problem and rank_0:
+        bar.write(f"warning: {problem}; training goes on, older states are kept", file=sys.stderr)
     if stop:
-        if dist.get_rank() == 0:
-            bar.write(f"stopped by {signal.Signals(stop).name} after step {steps}, state saved: --resume goes on", file=sys.stderr)
+        if rank_0:
+            bar.write(f"{title(o)} stopped by {signal.Signals(stop).name} after step {step}, "
+                      f"state saved: --resume goes on", file=sys.stderr)
         sys.exit(130 if stop == signal.SIGINT else 0)
     return time.perf_counter() - began
