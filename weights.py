@@ -23,9 +23,10 @@ from torch.overrides import TorchFunctionMode
 
 from cli import UserError
 from data import Preprocess, PromptFormat, SYSTEM
-from formats.configs import llama_config, vision_config
+from formats.configs import (build_dataclass, check_heads, expect_keys, llama_config,
+    vision_config)
 from formats.folders import atomic_folder, locate, resolve
-from formats.json_files import build_dataclass, expect_keys, read_json, write_json
+from formats.json_files import read_json_object, write_json
 from formats.llava import read_llava, read_original, vlora_config, VLORA_TYPE
 from formats.name_rules import (BY_ID, clip_rules, llama_rules, ORIGINAL_PROJECTOR, OURS, rename,
     SKIP)
@@ -225,15 +226,9 @@ def save(folder, model_config, state, tokenizer, preprocess, system, stage, sour
 
 def build_config(values, label):
     """VLMConfig of its nested dict."""
-    expect_keys(values, {f.name for f in dataclasses.fields(VLMConfig)}, label)
-    parts = {"vision": VisionConfig, "llm": LlamaConfig} | ({} if values["vlora"] is None else {"vlora": VLoRAConfig})
-    cfg = build_dataclass(VLMConfig, values | {name: build_dataclass(kind, values[name], f"{label}.{name}") for name, kind in parts.items()}, label)
-    for name, part in (("vision", cfg.vision), ("llm", cfg.llm)):
-        if part.width % part.heads:
-            raise UserError(f"{label}.{name}: width {part.width} does not divide by heads {part.heads}")
-    if cfg.llm.heads % cfg.llm.kv_heads or cfg.llm.width // cfg.llm.heads % 2:
-        raise UserError(f"{label}.llm: {cfg.llm.heads} heads of {cfg.llm.width // cfg.llm.heads}, {cfg.llm.kv_heads} of keys: expected heads "
-                        "of an even size, in as many as divide by those of keys")
+    cfg = build_dataclass(VLMConfig, values, label)
+    check_heads(cfg.vision.width, cfg.vision.heads, f"{label}.vision")
+    check_heads(cfg.llm.width, cfg.llm.heads, f"{label}.llm", cfg.llm.kv_heads)
     return cfg
 
 
@@ -322,7 +317,7 @@ def load(name, dtype=None, experts=None, seed=0, cast=True):
     folder = locate(name)
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: a file, expected the folder of a checkpoint")
-    config = read_json(os.path.join(folder, "config.json"))
+    config = read_json_object(os.path.join(folder, "config.json"))
     kind = config.get("format", config.get("model_type"))
     if not isinstance(kind, str) or kind not in LOADERS:
         raise UserError(f"{folder}/config.json: {kind!r} is no format that can be opened, expected {', '.join(LOADERS)}")

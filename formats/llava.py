@@ -4,9 +4,9 @@ import os
 import re
 
 from cli import UserError
-from formats.configs import demand, numbers, preprocessing, text_config, tower_config, vision_config
+from formats.configs import check_value, demand, preprocessing, text_config, tower_config, translate, vision_config
 from formats.folders import locate, PROJECTOR, resolve
-from formats.json_files import read_json
+from formats.json_files import read_json_object
 from formats.name_rules import (clip_rules, llama_rules, llava_rules, ORIGINAL_PROJECTOR,
     ORIGINAL_TOWER, tower_rules, under, vlora_rules)
 from formats.weight_files import LAYOUTS, names_in
@@ -71,17 +71,21 @@ def tower_folder(name, folder, path):
         raise UserError(f"{path}: mm_vision_tower: {error}") from None
 
 
+VLORA_FIELDS = {  # VLoRAConfig: the published checkpoint's config
+    "sites": ("vlora_type", SITES), "every": ("skip_layers", 4), "rank": ("vlora_rank", 64),
+    "embed": ("vlora_dim", 512), "depth": ("vlora_depth", 8)}
+
+
 def vlora_config(config, path, vision, llm):
     """VLoRAConfig of the published checkpoint's config; UserError naming the field that describes another generator.
 
     Its heads are in the code alone, and so is that the tag counts as a position.
     """
-    n = numbers(config, path, vlora_dim=512, vlora_depth=8, vlora_rank=64, skip_layers=4)
-    demand(config, path, weights_sep=True, vlora_alpha=n["vlora_rank"], vlora_visual_dim=vision.width,
+    found = translate(config, path, VLORA_FIELDS)
+    demand(config, path, weights_sep=True, vlora_alpha=found["rank"], vlora_visual_dim=vision.width,
            vlora_pos_num=vision.tokens, vlora_llm_dim=llm.width, vlora_llm_depth=llm.depth)
     try:
-        return VLoRAConfig(config.get("vlora_type", SITES), n["skip_layers"], n["vlora_rank"], n["vlora_dim"], n["vlora_depth"],
-                           tag=True)
+        return VLoRAConfig(**found, tag=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -118,5 +122,5 @@ def projector_file(name):
     if not is_file and (whole or not os.path.exists(file)):
         return None
     if os.path.exists(config):
-        check_original(read_json(config), config)
+        check_original(read_json_object(config), config)
     return file

@@ -9,7 +9,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
 from cli import UserError
-from formats.json_files import read_json, write_json
+from formats.json_files import read_json_object, write_json
 
 
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json",
@@ -20,7 +20,7 @@ REMAP = 2**27      # bytes read and cast before a file is mapped anew
 
 def shards_of(index):
     """[(path, names)] of the shards that an index file lists; UserError if one of them is not there."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise UserError(f"{index}: expected a weight_map of names and files")
     names = {}
