@@ -14,7 +14,6 @@ Next: train.py.
 """
 import dataclasses
 import os
-import typing
 import zlib
 from typing import Literal
 
@@ -25,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 from baselines import BaselineConfig, BaselineVLM, weight_source
 from cli import UserError
 from data import Preprocess, PromptFormat, SYSTEM
-from formats.configs import llama_config, vision_config
+from formats.configs import (build_dataclass, check_heads, expect_keys, llama_config,
+                             vision_config)
 from formats.folders import atomic_folder, locate, resolve
-from formats.json_files import (build_dataclass, expect_keys, expected, is_valid, read_json,
-                                write_json)
+from formats.json_files import read_json_object, write_json
 from formats.llava import read_llava, read_original, vlora_config, VLORA_TYPE
 from formats.name_rules import (BY_ID, clip_rules, llama_rules, ORIGINAL_PROJECTOR, OURS,
                                 rename, SKIP)
@@ -75,10 +74,17 @@ def make_config(vision, llm, *, weight_source="hyper", vlora=None, **experts):
     return VLMConfig(vision, llm, **experts)
 
 
-def options_of(cfg):
-    """The options that `make_config` makes `cfg` from, in the order in which config.json has them."""
-    experts = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(VLMConfig)[2:]}
-    return experts | {"weight_source": weight_source(cfg), "vlora": getattr(cfg, "vlora", None)}
+@dataclasses.dataclass
+class SavedConfig(VLMConfig):
+    """What config.json holds of a model of any class: the arguments of `make_config`."""
+    weight_source: Literal["hyper", "static", "latent", "mlp", "lora"] = "hyper"
+    vlora: GeneratorConfig | None = None
+
+
+def saved_config(cfg):
+    """The SavedConfig of a model's config."""
+    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(VLMConfig)}
+    return SavedConfig(**fields, weight_source=weight_source(cfg), vlora=getattr(cfg, "vlora", None))
 
 
 MODELS = {VLMConfig: VLM, BaselineConfig: BaselineVLM, VLoRAConfig: VLoRA}
@@ -255,11 +261,8 @@ def save(folder, model_config, state, tokenizer, preprocess, system, *, stage, s
     training  dict of the options that made it
     Raises OSError or UserError if it cannot be written; an older checkpoint is then still there.
     """
-    parts = {name: dataclasses.asdict(getattr(model_config, name)) for name in ("vision", "llm")}
-    options = options_of(model_config)
-    if options["vlora"] is not None:
-        options["vlora"] = dataclasses.asdict(options["vlora"])
-    config = {"format": FORMAT, "version": VERSION, "model": parts | options,
+    config = {"format": FORMAT, "version": VERSION,
+              "model": dataclasses.asdict(saved_config(model_config)),
               "preprocess": dataclasses.asdict(preprocess), "template": {"system": system},
               "stage": stage, "sources": sources, "training": training}
     with atomic_folder(folder) as new:
@@ -270,30 +273,11 @@ def save(folder, model_config, state, tokenizer, preprocess, system, *, stage, s
 
 def read_config(values, label):
     """The config of a model from its object in config.json."""
-    expect_keys(values, {"vision", "llm", *options_of(VLMConfig())}, label)
-    parts = {"vision": VisionConfig, "llm": LlamaConfig, "vlora": GeneratorConfig}
-    values = values | {name: build_dataclass(kind, values[name], f"{label}.{name}")
-                       for name, kind in parts.items() if values[name] is not None or name != "vlora"}
-    check_options(values, label)
-    cfg = make_config(**values)
-    for name, part in (("vision", cfg.vision), ("llm", cfg.llm)):
-        if part.width % part.heads:
-            raise UserError(f"{label}.{name}: width {part.width} does not divide by heads {part.heads}")
-    if cfg.llm.heads % cfg.llm.kv_heads or cfg.llm.width // cfg.llm.heads % 2:
-        raise UserError(f"{label}.llm: {cfg.llm.heads} heads of width {cfg.llm.width // cfg.llm.heads}, "
-                        f"{cfg.llm.kv_heads} for keys: expected heads of an even width, "
-                        f"and a multiple of those for keys")
+    saved = build_dataclass(SavedConfig, values, label)
+    check_heads(saved.vision.width, saved.vision.heads, f"{label}.vision")
+    check_heads(saved.llm.width, saved.llm.heads, f"{label}.llm", saved.llm.kv_heads)
+    cfg = make_config(**vars(saved))
     return cfg
-
-
-def check_options(values, label):
-    """UserError if an option of `make_config` in config.json has a value that it cannot have."""
-    kinds = typing.get_type_hints(VLMConfig)
-    kinds |= {"weight_source": Literal["hyper", "static", "latent", "mlp", "lora"],
-              "vlora": GeneratorConfig | None}
-    for name, kind in kinds.items():
-        if not is_valid(values[name], kind):
-            raise UserError(f"{label}: {name} is {values[name]!r}, expected {expected(kind)}")
 
 
 def check_method(cfg, wanted, label):
@@ -318,12 +302,12 @@ def add_experts(cfg, options, label):
     Raises UserError if it has experts, and they are not the ones asked for.
     """
     check_method(cfg, options.get("vlora"), label)
-    now = options_of(cfg)
-    grown = make_config(cfg.vision, cfg.llm, **now | options | {"vlora": now["vlora"]})
+    now = vars(saved_config(cfg))
+    grown = make_config(**now | options | {"vlora": now["vlora"]})
     held = ["visual_expert"] if cfg.visual_expert != "none" else []
     held += ["language_expert", "guidance_after"] if cfg.language_expert != "none" else []
     held += ["expert_embed", "expert_rank", "weight_source"] if held else []
-    then = options_of(grown)
+    then = vars(saved_config(grown))
     for name in held:
         if now[name] != then[name]:
             raise UserError(f"{label}: {name} is {now[name]} there, not {then[name]}; "
@@ -400,8 +384,8 @@ def load(name, dtype=None, experts=None, seed=0, cast=True):
     """
     folder = locate(name)
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: is a file, expected the folder of a checkpoint")
-    config = read_json(os.path.join(folder, "config.json"))
+        raise UserError(f"{folder}: a file, expected the folder of a checkpoint")
+    config = read_json_object(os.path.join(folder, "config.json"))
     kind = config.get("format", config.get("model_type"))
     if not isinstance(kind, str) or kind not in LOADERS:
         raise UserError(f"{folder}/config.json: format {kind!r} cannot be opened, "

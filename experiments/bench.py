@@ -32,7 +32,7 @@ from formats.folders import resolve
 from formats.json_files import write_json
 from formats.sentencepiece import layout_of_llama
 from formats.tokenizer import Tokenizer
-from formats.weight_files import in_shards, tensors, weight_files, write_file
+from formats.weight_files import split_shards, tensors, weight_files, write_file
 from model import CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
 from training.feed import BatchSampler, padding_share
 from weights import build_empty
@@ -102,7 +102,7 @@ def write_random(folder, state, ending):
         numbers = pool.roll(start).repeat(-(-shape.numel() // len(pool)))[:shape.numel()].view(shape)
         return numbers + 1 if "norm" in name and name.endswith("weight") else numbers.clone()
 
-    files = in_shards(state)
+    files = split_shards(state).filename_to_tensors
     if ending == "bin":
         files = {f.replace("model", "pytorch_model").replace("safetensors", "bin"): names for f, names in files.items()}
     for file, names in files.items():
@@ -217,7 +217,7 @@ def made_up_parts(folder, size):
     random = lambda folder, state: write_random(folder, state, "safetensors")
     tokenizer = made_up_tokenizer(llm.vocab)
     write_vision(os.path.join(folder, "clip"), clip.state_dict() | norms, vision, Preprocess(vision.image_size), random)
-    write_llama(os.path.join(folder, "llm"), llama.state_dict(), llm, tokenizer, tokenizer.bos, tokenizer.eos, random)
+    write_llama(os.path.join(folder, "llm"), llama.state_dict(), llm, tokenizer, random)
 
 
 def step_seconds(log, start, stop):

@@ -1,66 +1,201 @@
-"""TODO"""
+"""Configs: check the fields of ours, read and write those of Hugging Face's CLIP, Llama and image processors.
+
+Both kinds are checked by `check_value`. What the paper's model cannot be built from (another activation, scaled rotary
+frequencies) is refused by the name of the field. LLaVA's own fields are in llava.py; next: name_rules.py.
+"""
+import dataclasses
+import math
 import os
+import types
+import typing
 
 from cli import UserError
-from data import Preprocess
-from formats.json_files import read_json
+from data import CLIP_MEAN, CLIP_STD, Preprocess
+from formats.json_files import read_json_object
 from model import LlamaConfig, VisionConfig
 
 
-# ---- Other people's configs
+# ---- Checks
+
+
+def is_number(value, kind=(int, float)):
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_triple(value):
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
+
+
+CHECKS = {  # type of a field: (is a value valid?, what is expected in words)
+    int: (lambda v: is_number(v, int) and v > 0, "a whole number more than 0"),
+    float: (lambda v: is_number(v) and v > 0, "a number more than 0"),
+    bool: (lambda v: isinstance(v, bool), "true or false"),
+    str: (lambda v: isinstance(v, str), "text"),
+    dict: (lambda v: isinstance(v, dict), "an object"),
+    tuple: (is_triple, "three numbers"),  # one per channel
+    types.UnionType: (lambda v: v is None or is_number(v, int) and v >= 0,  # int | None
+                      "a whole number of 0 or more, or null"),
+}
+
+
+def check_value(value, kind, label):
+    """UserError unless `value` is valid for a type of field: one in CHECKS, or a Literal."""
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        valid, expected = value in choices, f"one of {', '.join(map(repr, choices))}"
+    else:
+        test, expected = CHECKS[typing.get_origin(kind) or kind]
+        valid = test(value)
+    if not valid:
+        raise UserError(f"{label} is {value!r}, expected {expected}")
+
+
+def expect_keys(values, keys, label):
+    """UserError that names an unknown or missing key of `values`."""
+    if not isinstance(values, dict):
+        raise UserError(f"{label}: expected an object with {', '.join(sorted(keys))}")
+    for key in values.keys() - keys:
+        raise UserError(f"{label}: unknown key {key!r}, expected {', '.join(sorted(keys))}")
+    for key in keys - values.keys():
+        raise UserError(f"{label}: no {key!r}")
+
+
+def build_dataclass(kind, values, label):
+    """The dataclass `kind` from a dict of exactly its fields. A dataclass in a field is a dict, too.
+
+    Raises UserError that names the unknown, missing or invalid field.
+    """
+    expect_keys(values, {f.name for f in dataclasses.fields(kind)}, label)
+    built = {}
+    for name, wanted in typing.get_type_hints(kind).items():
+        value = values[name]
+        part = next(filter(dataclasses.is_dataclass, (wanted, *typing.get_args(wanted))), None)
+        if part is None:
+            check_value(value, wanted, f"{label}: {name}")
+            built[name] = tuple(value) if isinstance(value, list) else value
+        else:
+            optional = value is None and part is not wanted  # Part | None
+            built[name] = None if optional else build_dataclass(part, value, f"{label}.{name}")
+    return kind(**built)
+
+
+def check_heads(width, heads, label, kv_heads=None):
+    """UserError unless attention heads have a whole width, and in a Llama an even one."""
+    if width % heads:
+        raise UserError(f"{label}: width {width} does not divide by heads {heads}")
+    if kv_heads and (heads % kv_heads or width // heads % 2):
+        raise UserError(f"{label}: {heads} heads of {width // heads}, {kv_heads} of keys: expected "
+                        "heads of an even size, in a number that divides by those of keys")
 
 
 def demand(values, path, **wanted):
-    """UserError naming the first field that is present and not the one value that this code builds."""
+    """UserError that names the first field that is present with an unsupported value."""
     for key, value in wanted.items():
         if values.get(key, value) != value:
             raise UserError(f"{path}: {key} {values[key]!r} is not supported, only {value!r}")
 
 
-def numbers(values, path, **defaults):
-    """The named fields, or their defaults where absent; UserError on what is not a positive number."""
-    found = {key: values.get(key, default) for key, default in defaults.items()}
-    for key, value in found.items():
-        kinds = (int, float) if isinstance(defaults[key], float) else (int,)
-        if type(value) not in kinds or value <= 0:
-            raise UserError(f"{path}: {key} {value!r}, expected a positive {'number' if float in kinds else 'integer'}")
+# ---- Tables of fields, {our name: (their name, their default)}
+
+
+def translate(values, path, table):
+    """{our name: value}; UserError unless each value is valid for the type of its default."""
+    found = {ours: values.get(theirs, default) for ours, (theirs, default) in table.items()}
+    for ours, (theirs, default) in table.items():
+        check_value(found[ours], type(default), f"{path}: {theirs}")
     return found
 
 
+def translate_back(config, table):
+    """{their name: value} of a dataclass."""
+    return {theirs: getattr(config, ours) for ours, (theirs, _) in table.items()}
+
+
+# ---- CLIP
+
+VISION_FIELDS = {  # VisionConfig: CLIPVisionConfig
+    "image_size": ("image_size", 224), "patch": ("patch_size", 32), "width": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12),
+    "hidden": ("intermediate_size", 3072), "eps": ("layer_norm_eps", 1e-5)}
+
+
+def tower_config(values, path):
+    """VisionConfig from the fields of a CLIPVisionConfig, without the last block; UserError as for `vision_config`."""
+    demand(values, path, hidden_act="quick_gelu", num_channels=3)
+    cfg = VisionConfig(**translate(values, path, VISION_FIELDS))
+    check_heads(cfg.width, cfg.heads, f"{path}: hidden_size, num_attention_heads")
+    return dataclasses.replace(cfg, depth=cfg.depth - 1)
+
+
+def vision_config(folder):
+    """(VisionConfig, Preprocess) of the folder of a CLIPVisionModel or a whole CLIPModel, without the last block.
+
+    Raises UserError that names the field by which this is another kind of tower.
+    """
+    path = os.path.join(folder, "config.json")
+    values = read_json_object(path)
+    if values.get("model_type") not in ("clip", "clip_vision_model", None):
+        raise UserError(f"{path}: model_type {values['model_type']!r}, expected clip or clip_vision_model")
+    if values.keys() & {"vision_config", "vision_config_dict"}:  # old files have both; the second overrides the first
+        parts = [values.get(key) or {} for key in ("vision_config", "vision_config_dict")]
+        for part in parts:
+            check_value(part, dict, f"{path}: vision_config")
+        values = parts[0] | parts[1]
+    cfg = tower_config(values, path)
+    return cfg, preprocessing(folder, cfg.image_size)
+
+
+def vision_values(config, blocks):
+    """The fields of transformers' CLIPVisionConfig for a tower of that many blocks."""
+    return {"model_type": "clip_vision_model", **translate_back(config, VISION_FIELDS), "num_hidden_layers": blocks,
+            "num_channels": 3, "hidden_act": "quick_gelu"}
+
+
+# ---- The image processor
+
+PROCESSOR_FIELDS = {"mean": ("image_mean", CLIP_MEAN), "std": ("image_std", CLIP_STD)}  # Preprocess
+PROCESSOR_STEPS = dict(do_resize=True, resample=3, do_rescale=True, rescale_factor=1 / 255,
+                       do_normalize=True)  # resample 3: bicubic
+
+
 def preprocessing(folder, image_size, aspect="pad"):
-    """`Preprocess` from preprocessor_config.json, CLIP's defaults where it or a field is absent.
+    """`Preprocess` from preprocessor_config.json, or CLIP's defaults where the file or a field is absent.
 
     transformers 5 keeps the same fields inside processor_config.json.
     """
     paths = [os.path.join(folder, f"{name}_config.json") for name in ("preprocessor", "processor")]
     path = next(filter(os.path.exists, paths), None)
-    values = read_json(path) if path else {}
+    values = read_json_object(path) if path else {}
     values = values.get("image_processor", values)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: image_processor {values!r}, expected an object")
+    check_value(values, dict, f"{path}: image_processor")
     for key in ("size", "crop_size"):
-        side = values.get(key, image_size)
-        sides = list(side.values()) if isinstance(side, dict) else [side]  # {"shortest_edge": S} or {"height": S, "width": S}
+        side = values.get(key, image_size)  # {"shortest_edge": S}, {"height": S, "width": S} or S
+        sides = side.values() if isinstance(side, dict) else [side]
         if any(s != image_size for s in sides):
-            raise UserError(f"{path}: {key} {side}, but config.json says that the tower reads {image_size} px")
-    demand(values, path, resample=3, do_resize=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True)  # 3: bicubic
-    names = {"image_mean": "mean", "image_std": "std"}
-    for key in names.keys() & values.keys():
-        if not (isinstance(values[key], list) and len(values[key]) == 3 and all(type(v) in (int, float) for v in values[key])):
-            raise UserError(f"{path}: {key} {values[key]!r}, expected three numbers")
-    return Preprocess(image_size, **{names[k]: tuple(values[k]) for k in names if k in values}, aspect=aspect)
+            raise UserError(f"{path}: {key} {side}, but config.json says that the tower reads "
+                            f"{image_size} px")
+    demand(values, path, **PROCESSOR_STEPS)
+    found = translate(values, path, PROCESSOR_FIELDS)
+    return Preprocess(image_size, tuple(found["mean"]), tuple(found["std"]), aspect)
 
 
-def tower_config(values, path):
-    """VisionConfig of the fields of a CLIPVisionConfig, the last block left out; UserError as for `vision_config`."""
-    demand(values, path, hidden_act="quick_gelu", num_channels=3)
-    n = numbers(values, path, image_size=224, patch_size=32, hidden_size=768, num_hidden_layers=12,
-                num_attention_heads=12, intermediate_size=3072, layer_norm_eps=1e-5)
-    if n["hidden_size"] % n["num_attention_heads"]:
-        raise UserError(f"{path}: hidden_size {n['hidden_size']} does not divide by num_attention_heads "
-                        f"{n['num_attention_heads']}")
-    return VisionConfig(n["image_size"], n["patch_size"], n["hidden_size"], n["num_hidden_layers"] - 1,
-                        n["num_attention_heads"], n["intermediate_size"], n["layer_norm_eps"])
+def image_values(preprocess, kind):
+    """The fields of one of transformers' image processors that does what `preprocess` says, except for padding."""
+    size = preprocess.size
+    return {"image_processor_type": kind, "do_convert_rgb": True, **PROCESSOR_STEPS,
+            "size": {"shortest_edge": size}, "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            **translate_back(preprocess, PROCESSOR_FIELDS)}
+
+
+# ---- Llama
+
+TEXT_FIELDS = {  # LlamaConfig: transformers' LlamaConfig
+    "width": ("hidden_size", 4096), "depth": ("num_hidden_layers", 32),
+    "heads": ("num_attention_heads", 32), "kv_heads": ("num_key_value_heads", 32),
+    "hidden": ("intermediate_size", 11008), "vocab": ("vocab_size", 32000),
+    "eps": ("rms_norm_eps", 1e-6), "theta": ("rope_theta", 10000.0),
+    "context": ("max_position_embeddings", 2048), "tied": ("tie_word_embeddings", False)}
 
 
 def rope_theta(values, path):
@@ -68,84 +203,40 @@ def rope_theta(values, path):
     theta = values.get("rope_theta", 10000.0)
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{path}: {key} {rope!r}, expected an object")
+        check_value(rope, dict, f"{path}: {key}")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f"{path}: {key} of type {kind!r} is not supported, only 'default'")
         demand(rope, path, partial_rotary_factor=1.0)
         theta = rope.get("rope_theta", theta)
-    return float(numbers({"rope_theta": theta}, path, rope_theta=10000.0)["rope_theta"])
+    return theta
 
 
 def text_config(values, path):
-    """LlamaConfig of the fields of a Llama's config; UserError as for `llama_config`."""
+    """LlamaConfig from the fields of a Llama's config; UserError as for `llama_config`."""
     if values.get("model_type") != "llama":
         raise UserError(f"{path}: model_type {values.get('model_type')!r}, expected 'llama'")
     demand(values, path, hidden_act="silu", attention_bias=False, mlp_bias=False, sliding_window=None)
-    n = numbers(values, path, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008,
-                vocab_size=32000, rms_norm_eps=1e-6, max_position_embeddings=2048)
-    width, heads = n["hidden_size"], n["num_attention_heads"]
-    kv_heads = numbers({"num_key_value_heads": values.get("num_key_value_heads") or heads}, path,
-                       num_key_value_heads=heads)["num_key_value_heads"]
-    if width % heads or (width // heads) % 2 or heads % kv_heads:
-        raise UserError(f"{path}: hidden_size {width} does not divide into num_attention_heads {heads} of an even size, "
-                        f"or these not by num_key_value_heads {kv_heads}")
-    if values.get("tie_word_embeddings", False) not in (None, True, False):
-        raise UserError(f"{path}: tie_word_embeddings {values['tie_word_embeddings']!r}, expected true or false")
+    heads = values.get("num_attention_heads", 32)
+    values = {**values, "rope_theta": rope_theta(values, path),  # the others may be null
+              "num_key_value_heads": values.get("num_key_value_heads") or heads,
+              "tie_word_embeddings": values.get("tie_word_embeddings") or False}
+    cfg = LlamaConfig(**translate(values, path, TEXT_FIELDS))
+    check_heads(cfg.width, cfg.heads, f"{path}: hidden_size, num_attention_heads, "
+                "num_key_value_heads", cfg.kv_heads)
     if values.get("head_dim") is not None:
-        demand(values, path, head_dim=width // heads)
-    return LlamaConfig(width, n["num_hidden_layers"], heads, kv_heads, n["intermediate_size"], n["vocab_size"],
-                       n["rms_norm_eps"], rope_theta(values, path), n["max_position_embeddings"],
-                       bool(values.get("tie_word_embeddings", False)))
-
-
-def vision_config(folder):
-    """(VisionConfig, Preprocess) of a CLIPVisionModel or a whole CLIPModel, the last block left out.
-
-    Raises UserError naming the field that says this is another kind of tower.
-    """
-    path = os.path.join(folder, "config.json")
-    values = read_json(path)
-    if values.get("model_type") not in ("clip", "clip_vision_model", None):
-        raise UserError(f"{path}: model_type {values['model_type']!r}, expected clip or clip_vision_model")
-    if values.keys() & {"vision_config", "vision_config_dict"}:  # old files have both; the second is what counts
-        parts = [values.get(key) or {} for key in ("vision_config", "vision_config_dict")]
-        if not all(isinstance(part, dict) for part in parts):
-            raise UserError(f"{path}: vision_config is no object")
-        values = parts[0] | parts[1]
-    cfg = tower_config(values, path)
-    return cfg, preprocessing(folder, cfg.image_size)
+        demand(values, path, head_dim=cfg.width // cfg.heads)
+    return dataclasses.replace(cfg, theta=float(cfg.theta))
 
 
 def llama_config(folder):
-    """LlamaConfig of a Llama 1 or 2 (Vicuna); UserError naming the field that says it is something else."""
+    """LlamaConfig of the folder of a Llama 1 or 2 (Vicuna); UserError that names the field by which it is another model."""
     path = os.path.join(folder, "config.json")
-    return text_config(read_json(path), path)
-
-
-def vision_values(config, blocks):
-    """The fields of transformers' CLIPVisionConfig for a tower of that many blocks."""
-    return {"model_type": "clip_vision_model", "hidden_size": config.width, "intermediate_size": config.hidden,
-            "num_hidden_layers": blocks, "num_attention_heads": config.heads, "num_channels": 3,
-            "image_size": config.image_size, "patch_size": config.patch, "hidden_act": "quick_gelu",
-            "layer_norm_eps": config.eps}
+    return text_config(read_json_object(path), path)
 
 
 def text_values(config, bos, eos):
     """The fields of transformers' LlamaConfig."""
-    return {"model_type": "llama", "hidden_size": config.width, "intermediate_size": config.hidden,
-            "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
-            "num_key_value_heads": config.kv_heads, "head_dim": config.width // config.heads,
-            "vocab_size": config.vocab, "max_position_embeddings": config.context, "rms_norm_eps": config.eps,
-            "rope_theta": config.theta, "rope_scaling": None, "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, "tie_word_embeddings": config.tied, "bos_token_id": bos, "eos_token_id": eos}
-
-
-def image_values(preprocess, kind):
-    """The fields of one of transformers' image processors that treats pictures as `preprocess` does, padding aside."""
-    side = {"height": preprocess.size, "width": preprocess.size}
-    return {"image_processor_type": kind, "do_convert_rgb": True, "do_resize": True,
-            "size": {"shortest_edge": preprocess.size}, "resample": 3, "do_center_crop": True, "crop_size": side,
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-            "image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
+    return {"model_type": "llama", **translate_back(config, TEXT_FIELDS), "head_dim": config.width // config.heads,
+            "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+            "bos_token_id": bos, "eos_token_id": eos}

@@ -1,74 +1,79 @@
-"""TODO"""
-import dataclasses
+"""Read and write JSON files. Every error is one line: the path, the line if there is one, the reason.
+
+    read_json(path)         any value
+    read_json_object(path)  a dict: config.json, index files
+    read_json_list(path)    a list that is not empty: LLaVA's training data
+    read_json_lines(path)   JSON Lines, one value per line: questions, logs
+    write_json(path, value)
+
+Next: configs.py, which checks what a config.json holds.
+"""
+import io
 import json
-import math
-import os
-import typing
 
 from cli import UserError
 
 
-def read_json(path):
-    """The object in a JSON file; UserError if the file is missing, damaged or no object."""
+def parse_json(text, label, check_unicode=False):
+    """The value of a JSON text, str or bytes; UserError that begins with `label` if it is damaged.
+
+    check_unicode  also refuse an escaped half of a surrogate pair, which cannot be written as UTF-8
+    """
     try:
-        with open(path, encoding="utf-8") as f:
-            values = json.load(f)
+        value = json.loads(text)
+        if check_unicode:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{label}: not JSON ({error})") from None
+
+
+def read_bytes(path):
+    """The bytes of a file; UserError if it is missing or cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return f.read()
     except FileNotFoundError:
-        raise UserError(f"no {os.path.basename(path)} in {os.path.dirname(path) or '.'}") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return values
+        raise UserError(f"{path}: file not found") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def write_json(path, values):
+def read_json(path):
+    """The value in a JSON file; UserError if the file is missing, cannot be read or is damaged."""
+    return parse_json(read_bytes(path), path)  # bytes: json finds out their encoding itself
+
+
+def read_json_object(path):
+    """The dict in a JSON file; UserError as for `read_json`, and if it holds something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, {{...}}")
+    return value
+
+
+def read_json_list(path):
+    """The list in a JSON file; UserError as for `read_json`, and if it is empty or not a list."""
+    value = read_json(path)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{path}: expected a non-empty JSON list, [...]")
+    return value
+
+
+def read_json_lines(path):
+    """[(label, value), ...] of a JSON Lines file; a label, "PATH line N", begins an error about its value.
+
+    UserError as for `read_json`, naming the line; also for text that is not valid Unicode.
+    """
+    rows = []
+    for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
+        label = f"{path} line {number}"
+        rows.append((label, parse_json(line, label, check_unicode=True)))
+    return rows
+
+
+def write_json(path, value):
+    """Write a value as indented JSON, in UTF-8."""
     with open(path, "w", encoding="utf-8") as f:
-        json.dump(values, f, indent=2)
+        json.dump(value, f, indent=2)
         f.write("\n")
-
-
-def expect_keys(values, keys, label):
-    """UserError naming a key that is unknown or lacking."""
-    if not isinstance(values, dict):
-        raise UserError(f"{label}: expected an object with {', '.join(sorted(keys))}")
-    for key in values.keys() - keys:
-        raise UserError(f"{label}: unknown key {key!r}, expected {', '.join(sorted(keys))}")
-    for key in keys - values.keys():
-        raise UserError(f"{label}: no {key!r}")
-
-
-def is_valid(value, kind):
-    """Whether a value is what the annotation of a configuration's field says: numbers are more than 0, tuples one per channel."""
-    inner, number = typing.get_args(kind), isinstance(value, (int, float)) and not isinstance(value, bool)
-    if typing.get_origin(kind) is typing.Literal:
-        return value in inner
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
-    if inner:  # of an index, which may be 0, or None
-        return type(value) is int and value == 0 or any(is_valid(value, k) for k in inner)
-    if kind in (int, float):
-        return number and isinstance(value, (int, kind)) and 0 < value < math.inf
-    return isinstance(value, kind)
-
-
-def expected(kind):
-    """What `fits` asks for, in words."""
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(repr, inner))}"
-    if typing.get_origin(kind) is tuple:
-        return "three numbers"
-    if inner:
-        return "a whole number of 0 or more, or null" if int in inner else "an object, or null"
-    return {int: "a whole number more than 0", float: "a number more than 0", bool: "true or false", str: "text"}.get(kind, "an object")
-
-
-def build_dataclass(kind, values, label):
-    """The dataclass `kind` of exactly the fields in `values`; UserError names what is unknown, lacking or of no use."""
-    expect_keys(values, {f.name for f in dataclasses.fields(kind)}, label)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for name, wanted in typing.get_type_hints(kind).items():
-        if not is_valid(values[name], wanted):
-            raise UserError(f"{label}: {name} is {values[name]!r}, expected {expected(wanted)}")
-    return kind(**values)

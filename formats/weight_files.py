@@ -1,40 +1,48 @@
-"""TODO"""
+"""Weight files: read and write tensors in safetensors and .bin files, in one file or in shards.
+
+Reading maps files instead of copying them, runs no code in pickles, and refuses damaged files.
+Next: configs.py.
+"""
 import hashlib
 import os
 import pickle
 import zipfile
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
 from cli import UserError
-from formats.json_files import read_json, write_json
-
+from formats.folders import first_line
+from formats.json_files import read_json_object, write_json
 
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")  # in order of preference
-SHARD = 5 * 10**9  # bytes of a weight file that we write, at most
-REMAP = 2**27      # bytes read and cast before a file is mapped anew
+SHARD = 5 * 10**9  # largest weight file to write, bytes
+REMAP = 2**27      # map a file again after this many bytes were read and cast
+
+
+# ---- Reading
 
 
 def shards_of(index):
-    """[(path, names)] of the shards that an index file lists; UserError if one of them is not there."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise UserError(f"{index}: expected a weight_map of names and files")
-    names = {}
-    for name, file in weight_map.items():
-        names.setdefault(file, set()).add(name)
-    paths = {file: os.path.join(os.path.dirname(index), file) for file in sorted(names)}
-    for file, path in paths.items():
+    """[(path, names)] of the shards in an index file; UserError if one of them is missing."""
+    weight_map = read_json_object(index).get("weight_map")
+    if (not isinstance(weight_map, dict) or not weight_map
+            or not all(isinstance(file, str) for file in weight_map.values())):
+        raise UserError(f"{index}: expected a weight_map from names to files")
+    shards = []
+    for file in sorted(set(weight_map.values())):
+        path = os.path.join(os.path.dirname(index), file)
         if not os.path.isfile(path):
             raise UserError(f"{index} names {file}, which is not there")
-    return [(path, names[file]) for file, path in paths.items()]
+        shards.append((path, {name for name, place in weight_map.items() if place == file}))
+    return shards
 
 
 def weight_files(folder):
-    """[(path, names it should hold, None if nothing says so)] of a folder, or of a file itself; UserError if there are none."""
+    """[(path, its tensors' names by the index, or None)] of a folder or a file; UserError if none."""
     if os.path.isfile(folder):
         return [(folder, None)]
     for layout in LAYOUTS:
@@ -44,27 +52,32 @@ def weight_files(folder):
     raise UserError(f"no weights in {folder}: looked for {', '.join(LAYOUTS)}")
 
 
+def is_state(state):
+    return isinstance(state, dict) and state and all(
+        isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in state.items())
+
+
 def open_shard(path):
-    """Names of the tensors in a weight file, and the function from a name to its tensor, mapped from the disk."""
+    """(names, get) of a weight file: get(name) is a tensor mapped from the file. UserError if damaged."""
     try:
         if path.endswith(".safetensors"):
             file = safe_open(path, "pt")
             return list(file.keys()), file.get_tensor
-        # Files from before torch 1.6 are no archives and cannot be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: damaged, or a pickle that holds more than tensors; code in it is never run") from None
+        raise UserError(f"{path}: damaged, or a pickle with more than tensors in it; its code is "
+                        "never run") from None
     except Exception as error:  # the libraries raise nothing more specific
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a whole weight file, perhaps half downloaded ({reason})") from None
-    if not isinstance(state, dict) or not state or not all(isinstance(n, str) and isinstance(t, torch.Tensor)
-                                                           for n, t in state.items()):
-        raise UserError(f"{path}: expected a dict of names and tensors, nothing else")
+        raise UserError(f"{path}: not a whole weight file, perhaps half downloaded "
+                        f"({first_line(error)})") from None
+    if not is_state(state):
+        raise UserError(f"{path}: expected a dict from names to tensors, and nothing else")
     return list(state), state.__getitem__
 
 
 def check_shard(path, names, expected, seen):
-    """Every name in one shard only, and where the index says. `seen`, {name: path}, grows."""
+    """UserError unless each name is in one shard only, as the index says. Adds to `seen`, {name: path}."""
     for name in names:
         if name in seen:
             raise UserError(f"tensor {name} is both in {seen[name]} and in {path}")
@@ -72,20 +85,23 @@ def check_shard(path, names, expected, seen):
             raise UserError(f"{path}: holds tensor {name}, but the index does not say so")
         seen[name] = path
     if expected is not None and expected - set(names):
-        raise UserError(f"{path}: lacks tensor {min(expected - set(names))}, which the index says it holds")
+        raise UserError(f"{path}: lacks tensor {min(expected - set(names))}, "
+                        "which the index says it holds")
 
 
 def names_in(folder):
-    """Names of all tensors in a folder, as its index has them or else its one file."""
+    """Names of all tensors in a folder, from its index or its only file."""
     return [name for path, listed in weight_files(folder) for name in listed or open_shard(path)[0]]
 
 
 def tensors(folder, dtype=None):
     """Yield (name, tensor, file) of all weights in a folder, shard by shard, mapped rather than read.
 
-    Pages that were read stay in memory as long as their map; mapping anew now and then lets go of those whose tensors
-    were cast, to `dtype`, so that of a model that is cast as a whole there are never two in memory.
-    Raises UserError naming the file or tensor: no weights, a missing or damaged shard, a tensor in two shards.
+    dtype  what the caller casts tensors to. Pages that were read stay in memory as long as their map
+           does, so the file is mapped again after every REMAP bytes of tensors that need a cast: a
+           model that is cast is never in memory twice.
+    Raises UserError that names the file or tensor: no weights, a missing or damaged shard, a tensor
+    in two shards.
     """
     seen = {}
     for path, expected in weight_files(folder):
@@ -94,7 +110,7 @@ def tensors(folder, dtype=None):
         read = 0
         for name in names:
             if read > REMAP:
-                get = None
+                get = None  # unmap first
                 get, read = open_shard(path)[1], 0
             tensor = get(name)
             read += tensor.nbytes if dtype not in (None, tensor.dtype) else 0
@@ -102,7 +118,7 @@ def tensors(folder, dtype=None):
 
 
 def fingerprint(folder):
-    """sha256 over names, sizes, first and last MiB of the weight files: tells models apart without reading 13 GB."""
+    """sha256 of names, sizes, first and last MiB of the weight files: fast even for 13 GB."""
     digest = hashlib.sha256()
     for path, _ in weight_files(folder):
         size = os.path.getsize(path)
@@ -114,40 +130,39 @@ def fingerprint(folder):
     return digest.hexdigest()
 
 
-def in_shards(state):
-    """{file name: names of its tensors}, in files of at most SHARD bytes; the order in `state` does not matter."""
-    groups, size = [[]], 0
-    for name in sorted(state):
-        if groups[-1] and size + state[name].nbytes > SHARD:
-            groups, size = [*groups, []], 0
-        groups[-1].append(name)
-        size += state[name].nbytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+# ---- Writing
+
+
+def split_shards(state):
+    """Which tensor goes into which file, at most SHARD bytes each; the order of `state` does not matter.
+
+    The result has `filename_to_tensors`, `tensor_to_filename`, `is_sharded` and `metadata`.
+    """
+    return split_state_dict_into_shards_factory(
+        dict(sorted(state.items())), get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD)
 
 
 def write_file(path, state):
-    """Write one safetensors file. The library makes it readable to its owner alone; here the umask decides, as elsewhere."""
+    """Write one safetensors file with the permissions of a new file; the library's are for the owner only."""
     with open(path, "wb") as f:
         mode = os.fstat(f.fileno()).st_mode
     try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path,
+                  metadata={"format": "pt"})
     except SafetensorError as error:
         raise UserError(f"{path}: cannot be written ({error})") from None
     os.chmod(path, mode)
 
 
 def write_tensors(folder, state):
-    """Write model.safetensors, or shards and their index; the bytes depend on names and tensors alone."""
-    files = in_shards(state)
-    for file, names in files.items():
+    """Write model.safetensors, or shards and an index; the bytes depend only on names and tensors."""
+    split = split_shards(state)
+    for file, names in split.filename_to_tensors.items():
         write_file(os.path.join(folder, file), {name: state[name] for name in names})
-    if len(files) > 1:
-        weight_map = {name: file for file, names in files.items() for name in names}
-        total = sum(t.nbytes for t in state.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(os.path.join(folder, "model.safetensors.index.json"), index)
+    if split.is_sharded:
+        write_json(os.path.join(folder, "model.safetensors.index.json"),
+                   {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
 def dtype_name(state):

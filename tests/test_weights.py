@@ -457,7 +457,7 @@ def test_a_name_that_leads_nowhere_is_refused_in_one_line(name, monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("no network\nat all")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=f"{name}: no such folder") as caught:
+    with pytest.raises(UserError, match=f"{name}(: no such folder| is not a folder here)") as caught:
         formats.folders.resolve(name)
     assert "\n" not in str(caught.value)
 
@@ -712,7 +712,7 @@ def test_a_config_of_ours_that_says_more_or_less_is_refused(world, tmp_path, cha
 
 
 def test_opening_what_is_no_checkpoint_says_so(tmp_path, pair):
-    with pytest.raises(UserError, match="no config.json in"):
+    with pytest.raises(UserError, match="config.json: file not found"):
         weights.load(str(tmp_path))
     with pytest.raises(UserError, match="'llama' is no format that can be opened, expected hyperllava"):
         weights.load(pair[1])
@@ -870,7 +870,7 @@ def test_transformers_opens_the_tower_that_we_write(tmp_path, kind):
 def test_transformers_opens_the_llama_that_we_write(tmp_path, tokenizer, cfg):
     torch.manual_seed(0)
     ours = randomised(Llama(cfg, VLMConfig(llm=cfg, **STATIC)))
-    formats.export.write_llama(str(tmp_path / "x"), state_of(ours), cfg, tokenizer, 1, 2)
+    formats.export.write_llama(str(tmp_path / "x"), state_of(ours), cfg, tokenizer)
     theirs = opened(transformers.LlamaForCausalLM, tmp_path / "x")
     ids = torch.randint(300, (2, 20))
     assert close(ours.head(ours(ours.embed_tokens(ids))), theirs(ids).logits)
