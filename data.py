@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from cli import UserError
+from formats.json_files import read_json_list
 
 IMAGE = -200    # stands in `Sample.ids` at each position of the picture; LLaVA's value
 IGNORE = -100   # the label of a position that is not trained
@@ -325,17 +326,8 @@ def encode_prompt(turns, question, tokenizer, prompt_format, image=None, record=
 # 3. The data set
 
 def load_records(path):
-    """The list in a LLaVA JSON file; UserError if it is missing, not JSON, not a list, or empty."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: file not found")
-    try:
-        with open(path, encoding="utf-8-sig") as f:  # some editors put a mark in front
-            records = json.load(f)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(records, list) or not records:
-        raise UserError(f"{path}: expected a non-empty list of records")
-    return records
+    """The list of records in a LLaVA JSON file, not checked yet; UserError if there is none."""
+    return read_json_list(path)
 
 
 def image_path(images, image, name):
