@@ -1,17 +1,21 @@
 """What tools/ promise, one test per sentence."""
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import tools.check_data
+import tools.plot_log
 from cli import UserError
 from data import encode, PromptFormat, SYSTEM, turns_of_record
 from tests.test_data import GOOD, messages, proto, slow, tokenizer, write_json
+from training.curves import COLOURS, HEIGHT, loss_ticks, read_runs, round_ticks, smooth, WIDTH
 
 
 # check_data
@@ -158,3 +162,81 @@ def test_a_command_line_that_lacks_something_is_refused(monkeypatch, argv):
 def test_the_context_of_data_is_positive():
     with pytest.raises(UserError, match="context"):
         tools.check_data.Options(context=0)
+
+
+# plot_log
+
+def write_log(folder, losses, held_out=()):
+    folder.mkdir(parents=True)
+    rows = [{"step": i, "loss": loss, "lr": 1e-3} for i, loss in enumerate(losses)]
+    for step, loss in held_out:
+        rows[step]["held_out"] = loss
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def plot_log(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["plot_log", *map(str, argv)])
+    tools.plot_log.run()
+
+
+def test_every_stage_of_a_run_is_read_with_all_its_points(tmp_path):
+    write_log(tmp_path / "stage0" / "llm", [3.0, 2.0, 1.0], [(2, 1.5)])
+    write_log(tmp_path / "stage2", [0.5] * 100, [(49, 0.6), (99, 0.5)])
+    (tmp_path / "stage2" / "log.jsonl").open("a").write('{"step": 100, "lo')  # still being written
+    write_log(tmp_path / "stage1", [])  # no step yet
+    stages = read_runs([str(tmp_path)])[str(tmp_path)]
+    assert list(stages) == [os.path.join("stage0", "llm"), "stage2"]
+    assert stages[os.path.join("stage0", "llm")] == ([(0, 3.0), (1, 2.0), (2, 1.0)], [(2, 1.5)])
+    assert [len(part) for part in stages["stage2"]] == [100, 2]
+    write_log(tmp_path / "nan", [1.0, math.nan, 2.0])
+    runs = read_runs([tmp_path / "nan"])
+    assert runs == {tmp_path / "nan": {"": ([(0, 1.0), (2, 2.0)], [])}}
+
+
+def test_smoothing_keeps_the_number_of_points_and_their_mean():
+    assert smooth([3.0, 1.0, 2.0]).tolist() == [3.0, 1.0, 2.0]  # too few to average
+    smoothed = smooth([1.0, 3.0] * 300)
+    assert len(smoothed) == 600 and abs(smoothed[10:-10] - 2).max() < 0.06
+
+
+@pytest.mark.parametrize("ticks, low, high, expected", [
+    (loss_ticks, 0.09, 7, [0.1, 0.2, 0.5, 1, 2, 5]),
+    (loss_ticks, 0.62, 1.1, [0.7, 0.8, 0.9, 1, 1.1]),
+    (round_ticks, 0, 780, range(0, 800, 100)), (round_ticks, 1, 30, range(5, 31, 5))])
+def test_axes_have_round_numbers(ticks, low, high, expected):
+    assert ticks(low, high) == pytest.approx(list(expected))
+
+
+def test_every_stage_gets_a_panel_and_every_run_a_curve(tmp_path, monkeypatch, capsys):
+    for run, scale in (("a", 1), ("b", 0.8)):
+        write_log(tmp_path / run / "stage1", [2.0 * scale, 1.5 * scale, 1.2 * scale], [(2, 1.3)])
+    write_log(tmp_path / "b" / "stage2", [1.0])
+    width, height = WIDTH // 2, HEIGHT // 2
+
+    def drawn(*folders):
+        plot_log(monkeypatch, *(tmp_path / f for f in folders), "--out", tmp_path / "c.png")
+        assert capsys.readouterr().out == f"wrote {tmp_path / 'c.png'}\n"
+        image = Image.open(tmp_path / "c.png")
+        body = np.asarray(image, int)[-height:]  # without the legend
+        return image, [bool((abs(body - colour).max(-1) < 25).any()) for colour in COLOURS[:2]]
+
+    for folders, panels, colours in ((["a"], 1, [True, False]), (["a", "b"], 2, [True, True])):
+        image, found = drawn(*folders)
+        assert image.width == panels * width and height < image.height < 1.3 * height
+        assert found == colours
+
+
+def test_plot_log_names_in_one_line_what_is_wrong(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    write_log(tmp_path / "new", [])
+    write_log(tmp_path / "bad", [1.0])
+    (tmp_path / "bad" / "log.jsonl").open("a").write('{"loss": 1}\n')
+    write_log(tmp_path / "list", [1.0])
+    (tmp_path / "list" / "log.jsonl").open("a").write("[1]\n")
+    cases = [([], "DIR"), (["nowhere"], "nowhere: folder not found"),
+             (["empty"], "empty: no log.jsonl"), (["new"], "new: no log.jsonl"),
+             (["bad"], "log.jsonl line 2"), (["list"], "log.jsonl line 2")]
+    for folders, message in cases:
+        with pytest.raises(UserError, match=message):
+            plot_log(monkeypatch, *(tmp_path / f for f in folders), "--out", tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
