@@ -1,20 +1,18 @@
-"""What the model reads: pixels, tokens, conversations with their labels, and batches of them.
+"""From files to batches: pictures, conversations with their labels, the data set, and batches.
 
-A record of a LLaVA file becomes a `Sample` in one pass, from left to right. Every piece of text is
-encoded on its own and goes straight to its place, so that spans are known rather than found again by
-tokenising twice:
+A record of a LLaVA file becomes a `Sample` in one pass from left to right. Each piece of text is
+encoded separately and appended, so the position of every part is known at once:
 
     ids      <s> system  USER:  <image> <image>  \nWhat is this? ASSISTANT:  A cat. </s>  USER: ...
     labels    -    -       -       -       -                 -                A cat. </s>    -
     pool_id   -    -       0       -       -                 0                  -     -      1
     use_id    0    0       0       0       0                 0                  0     0      1
 
-`pool_id` names the turn whose guidance a position is averaged into, `use_id` the turn whose generated
-weights it runs through. A prompt is a prefix of the prompt with its answer: generation sees what
-training saw.
+A position is averaged into the guidance of turn `pool_id`, and it uses the weights that were
+generated for turn `use_id`. A prompt is a prefix of the same prompt with its answer, so generation
+sees exactly what training saw.
 
-`python data.py --check` looks for bad records and pictures, `python data.py --show 3` prints what the
-model reads. Next: model.py.
+`python -m tools.check_data --data FILE --images FOLDER` checks a data set. Next: train.py.
 """
 import dataclasses
 import json
@@ -30,76 +28,85 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from cli import UserError
+from formats.json_files import read_json_list
 from model import Batch
 
-MULTIPLE = 16   # what training pads sequences to a multiple of, see `collate`
-IMAGE = -200   # the id of an image token in a Sample (LLaVA's IMAGE_TOKEN_INDEX); it is in no vocabulary
+IMAGE = -200    # stands in `Sample.ids` at each position of the picture; LLaVA's value
 IGNORE = -100   # the label of a position that is not trained
+MULTIPLE = 16   # training pads sequences to a multiple of this, see `collate`
 TAG = "<image>"
-
-
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-warnings.filterwarnings("ignore", module=r"PIL\.")  # `open_image` judges by itself, in one line
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # `open_image` reports problems in one line
 
 
-# 1. Pixels
+# 1. Pictures
 
 @dataclass(frozen=True)
 class Preprocess:
-    size: int = 336                                # side of the square that the tower reads, px
-    mean: tuple[float, ...] = CLIP_MEAN            # of the pixels in 0..1, by channel
+    size: int = 336                         # side of the square that CLIP reads, px
+    mean: tuple[float, ...] = CLIP_MEAN     # per channel, of pixels in 0..1
     std: tuple[float, ...] = CLIP_STD
-    aspect: Literal["pad", "crop"] = "pad"         # to a square: by padding, or by a central crop
+    aspect: Literal["pad", "crop"] = "pad"  # make a square by padding, or by a central crop
+
+
+def check_size(image):
+    """Raise DecompressionBombError if a picture would take too much memory."""
+    width, height = image.size
+    # Above this limit Pillow only warns; it raises at twice the limit
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{width} x {height} pixels")
+    # Padded to a square with 4 bytes per pixel, 1 x 65000 would take 17 GB
+    long, short = max(image.size), min(image.size)
+    if long ** 2 > 4 * Image.MAX_IMAGE_PIXELS or long > 1000 * short:
+        raise Image.DecompressionBombError(
+            f"{width} x {height} pixels: too long, or too large as a square")
 
 
 def open_image(file, name):
-    """The first frame of a picture (a path or an open file) as a PIL image in RGB, loaded in full.
+    """The first frame of a picture (a path or an open file) as a PIL image in RGB, fully loaded.
 
-    Like LLaVA, does not turn the picture as its EXIF data may ask, and drops transparency rather than laying it over
-    white. Of 16 bits it takes the upper 8, in grey too, where LLaVA has all that is above 255 white.
-    Raises UserError with `name` if it is missing, no picture, damaged, or absurdly large.
+    As in LLaVA, EXIF orientation is ignored and transparency is dropped, not blended with white.
+    Of 16-bit values the upper 8 bits are kept, also in grey, where LLaVA makes all above 255 white.
+    Raises UserError with `name` if the file is missing, damaged, far too large or not a picture.
     """
-    # Pillow meets a damaged file with OSError, SyntaxError, ValueError, struct.error and more
+    # For a damaged file Pillow raises OSError, SyntaxError, ValueError, struct.error and others
     try:
         with Image.open(file) as image:
-            # past this size Pillow only warns; it raises on its own at twice as much
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            # padded to a square of 4 bytes a pixel, 1 x 65000 would take 17 GB
-            if max(image.size) ** 2 > 4 * Image.MAX_IMAGE_PIXELS or max(image.size) > 1000 * min(image.size):
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, too many as a square or a strip")
-            if image.mode.startswith("I"):  # I;16, I;16B, or I: grey of more than 8 bits
+            check_size(image)
+            if image.mode.startswith("I"):  # I;16, I;16B or I: grey with more than 8 bits
                 grey = np.asarray(image)
                 if grey.min() < 0 or grey.max() > 65535:
-                    raise ValueError(f"grey from {grey.min()} to {grey.max()}, expected at most 16 bits")
+                    raise ValueError(f"grey values from {grey.min()} to {grey.max()}, "
+                                     "expected at most 16 bits")
                 image = Image.fromarray((grey >> 8).astype(np.uint8))
             if image.mode == "F":
-                raise ValueError("its pixels are fractions, which have no certain white: save it with 8 bits")
+                raise ValueError("floating-point pixels, whose value for white is unknown: "
+                                 "save it with 8 bits")
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such picture") from None
     except UnidentifiedImageError:
-        raise UserError(f"{name}: unreadable picture (of no format that Pillow knows)") from None
+        raise UserError(f"{name}: unreadable picture (not a format that Pillow can read)") from None
     except Exception as error:
         raise UserError(f"{name}: unreadable picture ({type(error).__name__}: {error})") from None
 
 
 def pad_square(image, mean):
-    """`image` in the middle of a square canvas of the mean colour; an odd pixel goes right or below."""
+    """`image` centred on a square of the mean colour; an odd pixel of padding is right or below."""
     side = max(image.size)
-    colour = tuple(int(m * 255) for m in mean)  # truncated, as LLaVA does
+    colour = tuple(int(m * 255) for m in mean)  # truncated, as in LLaVA
     canvas = Image.new("RGB", (side, side), colour)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
 
 
 def pixels(image, prep):
-    """float32[3, S, S], normalised, of an RGB image: what CLIPImageProcessor on Pillow makes of it.
+    """float32[3, S, S], normalised, from an RGB image; equals CLIPImageProcessor with Pillow.
 
-    The shortest side becomes S, so that the central crop never asks for more than there is.
+    The shorter side is resized to S, then the centre is cropped.
     """
     if prep.aspect == "pad" and image.width != image.height:
         image = pad_square(image, prep.mean)
@@ -116,76 +123,79 @@ def pixels(image, prep):
     return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))        # (3, S, S)
 
 
-# 3. Conversations
+# 2. Conversations
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a conversation is laid out as positions."""
-    template: Literal["plain", "v1"] = "v1"  # plain: picture, caption, newline; v1: Vicuna's dialogue
-    system: str = SYSTEM                     # what stands before the first turn of v1; may be empty
-    image_tokens: int = 576                  # positions that a picture takes; VLoRA's take none
-    context: int = 2048                      # positions after which a sample is cut
-    pool: Literal["instruction", "prompt"] = "instruction"  # guidance: a turn's own text, or also what
-                                                            # stands before it: picture, system, bos
+    """How a conversation becomes a sequence of positions."""
+    template: Literal["plain", "v1"] = "v1"  # plain: picture, caption, newline; v1: Vicuna's turns
+    system: str = SYSTEM                     # text before the first turn of v1; may be empty
+    image_tokens: int = 576                  # positions of a picture; 0 for VLoRA
+    context: int = 2048                      # longest sample, in positions; the rest is cut off
+    # What guidance is averaged over: the text of a turn's question, or everything before the
+    # answer, with the picture, the system text and bos
+    pool: Literal["instruction", "prompt"] = "instruction"
 
     def __post_init__(self):
         if self.template not in ("plain", "v1") or self.pool not in ("instruction", "prompt"):
-            raise UserError(f"template {self.template!r}, pool {self.pool!r}: expected plain or v1, "
-                            "and instruction or prompt")
+            raise UserError(f"template {self.template!r}, pool {self.pool!r}: "
+                            "expected plain or v1, and instruction or prompt")
 
 
 @dataclass
 class Sample:
     """One conversation as the model reads it; the arrays are int64[T]."""
-    ids: np.ndarray      # IMAGE at the picture's positions
-    labels: np.ndarray   # the id itself where it is trained (no shift yet), else IGNORE
-    pool_id: np.ndarray  # turn whose guidance the position is averaged into, or -1
-    use_id: np.ndarray   # turn whose generated weights the position uses, or -1
+    ids: np.ndarray      # IMAGE at the positions of the picture
+    labels: np.ndarray   # the id itself where it is trained (not shifted yet), else IGNORE
+    pool_id: np.ndarray  # turn whose guidance this position is averaged into, or -1
+    use_id: np.ndarray   # turn whose generated weights this position uses, or -1
     turns: int
-    image: str | None    # the picture's path
-    record: str          # what to call it in a message
-    tag: int = -1        # position of the picture or, where that takes none, of what stands behind it; -1: no picture
+    image: str | None    # path of the picture
+    record: str          # the name of the record in messages
+    tag: int = -1        # where the picture begins (it may take no positions); -1: no picture
 
 
 def record_name(record, index):
-    """What messages call a record: its place in the file and, if it has one, its id."""
-    known = isinstance(record, dict) and "id" in record
-    return f"record {index} (id {record['id']})" if known else f"record {index}"
+    """The name of a record in messages: its index in the file and, if it has one, its id."""
+    has_id = isinstance(record, dict) and "id" in record
+    return f"record {index} (id {record['id']})" if has_id else f"record {index}"
 
 
 def front_tag(text):
-    """`text` with one tag, in front: "Q\\n<image>" and "<image>\\nQ" are the same question."""
+    """`text` with one tag at the front: "Q\\n<image>" and "<image>\\nQ" are the same question."""
     return f"{TAG}\n{text.replace(TAG, '').strip()}".strip()
 
 
-def wants_picture(question):
-    """Whether a tag stands at an end of the question, where LLaVA's data has it: not one that is talked about."""
+def refers_to_image(question):
+    """Whether a tag is at either end, where LLaVA's data has it; inside a sentence it is text."""
     return question.strip().startswith(TAG) or question.strip().endswith(TAG)
 
 
 def check_messages(messages, name):
-    """UserError unless `messages` is a list of texts from human and gpt, or gpt and human, in turn."""
+    """Raise UserError unless `messages` is a list of texts by human and gpt in alternation."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{name}: expected a non-empty list `conversations`")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise UserError(f'{name}: message {i} is not of the form {{"from": role, "value": text}}')
+            raise UserError(f'{name}: message {i} does not have the form '
+                            '{"from": role, "value": text}')
         role = message.get("from")
         if role not in ("human", "gpt"):
             raise UserError(f"{name}: message {i} has the role {role!r}, expected human or gpt")
-        due = {"human": "gpt", "gpt": "human"}[messages[i - 1]["from"]] if i else role
-        if role != due:
-            raise UserError(f"{name}: message {i} is from {role}, expected {due}: roles take turns")
+        if i and role == messages[i - 1]["from"]:
+            raise UserError(f"{name}: messages {i - 1} and {i} are both from {role}: "
+                            "roles must alternate")
         if re.search("[\ud800-\udfff]", message["value"]):
-            raise UserError(f"{name}: message {i} is no valid Unicode (half of a surrogate pair)")
+            raise UserError(f"{name}: message {i} is not valid Unicode (half a surrogate pair)")
 
 
 def turns_of_record(record, name):
-    """The turns [(question, answer), ...] of a LLaVA record, "<image>\\n" before the picture's.
+    """The turns [(question, answer), ...] of a LLaVA record; a tag is moved to the front.
 
-    An answer before the first question is left out, and so is a last question without an answer. A tag in an answer is
-    just text, and so is one inside a question where there is no picture. Raises UserError with `name` on a malformed
-    record, and where LLaVA goes on: a picture that no position refers to, a tag that has no picture.
+    An answer before the first question is left out, and so is a last question without an answer.
+    A tag is plain text in an answer, and inside a question of a record without a picture.
+    Raises UserError with `name` for a malformed record, for a picture without a tag and for a tag
+    without a picture. LLaVA accepts the last two.
     """
     if not isinstance(record, dict):
         raise UserError(f"{name}: expected an object, found {type(record).__name__}")
@@ -194,38 +204,38 @@ def turns_of_record(record, name):
         raise UserError(f"{name}: `image` is {image!r}, expected the path of one picture")
     check_messages(messages, name)
     texts = [m["value"] for m in messages[messages[0]["from"] == "gpt":]]
-    questions, answers = texts[::2], texts[1::2]
-    questions = questions[:len(answers)]
-    if not answers:
-        raise UserError(f"{name}: no answer to learn from")
+    turns = list(zip(texts[::2], texts[1::2]))
+    if not turns:
+        raise UserError(f"{name}: no answer to train on")
     if image is None:
-        if any(map(wants_picture, questions)):
+        if any(refers_to_image(question) for question, _ in turns):
             raise UserError(f"{name}: {TAG} in a question, but no picture")
-        return list(zip(questions, answers))
-    tagged = sum(TAG in question for question in questions)
+        return turns
+    tagged = sum(TAG in question for question, _ in turns)
     if tagged != 1:
-        raise UserError(f"{name}: one picture, but {TAG} in {tagged or 'none'} of the answered questions")
-    return [(front_tag(q) if TAG in q else q, a) for q, a in zip(questions, answers)]
+        raise UserError(f"{name}: one picture, but {tagged or 'none'} of the answered questions "
+                        f"contain {TAG}")
+    return [(front_tag(q) if TAG in q else q, a) for q, a in turns]
 
 
-def pieces(turns, layout, name, picture=True):
-    """[(text, part, turn), ...] in reading order: the one place that knows the templates.
+def pieces(turns, prompt_format, name, has_image=True):
+    """[(text, part, turn), ...] in reading order: the only place that spells out the templates.
 
-    `part` is "system", "prompt" or "answer"; a text of None is the picture, an answer of None is still to come. Pieces
-    are encoded apart, each with the space before it: "USER:" after </s>, too, reads as at the start, and so does what
-    stands behind a picture. Without a picture, tags are text.
-    Raises UserError if `plain` is given anything but a picture and its caption.
+    `part` is "system", "prompt" or "answer". A text of None is the picture. An answer of None is
+    not written yet. Each piece is encoded separately and begins with a space, also "USER:" after
+    </s> and the text after a picture. Without a picture, tags are plain text.
+    Raises UserError if `plain` is given anything other than one picture with its caption.
     """
-    if layout.template == "plain":
-        if len(turns) != 1 or TAG not in turns[0][0] or not picture:
+    if prompt_format.template == "plain":
+        if len(turns) != 1 or TAG not in turns[0][0] or not has_image:
             raise UserError(f"{name}: the template plain takes one picture and its caption")
         caption = turns[0][1]
-        # The question is dropped, and there is no eos: the newline ends a caption
+        # The question is dropped. The newline, not eos, ends a caption
         return [(None, "prompt", 0)] + ([] if caption is None else [(caption + "\n", "answer", 0)])
-    found = [(layout.system, "system", 0)] if layout.system else []
+    found = [(prompt_format.system, "system", 0)] if prompt_format.system else []
     for turn, (question, answer) in enumerate(turns):
-        asked = f"USER: {question} ASSISTANT:"
-        before, tag, after = asked.partition(TAG) if picture else (asked, "", "")
+        prompt = f"USER: {question} ASSISTANT:"
+        before, tag, after = prompt.partition(TAG) if has_image else (prompt, "", "")
         found.append((before, "prompt", turn))
         if tag:
             found += [(None, "prompt", turn), (after, "prompt", turn)]
@@ -234,153 +244,165 @@ def pieces(turns, layout, name, picture=True):
     return found
 
 
-def encode_conversation(turns, tokenizer, layout, record, image=None):
-    """The whole `Sample` of turns, of any length; an answer of None ends it where the answer begins."""
-    ids, answer, pooled, use, tag = [tokenizer.bos], [False], [layout.pool == "prompt"], [0], -1
-    for text, part, turn in pieces(turns, layout, record, image is not None):
-        new = [IMAGE] * layout.image_tokens if text is None else tokenizer.encode(text)
-        if part == "answer" and layout.template == "v1":
+def encode_conversation(turns, tokenizer, prompt_format, record, image=None):
+    """The `Sample` of all turns, of any length; if the last answer is None, it ends before it."""
+    pool_all = prompt_format.pool == "prompt"
+    ids, use, tag = [tokenizer.bos], [0], -1
+    is_answer, is_pooled = [False], [pool_all]
+    for text, part, turn in pieces(turns, prompt_format, record, image is not None):
+        new = [IMAGE] * prompt_format.image_tokens if text is None else tokenizer.encode(text)
+        if part == "answer" and prompt_format.template == "v1":
             new = new + [tokenizer.eos]
-        tag = len(ids) if text is None else tag
-        own = part == "prompt" and text is not None
+        if text is None:
+            tag = len(ids)
+        is_question = part == "prompt" and text is not None
         ids += new
-        answer += [part == "answer"] * len(new)
-        pooled += [own or (layout.pool == "prompt" and part != "answer")] * len(new)
         use += [turn] * len(new)
+        is_answer += [part == "answer"] * len(new)
+        is_pooled += [is_question or (pool_all and part != "answer")] * len(new)
     ids, use = np.array(ids, np.int64), np.array(use, np.int64)
-    if layout.template == "plain":  # nobody asked: there is no guidance, and no generated weights
+    if prompt_format.template == "plain":  # without a question: no guidance, no generated weights
         pool = use = np.full_like(ids, -1)
     else:
-        pool = np.where(pooled, use, -1)
-    return Sample(ids, np.where(answer, ids, IGNORE), pool, use, max(len(turns), 1), image, record, tag)
+        pool = np.where(is_pooled, use, -1)
+    labels = np.where(is_answer, ids, IGNORE)
+    return Sample(ids, labels, pool, use, max(len(turns), 1), image, record, tag)
 
 
-def truncate(whole, context):
-    """The first `context` positions of a `Sample`, or those before its picture if they would end within it.
+def truncate(sample, context):
+    """The first `context` positions of a `Sample`; it ends before a picture that does not fit.
 
-    A picture that is cut away is not shown either. Where no answer begins early enough, nothing is left to learn.
-    Raises UserError naming the record if not even a picture in the first turn has room.
+    A picture that is cut off is not passed to the model. If no answer begins within the context,
+    nothing is trained.
+    Raises UserError naming the record if the picture of the first turn does not fit.
     """
-    picture, end, image = np.flatnonzero(whole.ids == IMAGE), context, whole.image
-    if len(picture) and picture[-1] >= context:
-        if whole.use_id[picture[0]] <= 0:
-            raise UserError(f"{whole.record}: the context of {context} ends before the picture does, which takes the "
-                            f"positions {picture[0]} to {picture[-1]}")
-        end, image = min(context, picture[0]), None
-    elif whole.tag >= context:
+    image_at, end, image = np.flatnonzero(sample.ids == IMAGE), context, sample.image
+    if len(image_at) and image_at[-1] >= context:
+        if sample.use_id[image_at[0]] <= 0:
+            raise UserError(f"{sample.record}: the context of {context} ends before the picture, "
+                            f"which takes positions {image_at[0]} to {image_at[-1]}")
+        end, image = min(context, image_at[0]), None
+    elif sample.tag >= context:
         image = None
-    ids, labels, pool_id, use_id = (a[:end] for a in (whole.ids, whole.labels, whole.pool_id, whole.use_id))
-    tag = -1 if image is None else whole.tag
-    return Sample(ids, labels, pool_id, use_id, max(int(use_id.max()) + 1, 1), image, whole.record, tag)
+    use_id = sample.use_id[:end]
+    return Sample(sample.ids[:end], sample.labels[:end], sample.pool_id[:end], use_id,
+                  max(int(use_id.max()) + 1, 1), image, sample.record,
+                  -1 if image is None else sample.tag)
 
 
-def encode(turns, tokenizer, layout, record, image=None):
-    """The `Sample` to train on of turns [(question, answer), ...], `cut` to the context, with its errors."""
-    return truncate(encode_conversation(turns, tokenizer, layout, record, image), layout.context)
+def encode(turns, tokenizer, prompt_format, record, image=None):
+    """The `Sample` to train on, from turns [(question, answer), ...], truncated to the context."""
+    sample = encode_conversation(turns, tokenizer, prompt_format, record, image)
+    return truncate(sample, prompt_format.context)
 
 
-def encode_prompt(turns, question, tokenizer, layout, image=None, record="the prompt"):
-    """The `Sample` of answered turns and a question, up to where its answer begins; nothing is trained.
+def encode_prompt(turns, question, tokenizer, prompt_format, image=None, record="the prompt"):
+    """The `Sample` of answered turns and a new question; it ends where the answer will begin.
 
-    The picture, of path `image`, stands where a question says <image>, else before the first one. The
-    ids are a prefix of those that `encode` gives the same turns with the answer. Raises UserError on an empty question
-    (but for `plain`, which has none), a tag at an end of a question without a picture, and a prompt beyond the context.
+    The picture, with the path `image`, goes where a question has <image>, else before the first
+    question. The ids are a prefix of what `encode` gives for the same turns with the answer.
+    Nothing is trained.
+    Raises UserError for an empty question (except with `plain`, which has none), for a tag at an
+    end of a question without a picture, and for a prompt that is longer than the context.
     """
-    if layout.template == "v1" and not question.replace(TAG, "").strip():
+    if prompt_format.template == "v1" and not question.replace(TAG, "").strip():
         raise UserError(f"{record} is empty")
     questions, answers = [q for q, _ in turns] + [question], [a for _, a in turns] + [None]
-    if image is None and any(map(wants_picture, questions)):
+    if image is None and any(map(refers_to_image, questions)):
         raise UserError(f"{record}: {TAG}, but no picture")
     if image is not None:
         tagged = [i for i, text in enumerate(questions) if TAG in text] or [0]
         if len(tagged) > 1:
             raise UserError(f"{record}: {TAG} in {len(tagged)} questions, but one picture")
         questions[tagged[0]] = front_tag(questions[tagged[0]])
-    sample = encode_conversation(list(zip(questions, answers)), tokenizer, layout, record, image)
-    if len(sample.ids) > layout.context:
+    turns = list(zip(questions, answers))
+    sample = encode_conversation(turns, tokenizer, prompt_format, record, image)
+    if len(sample.ids) > prompt_format.context:
         raise UserError(f"{record} takes {len(sample.ids)} positions, "
-                        f"the context holds {layout.context}")
+                        f"but the context has {prompt_format.context}")
     sample.labels[:] = IGNORE
     return sample
 
 
-# 4. The data set
+# 3. The data set
 
 def load_records(path):
-    """The list in a LLaVA JSON file; UserError if it is missing, not JSON, not a list, or empty."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: there is no such file")
-    try:
-        with open(path, encoding="utf-8-sig") as f:  # some editors put a mark in front
-            records = json.load(f)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(records, list) or not records:
-        raise UserError(f"{path}: expected a non-empty list of records")
-    return records
+    """The list of records in a LLaVA JSON file, not checked yet; UserError if there is none."""
+    return read_json_list(path)
 
 
 def image_path(images, image, name):
-    """The path of a record's picture in the folder `images`; UserError if it leads out.
+    """The path of a record's picture in the folder `images`; UserError if it leads outside.
 
-    Links inside the folder are followed: they are the user's own, and many keep coco/ on another disk.
+    Links inside the folder are followed: the user made them, often to keep coco/ on another disk.
     """
-    if os.path.isabs(image) or ".." in image.split("/") or "\0" in image or os.path.normpath(image) == ".":
+    outside = os.path.isabs(image) or ".." in image.split("/")
+    if outside or "\0" in image or os.path.normpath(image) == ".":
         raise UserError(f"{name}: the picture {image} is not inside {images}")
     return os.path.join(images, image)
 
 
-def read_record(record, index, images, layout):
-    """(name, turns, path of the picture or None) of a record; UserError if it is malformed, or unfit for the layout."""
+def read_record(record, index, images, prompt_format):
+    """(name, turns, path of the picture or None) of a record.
+
+    Raises UserError if the record is malformed or does not fit the template.
+    """
     name = record_name(record, index)
     turns = turns_of_record(record, name)
     image = record.get("image")
-    pieces(turns, layout, name, image is not None)  # refuses what the template cannot take
+    pieces(turns, prompt_format, name, image is not None)  # raises if the template cannot take it
     return name, turns, None if image is None else image_path(images, image, name)
 
 
 class Conversations:
-    """The conversations of a LLaVA JSON file, encoded when asked for: `len(c)`, `c[i]` -> `Sample`.
+    """The conversations of a LLaVA JSON file, encoded on access: `len(c)`, `c[i]` -> `Sample`.
 
-    `has_image` bool[n] tells which of them are about a picture.
+    has_image  bool[n]  whether each conversation has a picture
 
-    Records lie in one flat array rather than as objects, so that worker processes share them: a Python
-    object's page is copied by a mere look at it, for that counts a reference.
-    Raises UserError on a malformed file or record, at once.
+    The records are stored in one flat array, not as objects, so that worker processes share them:
+    touching a Python object changes its refcount and so copies its page in forked workers.
+    Raises UserError for a malformed file or record when it is created.
     """
 
-    def __init__(self, json_path, images, tokenizer, layout=PromptFormat()):
+    def __init__(self, json_path, images, tokenizer, prompt_format=PromptFormat()):
         records = load_records(json_path)
-        self.has_image = np.array([read_record(record, i, images, layout)[2] is not None for i, record in enumerate(records)])
+        self.images, self.tokenizer, self.prompt_format = images, tokenizer, prompt_format
+        self.has_image = np.array([read_record(record, i, images, prompt_format)[2] is not None
+                                   for i, record in enumerate(records)])
         lines = [json.dumps(record).encode() for record in records]
         self.ends = np.cumsum([len(line) for line in lines])
         self.bytes = np.frombuffer(b"".join(lines), np.uint8)
-        self.images, self.tokenizer, self.layout = images, tokenizer, layout
 
     def __len__(self):
         return len(self.ends)
 
     def record(self, i):
-        """The record itself, a dict as in the file."""
+        """Record i as a dict, as in the file."""
         start = self.ends[i - 1] if i else 0
         return json.loads(self.bytes[start:self.ends[i]].tobytes())
 
+    def read(self, i):
+        """(name, turns, path of the picture or None) of record i."""
+        return read_record(self.record(i), i, self.images, self.prompt_format)
+
     @property
     def lengths(self):
-        """int64[n], the size of each record in bytes: close enough to its tokens to group samples by."""
+        """int64[n], size of each record in bytes: a good enough estimate to group by length."""
         return np.diff(self.ends, prepend=0)
 
     def pictures(self):
         """Paths of all pictures, each once, in the order of the file."""
-        found = (read_record(self.record(i), i, self.images, self.layout)[2] for i in range(len(self)))
-        return list(dict.fromkeys(path for path in found if path is not None))
+        paths = (self.read(i)[2] for i in range(len(self)))
+        return list(dict.fromkeys(path for path in paths if path is not None))
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
-        name, turns, image = read_record(self.record(i), i, self.images, self.layout)
-        return encode(turns, self.tokenizer, self.layout, name, image)
+        name, turns, image = self.read(i)
+        return encode(turns, self.tokenizer, self.prompt_format, name, image)
 
+
+# 4. Batches
 
 def pad_right(rows, value, multiple=1):
     """int64[B, T] of int64[T_b] arrays, T a multiple of `multiple`."""
@@ -429,16 +451,16 @@ def collate(samples, visual, blank=None, pad=0, multiple=1):
 
 
 def check_causal(labels, pool_id, use_id):
-    """AssertionError if guidance could tell a trained position what is yet to come.
+    """Raise AssertionError if a trained position could see later text through its guidance.
 
-    All int64[B, T], labels unshifted. What position i attends to, if trained to predict i + 1, must run
-    through weights whose guidance was pooled from positions up to i.
+    All int64[B, T], labels not shifted. Position i predicts i + 1. If that is trained, everything
+    that i attends to must use weights whose guidance was averaged over positions up to i.
     """
     rows = zip(labels.tolist(), pool_id.tolist(), use_id.tolist())
     for b, (label, pool, use) in enumerate(rows):
-        last = {turn: j for j, turn in enumerate(pool) if turn >= 0}  # where each turn's pooling ends
+        pool_end = {turn: j for j, turn in enumerate(pool) if turn >= 0}  # last position per turn
         latest = -1
         for i in range(len(label) - 1):
-            latest = max(latest, last.get(use[i], -1))
+            latest = max(latest, pool_end.get(use[i], -1))
             assert label[i + 1] == IGNORE or latest <= i, \
                 f"row {b}: position {i} is trained, but its guidance reaches to position {latest}"

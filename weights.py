@@ -33,7 +33,7 @@ from formats.name_rules import (BY_ID, clip_rules, llama_rules, ORIGINAL_PROJECT
                                 rename, SKIP)
 from formats.tokenizer import Tokenizer
 from formats.weight_files import fingerprint, tensors, write_tensors
-from model import LlamaConfig, VisionConfig, VLM, VLMConfig
+from model import VLM, VLMConfig
 from vlora import GeneratorConfig, VLoRA, VLoRAConfig
 
 FORMAT, VERSION = "hyperllava", 1

@@ -7,9 +7,6 @@ import os
 import pickle
 import random
 import struct
-import subprocess
-import sys
-import threading
 import zlib
 
 import numpy as np
@@ -23,7 +20,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import data
 import formats.tokenizer
-import tools.check_data
 from cli import UserError
 from data import (check_causal, collate, Conversations, encode, encode_prompt, IGNORE, open_image,
     pixels, Preprocess, PromptFormat, SYSTEM, turns_of_record)
@@ -969,133 +965,7 @@ def test_grouping_puts_like_lengths_into_a_step_in_every_epoch():
     assert spread(BatchSampler(5003, 0, 64, lengths)) < 0.2 * spread(BatchSampler(5003, 0, 64))
 
 
-# The program
-
-def program(*argv):
-    return subprocess.run([sys.executable, "-m", "tools.check_data", *map(str, argv)], capture_output=True, text=True,
-                          cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-
-@pytest.fixture
-def world(tmp_path, tokenizer):
-    """A folder with one good record, its picture and a tokenizer."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    tokenizer.save(tmp_path)
-    return tmp_path
-
-
-def test_check_lists_every_fault_and_exits_with_1_if_there_is_one(world):
-    good = program("--check", "--data", write_json(world, [GOOD]), "--images", world)
-    assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout.split("\n") == ["1 records", "         1 with a picture", ""]
-    (world / "empty.png").touch()
-    Image.new("1", (9500, 9500)).save(world / "large.png")  # of which Pillow would warn, in three lines
-    records = [GOOD, dict(GOOD, image="none.png"), dict(GOOD, image="empty.png"), dict(GOOD, image="../x.png"),
-               {"id": "q", "conversations": []}, GOOD, dict(GOOD, image="large.png")]
-    bad = program("--check", "--data", write_json(world, records), "--images", world)
-    assert bad.returncode == 1 and bad.stderr == "error: 5 of 7 records cannot be used\n"
-    found = [line.split(":")[0] for line in bad.stdout.splitlines()]
-    assert found[:5] == [f"record {i} (id {'q' if i == 4 else 'a1'})" for i in (1, 2, 3, 4, 6)]
-    assert [line.split(maxsplit=1) for line in found[5:]] == [
-        ["7", "records"], ["5", "that cannot be used"], ["2", "with a picture"]]
-
-
-def checked(world, monkeypatch, capsys, records, *argv):
-    """{kind: count} that `--check` prints."""
-    path = write_json(world, records)
-    monkeypatch.setattr(sys, "argv", ["data.py", "--check", "--data", path, "--images", str(world), *argv])
-    tools.check_data.run()
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"{len(records)} records"
-    return {kind: int(count) for count, kind in (line.split(maxsplit=1) for line in out[1:])}
-
-
-def test_check_counts_what_is_left_out_or_read_otherwise_than_by_llava(world, monkeypatch, capsys):
-    text = {"conversations": messages("Q", "a")}
-    records = [
-        GOOD, dict(GOOD, conversations=messages("<image>Q<image>", "a")), text,
-        {"conversations": messages("Q", "a", "R")}, {"conversations": messages("", "x", "Q", "a")[1:]},
-        {"conversations": messages("Q", "")},
-        {"conversations": messages("say </s>", "a")}, {"conversations": messages("say", "USER: a ASSISTANT: b")},
-        {"conversations": messages("the <image> tag", "a")}, dict(GOOD, conversations=messages("<image>", "<image>"))]
-    assert checked(world, monkeypatch, capsys, records) == {
-        "of text only": 7, "with a picture": 3, "with several <image> in a question: one picture": 1,
-        "ending with a question: left out": 1, "beginning with an answer: left out": 1, "with an empty message: kept": 1,
-        "with </s>, <unk> or ASSISTANT: in a message: text": 2, "with <image> as text: there is no picture for it": 2}
-
-
-def test_check_counts_what_the_context_cuts_if_it_knows_the_tokenizer(world, monkeypatch, capsys):
-    records = [{"conversations": messages("Q", "a")}, {"conversations": messages("Q", "a", "Q", "b " * 200)},
-               {"conversations": messages("Q " * 200, "a")}]
-    lost, nothing = "cut by the context: its last answers are learned in part or not at all", \
-        "with no answer within the context: nothing to learn"
-    argv = ["--llm", str(world), "--context", "300"]
-    assert checked(world, monkeypatch, capsys, records, *argv) == {"of text only": 3, lost: 1, nothing: 1}
-    assert checked(world, monkeypatch, capsys, records, "--llm", str(world)) == {"of text only": 3}
-    with pytest.raises(UserError, match="1 of 1 records"):
-        checked(world, monkeypatch, capsys, [GOOD], *argv)  # 576 positions of a picture
-    assert "ends before the picture" in capsys.readouterr().out
-
-
-def test_check_opens_pictures_several_at_a_time_and_not_anew_for_each_record(world, monkeypatch, capsys):
-    opened, meet = [], threading.Barrier(2, timeout=20)
-
-    def open_two(path, name):
-        opened.append(path)
-        if len(opened) <= 2:
-            meet.wait()  # for another thread that opens a picture, too
-
-    monkeypatch.setattr(tools.check_data, "open_image", open_two)
-    assert checked(world, monkeypatch, capsys, [GOOD, dict(GOOD, image="y.png")] * 500) == {"with a picture": 1000}
-    assert len(opened) < 100  # a few threads may meet at a new picture
-
-
-def shown(monkeypatch, capsys, world, *argv):
-    path = write_json(world, [GOOD, GOOD])
-    monkeypatch.setattr(sys, "argv", ["data.py", "--data", path, "--images", str(world), "--llm", str(world), *argv])
-    tools.check_data.run()
-    return capsys.readouterr().out
-
-
-def test_show_prints_what_the_model_reads_with_the_trained_part_marked(world, monkeypatch, capsys):
-    out = shown(monkeypatch, capsys, world, "--show", "1")
-    assert out.splitlines()[0].startswith("--- record 0 (id a1), picture ")
-    assert out[out.index("\n") + 1:] == (f"<s>{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: [[A cat.</s>]]"
-                                         "USER: Colour? ASSISTANT: [[red</s>]]\n")
-
-
-def test_show_reads_a_folder_with_a_model_file_alone(world, proto, slow, monkeypatch, capsys):
-    (world / "tokenizer.json").unlink()
-    (world / "tokenizer.model").write_bytes(proto)
-    out = shown(monkeypatch, capsys, world, "--show", "1")
-    assert out[out.index("\n") + 1:] == (f"<s>{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: [[A cat.</s>]]"
-                                         "USER: Colour? ASSISTANT: [[red</s>]]\n")
-    line = json.loads(shown(monkeypatch, capsys, world, "--show", "1", "--json", "--system", ""))
-    assert line["ids"][:1 + len(slow.encode("USER: "))] == [1] + slow.encode("USER: ")
-
-
-def test_show_json_prints_ids_and_labels_one_sample_a_line(world, monkeypatch, capsys, tokenizer):
-    out = shown(monkeypatch, capsys, world, "--show", "3", "--json", "--system", "", "--image_tokens", "4")
-    lines = [json.loads(line) for line in out.splitlines()]
-    sample = encode(turns_of_record(GOOD, "r"), tokenizer, PromptFormat(system="", image_tokens=4), "r", "x")
-    assert len(lines) == 2 and lines[0]["record"] == "record 0 (id a1)"
-    for name in ("ids", "labels", "pool_id", "use_id"):
-        assert lines[1][name] == getattr(sample, name).tolist()
-
-
-@pytest.mark.parametrize("argv", [[], ["--check"], ["--show", "1", "--data", "d", "--images", "i"], ["--chekc"]])
-def test_a_command_line_that_lacks_something_is_refused(monkeypatch, argv):
-    monkeypatch.setattr(sys, "argv", ["data.py", *argv])
-    with pytest.raises(UserError):
-        tools.check_data.run()
-
-
 def test_a_thread_of_a_picture_is_refused_before_it_takes_all_memory(tmp_path):
     Image.new("1", (1, 65000)).save(tmp_path / "thin.png")
     with pytest.raises(UserError, match="thin.png.*1 x 65000"):
         data.open_image(str(tmp_path / "thin.png"), "thin.png")
-
-
-def test_the_context_of_data_is_positive():
-    with pytest.raises(UserError, match="context"):
-        tools.check_data.Options(context=0)

@@ -1,1 +1,1 @@
-"""Small commands beside the road: check data, export a model, plot a log."""
+"""Small commands that are not needed for training: check data, export a model, draw loss curves."""

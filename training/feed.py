@@ -245,7 +245,7 @@ class VLMData:
     def text_batches(self):
         """The first 32 conversations as text only, in the form that chat Llamas are trained on."""
         data, samples = self.conversations, []
-        text_format = PromptFormat("v1", data.layout.system, 0, data.layout.context)
+        text_format = PromptFormat("v1", data.prompt_format.system, 0, data.prompt_format.context)
         for i in range(min(32, len(self))):
             turns = turns_of_record(data.record(i), f"record {i}")
             turns = [(question.replace(TAG, "").strip(), answer) for question, answer in turns]
@@ -267,10 +267,10 @@ class VLMData:
                 continue
             if self.skip and not is_readable(sample.image):
                 continue
-            prompt = encode_prompt([], turns[0][0], data.tokenizer, data.layout, sample.image,
+            prompt = encode_prompt([], turns[0][0], data.tokenizer, data.prompt_format, sample.image,
                                    sample.record)
             batch = collate([prompt], [self.load_picture(sample)])
-            plain = data.layout.template == "plain"
+            plain = data.prompt_format.template == "plain"
             text = "" if plain else turns[0][0].replace(TAG, "").strip()
             return Question(batch, data.tokenizer, sample.image, text, turns[0][1], plain)
         return None

@@ -1,0 +1,242 @@
+"""What tools/ promise, one test per sentence."""
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tools.check_data
+import tools.plot_log
+from cli import UserError
+from data import encode, PromptFormat, SYSTEM, turns_of_record
+from tests.test_data import GOOD, messages, proto, slow, tokenizer, write_json
+from training.curves import COLOURS, HEIGHT, loss_ticks, read_runs, round_ticks, smooth, WIDTH
+
+
+# check_data
+
+def program(*argv):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return subprocess.run([sys.executable, "-m", "tools.check_data", *map(str, argv)],
+                          capture_output=True, text=True, cwd=root)
+
+
+def run_check_data(monkeypatch, capsys, world, records, *argv):
+    """Run check_data in this process; returns what it prints."""
+    argv = ["check_data", "--data", write_json(world, records), "--images", str(world), *argv]
+    monkeypatch.setattr(sys, "argv", argv)
+    tools.check_data.run()
+    return capsys.readouterr().out
+
+
+def text(*texts):
+    return {"conversations": messages(*texts)}
+
+
+@pytest.fixture
+def world(tmp_path, tokenizer):
+    """A folder with a picture and a tokenizer."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    tokenizer.save(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def count(monkeypatch, capsys, world):
+    """A function from records to the {kind: number} that check_data prints."""
+    def count(records, *argv):
+        out = run_check_data(monkeypatch, capsys, world, records, *argv).splitlines()
+        assert out[0] == f"{len(records)} records"
+        return {kind: int(n) for n, kind in (line.split(maxsplit=1) for line in out[1:])}
+    return count
+
+
+@pytest.fixture
+def show(monkeypatch, capsys, world):
+    """A function from options to what check_data prints about two good records."""
+    return lambda *argv: run_check_data(monkeypatch, capsys, world, [GOOD, GOOD],
+                                        "--llm", str(world), *argv)
+
+
+def test_it_lists_every_fault_and_exits_with_1_if_there_is_one(world):
+    good = program("--data", write_json(world, [GOOD]), "--images", world)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert good.stdout.split("\n") == ["1 records", "         1 with a picture", ""]
+    (world / "empty.png").touch()
+    Image.new("1", (9500, 9500)).save(world / "large.png")  # Pillow would warn in three lines
+    records = [GOOD, dict(GOOD, image="none.png"), dict(GOOD, image="empty.png"),
+               dict(GOOD, image="../x.png"), {"id": "q", "conversations": []}, GOOD,
+               dict(GOOD, image="large.png")]
+    bad = program("--data", write_json(world, records), "--images", world)
+    assert bad.returncode == 1 and bad.stderr == "error: 5 of 7 records cannot be used\n"
+    found = [line.split(":")[0] for line in bad.stdout.splitlines()]
+    assert found[:5] == [f"record {i} (id {'q' if i == 4 else 'a1'})" for i in (1, 2, 3, 4, 6)]
+    assert [line.split(maxsplit=1) for line in found[5:]] == [
+        ["7", "records"], ["5", "that cannot be used"], ["2", "with a picture"]]
+
+
+def test_it_counts_what_is_left_out_or_read_differently_from_llava(count):
+    records = [
+        GOOD, dict(GOOD, conversations=messages("<image>Q<image>", "a")), text("Q", "a"),
+        text("Q", "a", "R"), {"conversations": messages("", "x", "Q", "a")[1:]}, text("Q", ""),
+        text("say </s>", "a"), text("say", "USER: a ASSISTANT: b"), text("the <image> tag", "a"),
+        dict(GOOD, conversations=messages("<image>", "<image>"))]
+    assert count(records) == {
+        "without a picture": 7,
+        "with a picture": 3,
+        "with several <image> in a question: they count as one": 1,
+        "ending with a question: it is left out": 1,
+        "beginning with an answer: it is left out": 1,
+        "with an empty message: it is kept": 1,
+        "with </s>, <unk> or ASSISTANT: in a message: read as text": 2,
+        "with <image> as text: it refers to no picture": 2}
+
+
+def test_it_counts_what_the_context_truncates_if_a_tokenizer_is_given(world, count, capsys):
+    records = [text("Q", "a"), text("Q", "a", "Q", "b " * 200), text("Q " * 200, "a")]
+    lost = "truncated: the context cuts its last answers partly or completely"
+    nothing = "without an answer within the context: nothing is trained"
+    argv = ["--llm", str(world), "--context", "300"]
+    assert count(records, *argv) == {"without a picture": 3, lost: 1, nothing: 1}
+    assert count(records, "--llm", str(world)) == {"without a picture": 3}
+    with pytest.raises(UserError, match="1 of 1 records"):
+        count([GOOD], *argv)  # a picture takes 576 positions
+    assert "ends before the picture" in capsys.readouterr().out
+
+
+def test_it_opens_several_pictures_at_a_time_and_not_again_for_each_record(count, monkeypatch):
+    opened, meet = [], threading.Barrier(2, timeout=20)
+
+    def open_two(path, name):
+        opened.append(path)
+        if len(opened) <= 2:
+            meet.wait()  # until another thread opens a picture, too
+
+    monkeypatch.setattr(tools.check_data, "open_image", open_two)
+    assert count([GOOD, dict(GOOD, image="y.png")] * 500) == {"with a picture": 1000}
+    assert len(opened) < 100  # a few threads may meet at a new picture
+
+
+def test_show_prints_what_the_model_reads_with_the_trained_part_marked(show):
+    out = show("--show", "1")
+    assert out.splitlines()[0].startswith("--- record 0 (id a1), picture ")
+    assert out[out.index("\n") + 1:] == (
+        f"<s>{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: [[A cat.</s>]]"
+        "USER: Colour? ASSISTANT: [[red</s>]]\n")
+
+
+def test_show_reads_a_folder_that_has_only_a_model_file(world, proto, slow, show):
+    (world / "tokenizer.json").unlink()
+    (world / "tokenizer.model").write_bytes(proto)
+    out = show("--show", "1")
+    assert out[out.index("\n") + 1:] == (
+        f"<s>{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: [[A cat.</s>]]"
+        "USER: Colour? ASSISTANT: [[red</s>]]\n")
+    line = json.loads(show("--show", "1", "--json", "--system", ""))
+    assert line["ids"][:1 + len(slow.encode("USER: "))] == [1] + slow.encode("USER: ")
+
+
+def test_show_json_prints_ids_and_labels_one_sample_per_line(show, tokenizer):
+    out = show("--show", "3", "--json", "--system", "", "--image_tokens", "4")
+    lines = [json.loads(line) for line in out.splitlines()]
+    prompt_format = PromptFormat(system="", image_tokens=4)
+    sample = encode(turns_of_record(GOOD, "r"), tokenizer, prompt_format, "r", "x")
+    assert len(lines) == 2 and lines[0]["record"] == "record 0 (id a1)"
+    for name in ("ids", "labels", "pool_id", "use_id"):
+        assert lines[1][name] == getattr(sample, name).tolist()
+
+
+@pytest.mark.parametrize("argv", [
+    [], ["--check"], ["--show", "1", "--data", "d", "--images", "i"], ["--chekc"], ["--data", "d"]])
+def test_a_command_line_that_lacks_something_is_refused(monkeypatch, argv):
+    monkeypatch.setattr(sys, "argv", ["check_data", *argv])
+    with pytest.raises(UserError):
+        tools.check_data.run()
+
+
+def test_the_context_of_data_is_positive():
+    with pytest.raises(UserError, match="context"):
+        tools.check_data.Options(context=0)
+
+
+# plot_log
+
+def write_log(folder, losses, held_out=()):
+    folder.mkdir(parents=True)
+    rows = [{"step": i, "loss": loss, "lr": 1e-3} for i, loss in enumerate(losses)]
+    for step, loss in held_out:
+        rows[step]["held_out"] = loss
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def plot_log(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["plot_log", *map(str, argv)])
+    tools.plot_log.run()
+
+
+def test_every_stage_of_a_run_is_read_with_all_its_points(tmp_path):
+    write_log(tmp_path / "stage0" / "llm", [3.0, 2.0, 1.0], [(2, 1.5)])
+    write_log(tmp_path / "stage2", [0.5] * 100, [(49, 0.6), (99, 0.5)])
+    (tmp_path / "stage2" / "log.jsonl").open("a").write('{"step": 100, "lo')  # still being written
+    write_log(tmp_path / "stage1", [])  # no step yet
+    stages = read_runs([str(tmp_path)])[str(tmp_path)]
+    assert list(stages) == [os.path.join("stage0", "llm"), "stage2"]
+    assert stages[os.path.join("stage0", "llm")] == ([(0, 3.0), (1, 2.0), (2, 1.0)], [(2, 1.5)])
+    assert [len(part) for part in stages["stage2"]] == [100, 2]
+    write_log(tmp_path / "nan", [1.0, math.nan, 2.0])
+    runs = read_runs([tmp_path / "nan"])
+    assert runs == {tmp_path / "nan": {"": ([(0, 1.0), (2, 2.0)], [])}}
+
+
+def test_smoothing_keeps_the_number_of_points_and_their_mean():
+    assert smooth([3.0, 1.0, 2.0]).tolist() == [3.0, 1.0, 2.0]  # too few to average
+    smoothed = smooth([1.0, 3.0] * 300)
+    assert len(smoothed) == 600 and abs(smoothed[10:-10] - 2).max() < 0.06
+
+
+@pytest.mark.parametrize("ticks, low, high, expected", [
+    (loss_ticks, 0.09, 7, [0.1, 0.2, 0.5, 1, 2, 5]),
+    (loss_ticks, 0.62, 1.1, [0.7, 0.8, 0.9, 1, 1.1]),
+    (round_ticks, 0, 780, range(0, 800, 100)), (round_ticks, 1, 30, range(5, 31, 5))])
+def test_axes_have_round_numbers(ticks, low, high, expected):
+    assert ticks(low, high) == pytest.approx(list(expected))
+
+
+def test_every_stage_gets_a_panel_and_every_run_a_curve(tmp_path, monkeypatch, capsys):
+    for run, scale in (("a", 1), ("b", 0.8)):
+        write_log(tmp_path / run / "stage1", [2.0 * scale, 1.5 * scale, 1.2 * scale], [(2, 1.3)])
+    write_log(tmp_path / "b" / "stage2", [1.0])
+    width, height = WIDTH // 2, HEIGHT // 2
+
+    def drawn(*folders):
+        plot_log(monkeypatch, *(tmp_path / f for f in folders), "--out", tmp_path / "c.png")
+        assert capsys.readouterr().out == f"wrote {tmp_path / 'c.png'}\n"
+        image = Image.open(tmp_path / "c.png")
+        body = np.asarray(image, int)[-height:]  # without the legend
+        return image, [bool((abs(body - colour).max(-1) < 25).any()) for colour in COLOURS[:2]]
+
+    for folders, panels, colours in ((["a"], 1, [True, False]), (["a", "b"], 2, [True, True])):
+        image, found = drawn(*folders)
+        assert image.width == panels * width and height < image.height < 1.3 * height
+        assert found == colours
+
+
+def test_plot_log_names_in_one_line_what_is_wrong(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    write_log(tmp_path / "new", [])
+    write_log(tmp_path / "bad", [1.0])
+    (tmp_path / "bad" / "log.jsonl").open("a").write('{"loss": 1}\n')
+    write_log(tmp_path / "list", [1.0])
+    (tmp_path / "list" / "log.jsonl").open("a").write("[1]\n")
+    cases = [([], "DIR"), (["nowhere"], "nowhere: folder not found"),
+             (["empty"], "empty: no log.jsonl"), (["new"], "new: no log.jsonl"),
+             (["bad"], "log.jsonl line 2"), (["list"], "log.jsonl line 2")]
+    for folders, message in cases:
+        with pytest.raises(UserError, match=message):
+            plot_log(monkeypatch, *(tmp_path / f for f in folders), "--out", tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
