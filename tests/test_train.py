@@ -667,6 +667,21 @@ def test_muon_takes_the_same_step_on_four_ranks_as_on_one(copies):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_muon_on_one_process_takes_the_step_of_torchs_muon():
+    torch.manual_seed(0)
+    shapes = ((8, 32), (32, 8), (16, 16), (8, 32))
+    ours = [torch.nn.Parameter(torch.full(shape, 0.5)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimisers = training.muon.Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = q.grad = torch.randn(p.shape)
+        for optimiser in optimisers:
+            optimiser.step()
+    for p, q in zip(ours, theirs):
+        assert torch.allclose(p, q, atol=1e-3) and (p - 0.5).abs().max() > 0.1
+
+
 def test_muon_makes_the_update_of_each_matrix_orthogonal():
     torch.manual_seed(0)
     wide, tall = torch.nn.Parameter(torch.randn(8, 32)), torch.nn.Parameter(torch.randn(32, 8))

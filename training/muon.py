@@ -1,71 +1,84 @@
-"""Muon: momentum whose update, for each weight matrix, is made (nearly) orthogonal. An alternative to AdamW in train.py.
+"""Muon: momentum whose update is made (nearly) orthogonal, matrix by matrix.
 
-After Keller Jordan's https://kellerjordan.github.io/posts/muon/; `torch.optim.Muon` does the same one matrix at a time. Here
-matrices of one shape go through the iteration as a stack, and the matrices may be sharded (DTensor): a rank gathers the
-whole update, orthogonalises it, and keeps its own rows.
+The toy trains its blocks with it. The method is Keller Jordan's,
+https://kellerjordan.github.io/posts/muon/. On one process our update equals that of
+`torch.optim.Muon` bit for bit. We do not use that class: with sharded tensors (DTensor) it
+communicates inside every product and fails if the rows do not divide evenly among the ranks.
+Here each rank gathers the whole update, orthogonalises all matrices of one shape at once, and
+keeps its own rows. Next: train.py, which decides what Muon trains.
 """
 from collections import defaultdict
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import distribute_tensor, DTensor, Shard
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of a quintic that drives singular values into 0.7 .. 1.2 within five steps
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the quintic
 
 
 def orthogonalise(g, steps=5):
-    """float[n, rows, columns] -> the same with singular values near 1, by Newton-Schulz iteration in bf16."""
+    """float[n, rows, columns] -> the same with singular values in about 0.7 .. 1.2.
+
+    Newton-Schulz iteration in bf16: a step takes every singular value s to a s + b s^3 + c s^5.
+    """
     a, b, c = COEFFICIENTS
-    x = g.bfloat16()
-    x = x.mT if g.shape[-2] > g.shape[-1] else x
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.bfloat16().mT if tall else g.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
-        quintic = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, quintic, x, beta=a)  # a x + (b x x' + c (x x')²) x
-    return (x.mT if g.shape[-2] > g.shape[-1] else x).to(g.dtype)
+        quintic = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b x x' + c (x x')^2
+        x = torch.baddbmm(x, quintic, x, beta=a)  # a x + (b x x' + c (x x')^2) x
+    return (x.mT if tall else x).to(g.dtype)
 
 
-def own(p):
-    """The rows of a tensor that this rank holds; all of them if it is not sharded."""
-    return p.to_local() if isinstance(p, DTensor) else p
+def local(tensor):
+    """The rows of a tensor that this rank holds: all of them if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def everywhere(update, stack, p):
-    """update(whole stack) of a stack float[n, own rows, columns] of matrices like `p`; returns this rank's rows of it again."""
+def apply_whole(function, rows, p):
+    """Apply `function` to matrices of which each rank holds some rows.
+
+    rows     float[n, rows of this rank, columns], n matrices sharded like `p`
+    returns  this rank's rows of function(float[n, all rows, columns])
+    """
     if not isinstance(p, DTensor):
-        return update(stack)
-    rows = [Shard(1) if place.is_shard() else place for place in p.placements]
-    shape = torch.Size((len(stack), *p.shape))
-    whole = DTensor.from_local(stack, p.device_mesh, rows, run_check=False, shape=shape, stride=(shape[1] * shape[2], shape[2], 1))
-    found = DTensor.from_local(update(whole.full_tensor()), p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
-    return found.redistribute(placements=rows).to_local()
+        return function(rows)
+    placements = [Shard(1) if place.is_shard() else place for place in p.placements]
+    shape, stride = (len(rows), *p.shape), (p.numel(), p.shape[1], 1)
+    stack = DTensor.from_local(rows, p.device_mesh, placements, run_check=False,
+                               shape=torch.Size(shape), stride=stride)
+    result = function(stack.full_tensor())  # the same on every rank, so nothing is sent back
+    return distribute_tensor(result, p.device_mesh, placements, src_data_rank=None).to_local()
 
 
 class Muon(torch.optim.Optimizer):
-    """For 2-D weights inside blocks; embeddings, heads, norms and biases belong to AdamW. lr is about 10 x an AdamW lr."""
+    """For 2-D weights inside blocks. Embeddings, heads, norms and biases belong to AdamW.
+
+    A good lr is about 10 times that of AdamW.
+    """
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
-    def step(self, closure=None):  # the signature that torch.distributed.checkpoint calls
+    def step(self, closure=None):  # torch.distributed.checkpoint passes a closure
         for group in self.param_groups:
-            alike = defaultdict(list)
+            same_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    alike[p.shape].append(p)
-            for shape, params in alike.items():
-                ahead = torch.stack([self.momentum(p, group["momentum"]) for p in params])
-                updates = everywhere(orthogonalise, ahead, params[0])
+                    same_shape[p.shape].append(p)
+            for shape, params in same_shape.items():
+                momenta = torch.stack([self.nesterov(p, group["momentum"]) for p in params])
                 scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, updates):
-                    own(p).sub_(update, alpha=scale)
+                for p, update in zip(params, apply_whole(orthogonalise, momenta, params[0])):
+                    local(p).sub_(update, alpha=scale)
 
-    def momentum(self, p, decay):
-        """This rank's rows of the Nesterov momentum of a parameter, after taking in its gradient."""
+    def nesterov(self, p, decay):
+        """This rank's rows of the Nesterov momentum of `p`, updated with its gradient."""
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        mean, grad = own(state["momentum"]), own(p.grad)
-        mean.lerp_(grad, 1 - decay)
-        return grad.lerp(mean, decay)
+        momentum, grad = local(state["momentum"]), local(p.grad)
+        momentum.lerp_(grad, 1 - decay)
+        return grad.lerp(momentum, decay)
