@@ -60,6 +60,6 @@ def test_every_file_that_it_links_exists():
 def test_every_option_has_a_comment():
     from cli import comments
     for module in PROGRAMS.values():
-        known = comments(module.Options)
+        known = {name: text for name, (_, text) in comments(module.Options).items()}
         for f in dataclasses.fields(module.Options):
             assert known.get(f.name), f"{module.__name__}: {f.name}"

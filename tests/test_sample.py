@@ -645,34 +645,6 @@ def test_greedy_text_is_that_of_transformers_for_fifty_pictures_and_prompts(tmp_
     assert chats == [TOKENIZER.decode(expected[i]) for i in range(0, 50, 10)]
 
 
-# ---- cli.py
-
-
-@dataclasses.dataclass
-class Words:
-    """Some options."""
-    words: list[str] | None = None  # may be repeated
-    counts: list[int] = ()          # may be repeated, too
-    last: str = ""                  # may not
-
-
-def test_a_list_collects_what_is_said_repeatedly_and_of_other_options_the_last_value_counts():
-    argv = "--words a --words=b --last x --counts 1 --words c --last y --counts=2".split()
-    assert cli.parse(Words, argv) == {"words": ["a", "b", "c"], "last": "y", "counts": [1, 2]}
-    assert cli.parse(Words, []) == {}
-    with pytest.raises(cli.UserError, match="--counts b: expected int"):
-        cli.parse(Words, ["--counts", "1", "--counts", "b"])
-    with pytest.raises(cli.UserError, match="--words needs a value"):
-        cli.parse(Words, ["--words", "a", "--words"])
-
-
-def test_output_is_utf_8_whatever_the_locale(monkeypatch):
-    out = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
-    cli.main(lambda: print("é日"))
-    assert out.getvalue().decode() == "é日\n"
-
-
 @pytest.mark.parametrize("option", [{"temperature": float("nan")}, {"temperature": 1e-45}, {"top_p": 1e-300}, {"seed": 2**70}])
 def test_a_number_that_cannot_be_drawn_with_is_refused(option):
     with pytest.raises(cli.UserError, match=next(iter(option))):
