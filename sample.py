@@ -99,6 +99,22 @@ def together(samples, visual, model):
     return batch.to(weight.device)
 
 
+def answer(checkpoint, samples, visual, max_new_tokens, *, temperature=0.0, top_p=1.0,
+           generator=None):
+    """Answer prompts together: list of B lists of ids, without the end token.
+
+    samples    B `data.Sample` of prompts, see `data.encode_prompt`
+    visual     for each sample with a picture, in order: float[3, S, S] pixels or float[N, C] features
+    generator  torch.Generator on the model's device; used when temperature > 0
+
+    Runs on the model's device and in its dtype. In fp32, a greedy answer does not depend on the
+    other samples.
+    """
+    batch, tokenizer = together(samples, visual, checkpoint.model), checkpoint.tokenizer
+    return generate(checkpoint.model, batch, max_new_tokens, tokenizer.eos, temperature=temperature,
+                    top_p=top_p, generator=generator, vocab=tokenizer.vocab)
+
+
 def room_after(sample, before, context):
     """Positions left for the answer to a prompt after `before` of conversation; UserError if there are none."""
     room = context - before - len(sample.ids)
@@ -354,9 +370,9 @@ def answers(checkpoint, rows, names, images, o, seed):
             visual.append(pixels(open_image(image_path(images, image, name), f"{name}: {image}"), prep))
         samples.append(encode_prompt([], row["prompt"], tokenizer, layout, image, name))
     longest = [min(o.max_new_tokens, room_after(s, 0, layout.context)) for s in samples]
-    batch = together(samples, visual, checkpoint.model)
-    found = generate(checkpoint.model, batch, max(longest), tokenizer.eos, temperature=o.temperature, top_p=o.top_p,
-                     generator=torch.Generator(batch.ids.device).manual_seed(seed), vocab=tokenizer.vocab)
+    generator = torch.Generator(checkpoint.model.llm.embed_tokens.weight.device).manual_seed(seed)
+    found = answer(checkpoint, samples, visual, max(longest), temperature=o.temperature,
+                   top_p=o.top_p, generator=generator)
     return [(tokenizer.decode(ids[:n]), len(ids) >= n) for ids, n in zip(found, longest)]
 
 
