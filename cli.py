@@ -1,4 +1,4 @@
-"""The command line of every program, built from a dataclass, and how a program ends.
+"""The command line of every program, built from a dataclass; how programs end; a chat's input.
 
 A program's options are the fields of a dataclass, one line each:
 
@@ -21,15 +21,17 @@ Fields above the first title form the group "options". Types: str, int, float, b
 of these, and "X | None". Allowed values and defaults are added to the help text.
 
 `parse(Options)` gives the options that the user named, `main(run)` runs a program and turns a
-user's mistake into one line. Import this module before torch: from then on Ctrl-C, too, ends the
-program with one line.
+user's mistake into one line; `read_lines` and `survive_mistakes` are for a chat. Import this module
+before torch: from then on Ctrl-C, too, ends the program with one line.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
 import re
+import signal
 import sys
 import textwrap
 import typing
@@ -120,7 +122,7 @@ def convert(name, kind, text):
 def parse(options, argv=None, positional=None):
     """{field: value} of the options in `argv`, with their types; defaults stay with the dataclass.
 
-    positional  the field that a word without an option in front of it belongs to; None: no such word
+    positional  the field that takes a bare word; None: every word follows its option
 
     The last value of a repeated option counts; a list collects them. Prints the help and exits on
     --help. Raises UserError on an unknown option (naming the nearest one), a missing value, and a
@@ -153,6 +155,8 @@ def main(run):
     """
     sys.stdout.reconfigure(encoding="utf-8")
     try:
+        if interrupts:
+            raise KeyboardInterrupt
         run()
         sys.stdout.flush()
     except BrokenPipeError:
@@ -164,6 +168,46 @@ def main(run):
         sys.exit(130)
 
 
+@contextlib.contextmanager
+def survive_mistakes():
+    """A user's mistake costs one line on standard error, Ctrl-C at a terminal this block only."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        print("stopped; Ctrl-C again ends the program", file=sys.stderr)
+
+
+def read_lines(help):
+    """Yield the lines of standard input; at a terminal, print `help` and a prompt for each line.
+
+    Bytes that are not text become surrogates, so that the caller can refuse that line only.
+    """
+    sys.stdin.reconfigure(errors="surrogateescape")
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # gives `input` a history and keys for editing
+    print(help, file=sys.stderr)
+    # `input` prints its prompt to standard output, which may be a file for the answers
+    prompt = "> " if sys.stdout.isatty() else ""
+    with contextlib.suppress(EOFError):
+        while True:
+            print("" if prompt else "> ", end="", file=sys.stderr, flush=True)
+            yield input(prompt)
+    print(file=sys.stderr)
+
+
+def note_interrupt(number, frame):
+    """Handle Ctrl-C as Python does, and note it: some libraries' imports swallow the exception."""
+    interrupts.append(number)
+    signal.default_int_handler(number, frame)
+
+
 def report_uncaught(kind, error, trace):
     """Outside `main`, as during imports: one line on Ctrl-C, else Python's traceback."""
     if issubclass(kind, KeyboardInterrupt):
@@ -172,4 +216,7 @@ def report_uncaught(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+interrupts = []
 sys.excepthook = report_uncaught
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else Ctrl-C is to be ignored
+    signal.signal(signal.SIGINT, note_interrupt)

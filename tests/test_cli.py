@@ -105,18 +105,29 @@ def test_the_help_shows_groups_values_defaults_and_the_epilog_in_80_columns(caps
         assert words in re.sub(r"\s+", " ", text), words
 
 
-SLOW = "import cli, time\nprint('ready', flush=True)\n{}\n"
+WAIT = "import time, cli\nprint('ready', flush=True)\n"
+PLACES = {"imports": "time.sleep(60)", "main": "cli.main(lambda: time.sleep(60))",
+          "imports that swallow it":
+              "try: time.sleep(60)\nexcept KeyboardInterrupt: pass\ncli.main(lambda: print('ran'))"}
 
 
-@pytest.mark.parametrize("line", ["time.sleep(60)", "cli.main(lambda: time.sleep(60))"], ids=["imports", "main"])
-def test_ctrl_c_ends_a_program_with_one_line_even_while_it_imports(line):
-    with subprocess.Popen([sys.executable, "-c", SLOW.format(line)], cwd=HERE,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+@pytest.mark.parametrize("code", PLACES.values(), ids=PLACES)
+def test_ctrl_c_ends_a_program_with_one_line_even_while_it_imports(code):
+    with subprocess.Popen([sys.executable, "-c", WAIT + code], cwd=HERE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as done:
         assert done.stdout.readline() == "ready\n"
         time.sleep(0.3)
         done.send_signal(signal.SIGINT)
         out, err = done.communicate(timeout=60)
-    assert (out, err) == ("", "stopped\n") and done.returncode in (130, -signal.SIGINT)  # a shell shows 130 for both
+    assert (out, err) == ("", "stopped\n")
+    assert done.returncode in (130, -signal.SIGINT)  # a shell shows 130 for both
+
+
+def test_ctrl_c_stays_ignored_where_the_parent_ignores_it():
+    code = "import os, signal, cli; os.kill(os.getpid(), signal.SIGINT); print('went on')"
+    done = subprocess.run(["sh", "-c", f"trap '' INT; exec {sys.executable} -c \"{code}\""], cwd=HERE,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
 
 
 def test_errors_outside_main_keep_their_traceback():
