@@ -14,7 +14,6 @@ sees exactly what training saw.
 
 `python -m tools.check_data --data FILE --images FOLDER` checks a data set. Next: train.py.
 """
-import dataclasses
 import json
 import os
 import re

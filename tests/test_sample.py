@@ -1,4 +1,7 @@
-"""What sample.py and cli.py claim, and the cache of model.py that goes on from turn to turn. CPU, no network."""
+"""What sample.py and formats/answers.py claim, and the cache that goes on from turn to turn.
+
+CPU, no network.
+"""
 import contextlib
 import dataclasses
 import io
@@ -23,10 +26,11 @@ import model
 import sample
 import weights
 from data import collate, encode, encode_prompt, pad_right, Preprocess
+from formats.runs import choose_checkpoint
 from model import Cache, end_turn, generate, IMAGE, stream, VLM
 from sample import Chat, Options
 from test_model import (batch_of, close, EVERY, KINDS, LAYOUT, logits_of, pictures, segments,
-    spoken, TOKENIZER, trained, TURNS)
+    TOKENIZER, trained, TURNS)
 from tests.test_weights import hf_clip, hf_llama, randomised
 
 CPU = ["--device=cpu", "--dtype=float32"]
@@ -223,7 +227,7 @@ def test_a_question_too_long_for_the_context_leaves_the_conversation_as_it_was()
         list(chat.ask("How" + "\n" * 185 + "many?"))
     with pytest.raises(cli.UserError, match="empty"):
         list(chat.ask(" "))
-    with pytest.raises(cli.UserError, match="no valid Unicode"):
+    with pytest.raises(cli.UserError, match="not valid Unicode"):
         list(chat.ask("How \udcff?"))
     assert list(chat.ask("Is there?")) == list(same.ask("Is there?"))
 
@@ -232,15 +236,15 @@ def test_a_conversation_ends_where_the_context_does_and_says_so(capsys):
     checkpoint = checkpoint_of(trained(torch.float32, seed=3))
     checkpoint.model.llm.lm_head.weight.data[TOKENIZER.eos] = 0  # no answer ends by itself
     chat = Chat(checkpoint, noise(0), Options(max_new_tokens=120))
-    sample.say(chat, "How many?")
+    sample.print_answer(chat, "How many?")
     first = len(chat.ids)
     assert f"--max_new_tokens 120" in capsys.readouterr().err and first < LAYOUT.context - 30
-    sample.say(chat, "How many?")
+    sample.print_answer(chat, "How many?")
     n = LAYOUT.context - first - 1 - len(chat.tokenizer.encode("USER: How many? ASSISTANT:"))
     assert f"the answer is cut at {n} tokens: the context holds 200" in capsys.readouterr().err
     assert len(chat.ids) == LAYOUT.context
     with pytest.raises(cli.UserError, match="no room"):
-        sample.say(chat, "a")
+        sample.print_answer(chat, "a")
     assert capsys.readouterr().out == ""
 
 
@@ -258,7 +262,7 @@ def test_an_answer_is_written_out_token_by_token(monkeypatch):
     out, ids, shown = io.BytesIO(), TOKENIZER.encode("How many? a red one."), []
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8"))
     with dictated(shown.append(out.getvalue().decode()) or torch.tensor([i]) for i in ids):
-        sample.say(Chat(talker(), None, Options(max_new_tokens=len(ids))), "How many?")
+        sample.print_answer(Chat(talker(), None, Options(max_new_tokens=len(ids))), "How many?")
     assert shown == [TOKENIZER.decode(ids[:n]) for n in range(len(ids))] and len(ids) > 4
     assert out.getvalue().decode() == TOKENIZER.decode(ids) + "\n"
 
@@ -310,7 +314,7 @@ Q0, Q1, Q2 = "What colour is the circle?", "Is there a square?", "How many?"
 
 
 def test_prompts_are_turns_of_one_chat(place, known, monkeypatch, capsys):
-    code, out, err = spoken(monkeypatch, capsys, *arguments(place, f"--image={place / 'x.png'}", "--prompt", Q0, f"--prompt={Q1}"))
+    code, out, err = run_here(monkeypatch, capsys, *arguments(place, f"--image={place / 'x.png'}", "--prompt", Q0, f"--prompt={Q1}"))
     expected = [answer_of(known, noise(0), Q0), answer_of(known, noise(0), Q0, Q1)]
     assert code == 0 and out == "".join(f"{answer}\n" for answer in expected)
     assert expected[1] != answer_of(known, noise(0), Q1)
@@ -321,22 +325,23 @@ def test_prompts_are_turns_of_one_chat(place, known, monkeypatch, capsys):
 def test_a_chat_through_a_pipe_answers_line_by_line_and_survives_mistakes(place, known, monkeypatch, capsys):
     typed(monkeypatch, "\n".join([Q1, "", f"/image {place / 'half.png'}", "/look", Q2, "/reset", Q2,
                                   f"/image {place / 'y.png'}", Q0, "/image", "/quit", Q0]))
-    code, out, err = spoken(monkeypatch, capsys, *arguments(place, f"--image={place / 'x.png'}", f"--prompt={Q0}", "--chat"))
+    code, out, err = run_here(monkeypatch, capsys, *arguments(place, f"--image={place / 'x.png'}", f"--prompt={Q0}", "--chat"))
     x, y = noise(0), noise(1)
     expected = [answer_of(known, x, Q0), answer_of(known, x, Q0, Q1), answer_of(known, x, Q0, Q1, Q2),
                 answer_of(known, x, Q2), answer_of(known, y, Q0)]
     assert len(set(expected)) == 5
     assert code == 0 and out == "".join(f"{answer}\n" for answer in expected)
-    mistakes = [line for line in err.splitlines() if "error:" in line or "no command" in line]
-    assert [word in line for word, line in zip(("empty", "unreadable picture", "/look", "/image is"), mistakes)] == [True] * 4
+    mistakes = [line for line in err.splitlines() if "error:" in line]
+    assert [word in line for word, line in zip(("empty", "unreadable picture", "/look is", "/image needs"), mistakes)] == [True] * 4
     assert len(mistakes) == 4 and ">" not in err
+    assert f"a new conversation about {place / 'y.png'}\n" in err and "/image PATH" in mistakes[3]
 
 
 def test_a_chat_without_a_first_question_waits_for_one_and_ends_with_its_input(place, known, monkeypatch, capsys):
     typed(monkeypatch, Q0.encode() + b"\nHow \xff?\n" + Q2.encode())  # no newline at the end, and a line that is no text
-    code, out, err = spoken(monkeypatch, capsys, *arguments(place, "--chat"))
+    code, out, err = run_here(monkeypatch, capsys, *arguments(place, "--chat"))
     assert code == 0 and out == f"{answer_of(known, None, Q0)}\n{answer_of(known, None, Q0, Q2)}\n"
-    assert err.count("error:") == 1 and "no valid Unicode" in err
+    assert err.count("error:") == 1 and "not valid Unicode" in err
 
 
 def test_ctrl_c_ends_a_chat_through_a_pipe_and_keeps_what_was_answered(place, known, monkeypatch, capsys):
@@ -349,16 +354,16 @@ def test_ctrl_c_ends_a_chat_through_a_pipe_and_keeps_what_was_answered(place, kn
     with monkeypatch.context() as patch:
         patch.setattr(Chat, "ask", ask)
         typed(patch, f"{Q0}\n{Q1}\n{Q2}\n")
-        code, out, err = spoken(patch, capsys, *arguments(place, "--chat"))
+        code, out, err = run_here(patch, capsys, *arguments(place, "--chat"))
     assert code == 130 and out == answer_of(known, None, Q0) + "\n" and err.endswith("\nstopped\n")
 
 
 def test_a_picture_may_come_through_standard_input(place, known, monkeypatch, capsys):
     typed(monkeypatch, (place / "x.png").read_bytes())
-    code, out, _ = spoken(monkeypatch, capsys, *arguments(place, "--image", "-", "--prompt", Q0))
+    code, out, _ = run_here(monkeypatch, capsys, *arguments(place, "--image", "-", "--prompt", Q0))
     assert code == 0 and out == answer_of(known, noise(0), Q0) + "\n"
     typed(monkeypatch, b"")
-    code, out, err = spoken(monkeypatch, capsys, *arguments(place, "--image", "-"))
+    code, out, err = run_here(monkeypatch, capsys, *arguments(place, "--image", "-"))
     assert code.startswith("error: standard input: unreadable picture") and (out, err) == ("", "")
 
 
@@ -377,7 +382,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("argv, words", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_that_says_what_to_mend(place, argv, words, monkeypatch, capsys):
-    code, out, err = spoken(monkeypatch, capsys, *arguments(place, *argv))
+    code, out, err = run_here(monkeypatch, capsys, *arguments(place, *argv))
     assert isinstance(code, str) and code.startswith("error: ") and words in code and "\n" not in code
     assert (out, err) == ("", "")
 
@@ -452,7 +457,7 @@ def batch(place, folder, monkeypatch, capsys, *more, n=12):
     """(code, answers in the file, rows of ids that the model gave, stderr) of a run over q.jsonl."""
     rows = []
     monkeypatch.setattr(sample, "generate", lambda *a, **k: rows.extend(found := generate(*a, **k)) or found)
-    code, out, err = spoken(monkeypatch, capsys, f"--model={place / 'model'}", f"--batch={folder / 'q.jsonl'}", "--batch_size=3",
+    code, out, err = run_here(monkeypatch, capsys, f"--model={place / 'model'}", f"--batch={folder / 'q.jsonl'}", "--batch_size=3",
                             f"--max_new_tokens={n}", *CPU, *more)
     assert out == ""
     file = folder / "q.answers.jsonl"
@@ -486,10 +491,10 @@ def test_a_row_of_a_file_is_cut_where_its_own_context_ends(known):
     small.model.load_state_dict(known.model.state_dict())
     o = Options(max_new_tokens=30)
     rows = [{"prompt": ROWS[2]["prompt"]}, {"prompt": Q2}]
-    found = sample.answers(small, rows, ["a", "b"], ".", o, 0)
+    found = sample.answer_rows(small, list(zip("ab", rows)), ".", o, 0)
     assert found == [(answer_of(small, None, row["prompt"], o=o), True) for row in rows]
     with pytest.raises(cli.UserError, match="^b takes .* the context"):
-        sample.answers(small, [rows[1], {"prompt": "Is" + "\n" * context + "there?"}], ["a", "b"], ".", o, 0)
+        sample.answer_rows(small, [("a", rows[1]), ("b", {"prompt": "Is" + "\n" * context + "there?"})], ".", o, 0)
 
 
 @pytest.mark.parametrize("cut", [1, 40, 100_000], ids=["last line half written", "one line less", "nothing"])
@@ -510,7 +515,7 @@ def test_a_file_goes_on_where_it_stopped(place, questions, monkeypatch, capsys, 
 def test_a_run_that_is_stopped_keeps_the_batches_that_it_answered(place, questions, monkeypatch, capsys):
     _, found, _, _ = batch(place, questions, monkeypatch, capsys)
     (questions / "q.answers.jsonl").unlink()
-    calls, real = [], sample.answers
+    calls, real = [], sample.answer_rows
 
     def stopped(*args):
         calls.append(1)
@@ -519,7 +524,7 @@ def test_a_run_that_is_stopped_keeps_the_batches_that_it_answered(place, questio
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "answers", stopped)
+        patch.setattr(sample, "answer_rows", stopped)
         code, kept, _, _ = batch(place, questions, patch, capsys)
     assert code == 130 and kept == found[:6]
     assert batch(place, questions, monkeypatch, capsys)[1] == found
@@ -534,7 +539,7 @@ def test_a_file_that_does_not_hold_these_answers_is_refused_and_left_alone(place
     file = questions / "q.answers.jsonl"
     other = b"".join(change(file.read_bytes().splitlines(keepends=True)))
     file.write_bytes(other)
-    code, *_ = spoken(monkeypatch, capsys, f"--model={place / 'model'}", f"--batch={questions / 'q.jsonl'}", *CPU)
+    code, *_ = run_here(monkeypatch, capsys, f"--model={place / 'model'}", f"--batch={questions / 'q.jsonl'}", *CPU)
     assert "not the answer to that line" in code and file.read_bytes() == other
 
 
@@ -572,12 +577,58 @@ def test_the_pictures_and_the_answers_may_lie_elsewhere(place, questions, monkey
     assert code == 0 and found is None and json.loads((questions / "a").read_text())["image"] == "sub/x.png"
 
 
-def test_drawn_answers_of_a_file_depend_on_the_seed_alone(place, questions, monkeypatch, capsys):
+def test_drawn_answers_of_a_file_depend_on_the_seed_only(place, questions, monkeypatch, capsys):
     found = []
     for seed in (0, 0, 1):
         found.append(batch(place, questions, monkeypatch, capsys, "--temperature=2", f"--seed={seed}")[1])
         (questions / "q.answers.jsonl").unlink()
     assert found[0] == found[1] != found[2]
+
+
+CHANGES = {"other weights": ("--model=other", "answers of other weights"),
+           "temperature": ("--temperature=2", "--temperature 0.0, not 2.0"),
+           "top_p": ("--top_p=0.5", "--top_p 1.0, not 0.5"), "seed": ("--seed=1", "--seed 0, not 1"),
+           "longest answer": ("--max_new_tokens=9", "--max_new_tokens 12, not 9")}
+
+
+@pytest.mark.parametrize("option, words", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("kept", [3, 7], ids=["a part", "all"])
+def test_a_file_of_answers_is_refused_by_another_model_and_by_other_options(
+        place, questions, monkeypatch, capsys, option, words, kept):
+    batch(place, questions, monkeypatch, capsys)
+    file = questions / "q.answers.jsonl"
+    lines = b"".join(file.read_bytes().splitlines(keepends=True)[:kept])
+    file.write_bytes(lines)
+    option = option.replace("other", str(place / "endless"))
+    code, _, ids, err = batch(place, questions, monkeypatch, capsys, option)
+    assert code.startswith("error: ") and words in code and "name another --out" in code
+    assert "\n" not in code and (ids, err) == ([], "") and file.read_bytes() == lines
+
+
+def test_what_made_the_answers_is_noted_before_the_first_and_the_model_may_move(
+        place, questions, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "answer_rows", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        batch(place, questions, monkeypatch, capsys)
+    monkeypatch.undo()
+    noted = json.loads((questions / "q.answers.meta.json").read_text())
+    assert noted.pop("fingerprint") and noted == {
+        "model": str(place / "model"), "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12, "seed": 0}
+    _, found, _, _ = batch(place, questions, monkeypatch, capsys)
+    file, moved = questions / "q.answers.jsonl", questions / "moved"
+    file.write_bytes(file.read_bytes()[:-1])
+    os.symlink(place / "model", moved)
+    code, again, ids, _ = batch(place, questions, monkeypatch, capsys, f"--model={moved}")
+    assert code == 0 and again == found and len(ids) == 1
+    (questions / "q.answers.meta.json").unlink()
+    code, *_ = batch(place, questions, monkeypatch, capsys)
+    assert "q.answers.meta.json, which says how" in code and "is missing" in code
+
+
+def test_the_bar_of_a_file_is_drawn_rarely_where_no_terminal_is(
+        place, questions, monkeypatch, capsys):
+    code, _, _, err = batch(place, questions, monkeypatch, capsys, "--batch_size=1")
+    assert code == 0 and err.count("answer/s") + err.count("s/answer") <= 2  # first and last, in 5 s
 
 
 # ---- The newest checkpoint
@@ -588,22 +639,204 @@ def test_a_checkpoint_that_was_set_aside_counts_where_its_successor_was_never_fi
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").touch()
         os.utime(tmp_path / name / "config.json", (age, age))
-    assert sample.newest(str(tmp_path)) == str(tmp_path / "b" / "stage1")
+    assert choose_checkpoint(None, str(tmp_path)) == str(tmp_path / "b" / "stage1")
     (tmp_path / "b" / "stage1.old" / "config.json").unlink()
-    assert sample.newest(str(tmp_path)) == str(tmp_path / "a" / "stage2")
+    assert choose_checkpoint(None, str(tmp_path)) == str(tmp_path / "a" / "stage2")
     os.utime(tmp_path / "a" / "stage2" / "config.json", (0, 0))
     (tmp_path / "c" / "stage1").mkdir(parents=True)
     (tmp_path / "c" / "stage1" / "config.json").touch()
     os.utime(tmp_path / "c" / "stage1" / "config.json", (.5, .5))  # newer than a/stage2, older than what it replaced
-    assert sample.newest(str(tmp_path)) == str(tmp_path / "c" / "stage1")
+    assert choose_checkpoint(None, str(tmp_path)) == str(tmp_path / "c" / "stage1")
 
 
 def test_the_program_finds_a_checkpoint_whose_successor_was_killed(place, known, tmp_path, monkeypatch, capsys):
     (tmp_path / "out" / "x").mkdir(parents=True)
     os.symlink(place / "model", tmp_path / "out" / "x" / "stage2.old")
     monkeypatch.chdir(tmp_path)
-    code, out, err = spoken(monkeypatch, capsys, f"--prompt={Q0}", "--max_new_tokens=6", *CPU)
+    code, out, err = run_here(monkeypatch, capsys, f"--prompt={Q0}", "--max_new_tokens=6", *CPU)
     assert code == 0 and out == answer_of(known, None, Q0) + "\n" and "stage2 on cpu" in err
+
+
+def test_a_run_stands_for_its_newest_stage_and_several_runs_are_mentioned(tmp_path, capsys):
+    for age, name in enumerate(("a/stage1", "a/stage2", "b/stage1")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+        os.utime(tmp_path / name / "config.json", (age, age))
+    assert choose_checkpoint(str(tmp_path / "a")) == str(tmp_path / "a" / "stage2")
+    assert choose_checkpoint(str(tmp_path / "a" / "stage1")) == str(tmp_path / "a" / "stage1")
+    for name in ("owner/name", str(tmp_path / "none")):
+        assert choose_checkpoint(name) == name
+    assert capsys.readouterr() == ("", "")
+    newest = str(tmp_path / "b" / "stage1")
+    assert choose_checkpoint(None, str(tmp_path)) == choose_checkpoint(str(tmp_path)) == newest
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 2 and err.count(newest) == 2 and "--model" in err
+
+
+# ---- Commands
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a checkpoint, pictures good and bad, and a folder that is no checkpoint."""
+    folder = tmp_path_factory.mktemp("small")
+    model = trained(torch.float32, seed=3)
+    model.llm.lm_head.weight.data[:259] = 0  # bytes are never the likeliest: they need not make whole characters
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    weights.save(str(folder / "model"), model.cfg, state, TOKENIZER, Preprocess(28), "A chat.", 2, {}, {})
+    noise = torch.randint(0, 256, (40, 30, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    Image.fromarray(noise.numpy()).save(folder / "x.png")
+    (folder / "empty.png").touch()
+    (folder / "half.png").write_bytes((folder / "x.png").read_bytes()[:1500])
+    (folder / "bare").mkdir()
+    return folder
+
+
+def command(small, **changes):
+    """The arguments of sample.py: by default a question that can be answered."""
+    options = dict(image=small / "x.png", prompt="What colour is the circle?", model=small / "model", device="cpu",
+                   dtype="float32", max_new_tokens=6)
+    return [f"--{name}={value}" for name, value in {**options, **changes}.items()]
+
+
+def run_here(monkeypatch, capsys, *argv):
+    """(exit code or message, stdout, stderr) of sample.py, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
+    code = 0
+    try:
+        cli.main(sample.run)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def expected_answer(small, text, n):
+    """What `generate` gives the checkpoint asked about x.png."""
+    checkpoint = weights.load(str(small / "model"))
+    asked = encode_prompt([], text, TOKENIZER, LAYOUT, "x.png")
+    look = data.pixels(data.open_image(small / "x.png", "x.png"), checkpoint.preprocess)
+    return TOKENIZER.decode(generate(checkpoint.model, batch_of([asked], [look], torch.float32), n, TOKENIZER.eos)[0])
+
+
+def run_process(*argv):
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, encoding="utf-8",
+                          cwd=os.path.dirname(sample.__file__), env={**os.environ, "PYTHONUTF8": "1"})
+
+
+def test_the_program_prints_the_answer_and_nothing_else(small):
+    done = run_process("sample.py", *command(small))
+    assert done.returncode == 0
+    answer = expected_answer(small, "What colour is the circle?", 6)
+    assert done.stdout == answer + "\n" and answer
+    assert str(small / "model") in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_program_ends_a_mistake_with_one_line_and_exit_code_1(small):
+    done = run_process("sample.py", *command(small, image=small / "none.png"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {small / 'none.png'}: there is no such picture\n"
+
+
+COMMAND_MISTAKES = {
+    "missing picture": (dict(image="none.png"), "no such picture"),
+    "zero bytes": (dict(image="empty.png"), "unreadable picture"),
+    "truncated": (dict(image="half.png"), "unreadable picture"),
+    "a folder as picture": (dict(image="bare"), "unreadable picture"),
+    "empty prompt": (dict(prompt=" "), "empty"),
+    "long prompt": (dict(prompt="How many? " * 200), "the context holds 200"),
+    "no config": (dict(model="bare"), "config.json: file not found"),
+    "no folder": (dict(model="nowhere"), "no such folder"),
+    "unknown flag": (dict(max_new_token="3"), "did you mean --max_new_tokens?"),
+    "wrong type": (dict(temperature="warm"), "expected float"),
+    "wrong choice": (dict(dtype="float8"), "expected one of bfloat16, float32"),
+    "no new tokens": (dict(max_new_tokens=0), "at least 1 token"),
+    "cold": (dict(temperature=-1), "--temperature -1.0: expected 0 or"),
+    "no nucleus": (dict(top_p=0), "--top_p 0.0: expected above 0"),
+    "unknown device": (dict(device="abacus"), "abacus"),
+}
+
+
+@pytest.mark.parametrize("changes, words", COMMAND_MISTAKES.values(), ids=COMMAND_MISTAKES)
+def test_a_mistake_in_a_command_is_one_line_that_says_what_to_mend(small, changes, words, monkeypatch, capsys):
+    paths = {k: small / v for k, v in changes.items() if k in ("image", "model")}
+    code, out, err = run_here(monkeypatch, capsys, *command(small, **{**changes, **paths}))
+    assert isinstance(code, str) and code.startswith("error: ") and words in code  # a str: printed, exit code 1
+    assert "\n" not in code and (out, err) == ("", "")
+
+
+def test_a_bare_word_is_the_picture(small, monkeypatch, capsys):
+    options = [word for word in command(small) if not word.startswith("--image")]
+    expected = run_here(monkeypatch, capsys, *command(small))[:2]
+    for argv in ([small / "x.png", *options], [*options, small / "x.png"]):
+        assert run_here(monkeypatch, capsys, *map(str, argv))[:2] == expected
+
+
+WATCH = """import runpy, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == {name!r}:
+            print("ready", flush=True)
+sys.meta_path.insert(0, Watch())
+runpy.run_path("sample.py", run_name="__main__")"""
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "torch.nn"])
+def test_ctrl_c_during_the_imports_ends_with_one_line(name):
+    with subprocess.Popen([sys.executable, "-c", WATCH.format(name=name)], text=True,
+                          cwd=os.path.dirname(sample.__file__),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        assert done.stdout.readline() == "ready\n"
+        done.send_signal(signal.SIGINT)
+        out, err = done.communicate(timeout=60)
+    assert err == "stopped\n" and not out.replace("ready\n", "")  # a library may try again
+    assert done.returncode in (130, -signal.SIGINT)
+
+
+def test_an_answer_longer_than_the_context_is_cut_and_said_to_be(small, monkeypatch, capsys):
+    asked = "How many? " * 50
+    room = LAYOUT.context - len(encode_prompt([], asked, TOKENIZER, LAYOUT, "x.png").ids)
+    assert 0 < room < 100
+    code, out, err = run_here(monkeypatch, capsys, *command(small, prompt=asked, max_new_tokens=100))
+    assert code == 0 and out == expected_answer(small, asked, room) + "\n"
+    assert f"cut at {room} tokens" in err
+    assert "cut at" not in run_here(monkeypatch, capsys, *command(small, prompt=asked, max_new_tokens=room))[2]
+    assert out.startswith(expected_answer(small, asked, room - 1))
+
+
+def test_a_prompt_that_fills_the_context_leaves_no_room_for_an_answer(small, monkeypatch, capsys):
+    length = lambda text: len(encode_prompt([], text, TOKENIZER, LAYOUT, "x.png").ids)
+    full = "a" + "\n" * (LAYOUT.context - length("a\nb") + 1) + "b"
+    assert length(full) == LAYOUT.context
+    code, out, _ = run_here(monkeypatch, capsys, *command(small, prompt=full))
+    assert "no room for an answer" in code and out == ""
+
+
+def test_a_question_without_a_picture_is_answered_too(small, monkeypatch, capsys):
+    argv = [a for a in command(small) if not a.startswith("--image")]
+    code, out, _ = run_here(monkeypatch, capsys, *argv)
+    assert code == 0 and out != expected_answer(small, "What colour is the circle?", 6) + "\n" and len(out) > 1
+
+
+def test_drawn_answers_depend_on_the_seed_only(small, monkeypatch, capsys):
+    said = [run_here(monkeypatch, capsys, *command(small, temperature=2, seed=seed))[1] for seed in (0, 0, 1)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_the_newest_checkpoint_is_taken_where_none_is_named(tmp_path):
+    with pytest.raises(cli.UserError, match="train.py"):
+        choose_checkpoint(None, str(tmp_path))
+    for age, name in enumerate(("toy/stage1", "toy/stage2", "other/stage1", "toy/stage0")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+        os.utime(tmp_path / name / "config.json", (age, age))
+    (tmp_path / "last" / "stage2").mkdir(parents=True)  # not finished: without a config.json
+    assert choose_checkpoint(None, str(tmp_path)) == str(tmp_path / "other" / "stage1")
+
+
+def test_training_and_sampling_need_no_library_but_the_few_that_are_stated():
+    unwanted = "transformers deepspeed peft flash_attn wandb torchvision matplotlib sentencepiece".split()
+    done = run_process("-c", f"import sys, train, sample; print(*set(sys.modules) & set({unwanted}), flush=True)")
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
 # ---- The same text as transformers
@@ -643,34 +876,6 @@ def test_greedy_text_is_that_of_transformers_for_fifty_pictures_and_prompts(tmp_
     assert len(set(map(tuple, ours))) >= 45 and len({token for row in ours for token in row}) > 80
     chats = [answer_of(checkpoint, images[i], asked[i], o=Options(max_new_tokens=16)) for i in range(0, 50, 10)]
     assert chats == [TOKENIZER.decode(expected[i]) for i in range(0, 50, 10)]
-
-
-# ---- cli.py
-
-
-@dataclasses.dataclass
-class Words:
-    """Some options."""
-    words: list[str] | None = None  # may be repeated
-    counts: list[int] = ()          # may be repeated, too
-    last: str = ""                  # may not
-
-
-def test_a_list_collects_what_is_said_repeatedly_and_of_other_options_the_last_value_counts():
-    argv = "--words a --words=b --last x --counts 1 --words c --last y --counts=2".split()
-    assert cli.parse(Words, argv) == {"words": ["a", "b", "c"], "last": "y", "counts": [1, 2]}
-    assert cli.parse(Words, []) == {}
-    with pytest.raises(cli.UserError, match="--counts b: expected int"):
-        cli.parse(Words, ["--counts", "1", "--counts", "b"])
-    with pytest.raises(cli.UserError, match="--words needs a value"):
-        cli.parse(Words, ["--words", "a", "--words"])
-
-
-def test_output_is_utf_8_whatever_the_locale(monkeypatch):
-    out = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
-    cli.main(lambda: print("é日"))
-    assert out.getvalue().decode() == "é日\n"
 
 
 @pytest.mark.parametrize("option", [{"temperature": float("nan")}, {"temperature": 1e-45}, {"top_p": 1e-300}, {"seed": 2**70}])

@@ -592,7 +592,7 @@ def test_the_count_for_vlora_is_what_torch_counts(vlora):
 def test_the_count_of_a_further_token_is_what_torch_counts(llm, options):
     cfg = VLMConfig(TOWER, llm, **{"expert_embed": 12, "expert_rank": 5, **options})
     vlm, ids = VLM(cfg), np.array([IMAGE] * cfg.image_tokens + [1] * 9)
-    batch = sample.together([data.Sample(ids, ids, 0 * ids, 0 * ids, 1, "picture", "record", 0)], [torch.randn(TOWER.tokens, TOWER.width)], vlm)
+    batch = sample.make_batch([data.Sample(ids, ids, 0 * ids, 0 * ids, 1, "picture", "record", 0)], [torch.randn(TOWER.tokens, TOWER.width)], vlm)
     found, length = [], len(ids) + 2
     for tokens in (1, 2):
         cache = Cache(llm, 1, length, "cpu", torch.float32)
@@ -742,7 +742,7 @@ def test_a_batch_answers_as_each_of_its_rows_does_alone_and_as_a_merged_chat_doe
     asked = ["How many?", "Is there a square?", "How many?"]
     samples = [encode_prompt([], q, TOKENIZER, checkpoint.layout(), i and "x") for q, i in zip(asked, images)]
     visual = [look(i) for i in images if i]
-    batch = sample.together(samples, visual, checkpoint.model)
+    batch = sample.make_batch(samples, visual, checkpoint.model)
     texts = [TOKENIZER.decode(ids) for ids in generate(checkpoint.model, batch, 12, TOKENIZER.eos)]
     assert len(set(texts)) == 3
     for merge in (True, False):
