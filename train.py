@@ -38,7 +38,7 @@ from model import Attention, Block, Cache, generate, RMSNorm, VisionAttention
 from toy.files import write_world
 from toy.stand_ins import (Captions, contrast_loss, language_loss, LLAMA, StandInCLIP,
     StandInLlama, VISION, words, write_clip, write_llm)
-from training.costs import operations
+from training.costs import step_flops
 from training.distributed import (DistributedUserError, main_distributed, raise_on_all_ranks, Signals,
     split_across_ranks, start_world, sum_over_ranks)
 from training.feed import (describe_records, is_readable, make_loader, picture_loader,
@@ -177,7 +177,7 @@ class Step:
     loss: float       # per supervised token
     norm: float       # of the gradient
     positions: float  # text and image tokens, without padding
-    operations: float  # multiplications and additions, see `operations`
+    operations: float  # multiplications and additions, see costs.step_flops
     skipped: float    # pictures that could not be read
     stop: int         # the signal that one of the ranks got before it, or 0
 
@@ -200,7 +200,7 @@ def train_step(job, model, opts, batches, step, o, mesh, skipped=0, stop=0):
     whole = [b for b in batches if not isinstance(b, UserError)]
     tokens, positions, work, skips, failed, *signals = sum_over_ranks(
         [sum(job.tokens(b) for b in whole), sum(b.lengths.sum().item() for b in whole),
-         sum(operations(model, b, TRAINS[o.stage, o.tune] == TRAINS[2, "full"]) for b in whole) if o.stage else 0, skipped, len(faults),
+         sum(step_flops(model.cfg, b, TRAINS[o.stage, o.tune] == TRAINS[2, "full"]) for b in whole) if o.stage else 0, skipped, len(faults),
          stop == signal.SIGTERM, stop == signal.SIGINT], mesh)
     if failed:
         raise_on_all_ranks(lambda: fail(faults[0]) if faults else None)
@@ -352,7 +352,7 @@ def sample_question(data, picture, blank, o):
 
         asked = turns[0][0].replace(TAG, "").strip() if o.template == "v1" else ""
         said = [sample.image, *(json.dumps(text, ensure_ascii=False) for text in (asked, turns[0][1]) if text)]
-        return shown, ", due ".join([": ".join(said[:-1]), said[-1]])
+        return shown, f"{': '.join(said[:-1])} (truth {said[-1]})"
     return None, ""
 
 
