@@ -32,7 +32,7 @@ from formats.folders import resolve
 from formats.llava import projector_file
 from model import Block
 from toy import stage0 as toy
-from training.costs import operations
+from training.costs import step_flops
 from training.distributed import (DistributedUserError, main_distributed, raise_on_all_ranks, Signals,
                                   start_world, sum_over_ranks)
 from training.feed import (describe_records, make_loader, Pictures, Question, split_across_ranks,
@@ -108,7 +108,7 @@ class StepResult:
     loss: float        # per supervised token
     norm: float        # of the gradient
     positions: float   # text and image tokens, without padding
-    operations: float  # multiplications and additions, see training/costs.py
+    operations: float  # multiplications and additions, see costs.step_flops
     skipped: float     # pictures that could not be read
     stop: int          # the signal that some rank got before the step, or 0
 
@@ -124,7 +124,7 @@ def count(batches, model, step, o, mesh, *, skipped, stop):
     tokens, positions, work, skips, failed, terminated, interrupted = sum_over_ranks([
         sum(b.trained for b in good),
         sum(b.lengths.sum().item() for b in good),
-        sum(operations(model, b, trains_llm(o)) for b in good) if o.stage else 0,
+        sum(step_flops(model.cfg, b, trains_llm(o)) for b in good) if o.stage else 0,
         skipped, len(errors), stop == signal.SIGTERM, stop == signal.SIGINT], mesh)
     if failed:
         raise_on_all_ranks(lambda: raise_first(errors))

@@ -36,7 +36,7 @@ from toy.files import write_atomically, write_dialect, write_unseen
 from toy.stand_ins import VISION
 from toy.world import FAMILIES
 from train import freeze, toy_world, TRAINS
-from training.costs import expert, flops, token_flops
+from training.costs import forward_flops, generated_weights, token_flops
 from training.options import EXPERT_OPTIONS, finished, folder_of, PARTS, PRESETS
 from training.state import saved_steps
 from weights import load
@@ -355,17 +355,6 @@ def score(o):
     write_atomically(os.path.join(o.score, "scores.json"), {"splits": found})
 
 
-def generated(cfg):
-    """Numbers that hypernetworks write: for a picture and one turn."""
-    if cfg.vlora:
-        return len(cfg.vlora.sites) * len(cfg.vlora.blocks(cfg.llm)) * cfg.llm.width * cfg.vlora.rank
-    if cfg.weight_source not in (*GUIDED, "latent"):
-        return 0
-    C, D = cfg.vision.width, cfg.llm.width
-    sites = [C] * (cfg.visual_expert in ("1", "both")) + [D] * (cfg.visual_expert in ("2", "both")) + [D] * len(cfg.expert_blocks())
-    return sum(expert(cfg.weight_source, width, width, D, cfg.expert_embed, cfg.expert_rank)[1] // 2 for width in sites)
-
-
 def milliseconds(work):
     began = time.perf_counter()
     work()
@@ -386,8 +375,8 @@ def costs(o, rounds=60, steps=16):
         freeze(model, TRAINS[2, row.options.get("tune", "full")])
         sample = encode_prompt([], "What colour is the thing at the top left?", point.tokenizer, layout, "picture")
         batch = collate([sample], [torch.zeros(model.cfg.vision.tokens, model.cfg.vision.width)], None)
-        count = flops(model.cfg, len(sample.ids) - model.cfg.image_tokens, at=1)
-        found.append({"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "generated": generated(model.cfg),
+        count = forward_flops(model.cfg, len(sample.ids) - model.cfg.image_tokens, at=1)
+        found.append({"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "generated": generated_weights(model.cfg),
                       "tokens": len(sample.ids), "prompt_mflops": (sum(count.values()) - count["vision"]) / 1e6,
                       "token_mflops": token_flops(model.cfg, len(sample.ids) + 1) / 1e6})
 

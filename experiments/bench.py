@@ -10,7 +10,6 @@ The last line of standard output is one JSON object. `--load` needs Linux, and t
 import dataclasses
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from formats.tokenizer import Tokenizer
 from formats.weight_files import split_shards, tensors, weight_files, write_file
 from model import CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
 from training.feed import BatchSampler, padding_share
+from training.plan import foreseen_gb
 from weights import build_empty
 
 
@@ -256,7 +256,7 @@ def rehearse(o):
             found.append({"stage": stage, "experts": experts, "tokens_per_s": statistics.median(of("tokens_per_s")),
                           "mfu": statistics.median(of("mfu")) if rows[0]["mfu"] is not None else None,
                           "data_wait": statistics.median(of("data_wait")), "peak_gb": max(of("peak_gb")),
-                          "foreseen_gb": float(re.search(r"at its peak ([\d.]+)", text)[1])})
+                          "foreseen_gb": foreseen_gb(text)})
             share = "n/a" if found[-1]["mfu"] is None else f"{found[-1]['mfu']:.1%}"
             print("stage {stage}, experts {experts:<9}  {tokens_per_s:8.0f} tokens/s  MFU {0:>5}  data {data_wait:.1%}  peak {peak_gb:.1f} GB, "
                   "foreseen {foreseen_gb:.1f}".format(share, **found[-1]), flush=True)

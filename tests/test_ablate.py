@@ -26,7 +26,7 @@ import weights
 from cli import parse, UserError
 from experiments.ablate import ALONE, PLAIN, TABLES
 from model import VLMConfig
-from training.costs import lora
+from training.costs import generated_weights, lora_weights
 from vlora import VLoRAConfig
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -100,7 +100,7 @@ def test_each_flag_adds_the_tensors_that_it_names_and_as_many_numbers_as_the_for
         (ALONE | {"guidance_after": 1}, ("llm.",), language(3)),
         (ALONE | {"weight_source": "static"}, ("llm.layers.",), 2 * 3 * R * D),
         (ALONE | {"weight_source": "latent"}, ("llm.",), language(2) - D - 2 * (D * E + E) + 2 * E),
-        (ALONE | {"weight_source": "lora"}, ("llm.layers.",), 2 * lora(toy.stand_ins.LLAMA, R) // 2),
+        (ALONE | {"weight_source": "lora"}, ("llm.layers.",), 2 * lora_weights(toy.stand_ins.LLAMA, R)),
     ]:
         cfg = config(options)
         assert count(cfg) == expected, options
@@ -120,12 +120,12 @@ def test_rows_of_equal_parameters_have_them():
 
 
 def test_generated_numbers_are_those_of_the_weights():
-    assert experiments.ablate.generated(config({})) == R * (2 * C + D) + 2 * R * 3 * D
-    assert experiments.ablate.generated(config({"weight_source": "static"})) == experiments.ablate.generated(config(ALONE | {"weight_source": "lora"})) == 0
-    assert experiments.ablate.generated(config({"weight_source": "mlp"})) == C * D + 2 * D * D
-    assert experiments.ablate.generated(config({"method": "vlora"})) == 5 * 4 * D * 16
-    assert experiments.ablate.generated(VLMConfig()) == 16 * 3 * 16 * 4096 + 16 * (2 * 1024 + 4096) == 3_244_032     # of a 7B
-    assert experiments.ablate.generated(VLMConfig(visual_expert="none", language_expert="none", vlora=VLoRAConfig())) == 5 * 8 * 4096 * 64 == 10_485_760
+    assert generated_weights(config({})) == R * (2 * C + D) + 2 * R * 3 * D
+    assert generated_weights(config({"weight_source": "static"})) == generated_weights(config(ALONE | {"weight_source": "lora"})) == 0
+    assert generated_weights(config({"weight_source": "mlp"})) == C * D + 2 * D * D
+    assert generated_weights(config({"method": "vlora"})) == 5 * 4 * D * 16
+    assert generated_weights(VLMConfig()) == 16 * 3 * 16 * 4096 + 16 * (2 * 1024 + 4096) == 3_244_032     # of a 7B
+    assert generated_weights(VLMConfig(visual_expert="none", language_expert="none", vlora=VLoRAConfig())) == 5 * 8 * 4096 * 64 == 10_485_760
 
 
 def test_rows_share_stage_1_where_their_projectors_agree_and_nowhere_else():

@@ -24,7 +24,7 @@ from test_model import (batch_of, by_steps, close, config, conversations, LLAMA,
 from tests.test_sample import noise
 from tests.test_vlora import counted, EVEN, GROUPED, TOWER
 from tests.test_weights import hf_clip, hf_llama
-from training.costs import flops
+from training.costs import forward_flops
 
 SOURCES = ["hyper", "static", "latent", "mlp", "lora"]
 sources = pytest.mark.parametrize("source", SOURCES)
@@ -332,7 +332,7 @@ def test_the_count_of_operations_is_what_torch_counts_whatever_the_source(source
     ids = torch.cat([torch.full((1, TOWER.tokens), -200), torch.ones(1, text, dtype=torch.int64)], dim=1)
     turn = torch.zeros_like(ids)
     found = counted(lambda: vlm(ids, torch.randn(1, 3, 56, 56), turn, turn, turns), vlm)
-    assert sum(found["Global"].values()) == sum(flops(cfg, text, turns).values())
+    assert sum(found["Global"].values()) == sum(forward_flops(cfg, text, turns).values())
 
 
 # ---- Refusals

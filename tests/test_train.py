@@ -553,7 +553,9 @@ def test_the_activations_of_a_block_are_what_autograd_keeps(plain, trains):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         out = block(x, *rotary(torch.arange(48)[None], 16, 10000.0))
     real = sum(size for at, size in kept.items() if at not in own)
-    foreseen = training.plan.activations(cfg, 2, 48, 0, 0, 2, trains, plain) - training.plan.backward(cfg.llm, 2 * 48, 0, 2)
+    batch = training.plan.MicroBatch(2, 48, 0, 0)
+    foreseen = (training.plan.activations(cfg, batch, size=2, trains_llm=trains, eager=plain)
+                - training.plan.backward(cfg.llm, batch, 2))
     assert out.requires_grad and abs(foreseen / real - 1) < 0.06, (foreseen, real)
 
 
@@ -586,7 +588,7 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(run, mesh, tmp_pat
     model, opts = train.setup_model(job.model, o, mesh)
     monkeypatch.setattr(train, "MULTIPLE", 1)
     batch = job.batch([3] * 4)  # without padding
-    foreseen, (B, T) = training.costs.operations(model, batch, (stage, tune) == (2, "full")), batch.ids.shape
+    foreseen, (B, T) = training.costs.step_flops(model.cfg, batch, (stage, tune) == (2, "full")), batch.ids.shape
     with FlopCounterMode(display=False) as counter:
         train.train_step(job, model, [], [batch], 0, o, mesh)
     masked = model.cfg.llm.depth * 3 * 2 * B * T ** 2 * model.cfg.llm.width  # half of attention, which is causal
@@ -888,7 +890,7 @@ def test_a_state_of_two_ranks_goes_on_on_one_and_on_two_by_two_and_a_rank_that_d
     wait_for(process, tmp_path / "two_by_two", 26)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=120)[1]
-    assert "on 4 x cpu in 2 copies, 2 samples a rank at once" in text and text.count("stopped by SIGTERM after step") == 1
+    assert "4 processes on CPU in 2 copies, micro-batch 2" in text and text.count("stopped by SIGTERM after step") == 1
 
     rows = [[r["loss"] for r in log_of(tmp_path / name, 2)[4:25]] for name in ("two", "one", "two_by_two")]
     for other in rows[1:]:

@@ -40,7 +40,7 @@ from sample import Chat
 from test_model import batch_of, conversations, pictures, segments, TOKENIZER, TURNS
 from tests.test_sample import ask_dictated, look, noise
 from tests.test_weights import hf_clip, hf_llama
-from training.costs import flops, paper_flops, token_flops
+from training.costs import forward_flops, paper_flops, token_flops
 from vlora import add_delta, Decoder, merged, PerceptualWeights, SITES, skip_tag, VLoRAConfig
 
 torch.set_num_threads(1)
@@ -537,7 +537,7 @@ def test_the_papers_figures():
 
 
 def test_a_generator_at_full_size_costs_38_gflops_a_picture():
-    count = flops(VLMConfig(visual_expert="none", language_expert="none", vlora=VLoRAConfig()), 32)
+    count = forward_flops(VLMConfig(visual_expert="none", language_expert="none", vlora=VLoRAConfig()), 32)
     assert round(count["generator"] / 1e9, 1) == 38.2 and round(count["branches"] / 32e6, 1) == 41.9
 
 
@@ -566,7 +566,7 @@ def test_the_count_for_llava_and_hyperllava_is_what_torch_counts(llm, experts, t
     turn = torch.zeros_like(ids)
     where = None if at is None else torch.arange(at * B)
     found = counted(lambda: vlm(ids, torch.randn(B, 3, 56, 56), turn, turn, turns, where), vlm)
-    parts = flops(cfg, text, turns, at)
+    parts = forward_flops(cfg, text, turns, at)
     assert sum(found["Global"].values()) == B * sum(parts.values())
     assert sum(found["VLM.vision"].values()) == B * parts["vision"]
     if experts == dict(visual_expert="none", language_expert="none"):
@@ -579,7 +579,7 @@ def test_the_count_for_vlora_is_what_torch_counts(vlora):
     cfg, text, B = VLMConfig(TOWER, EVEN, "none", "none", vlora=vlora), 9, 2
     vlm, ids = VLM(cfg), torch.ones(B, text, dtype=torch.int64)
     found = counted(lambda: vlm(ids, torch.randn(B, 3, 56, 56), ids, ids, 1, picture=torch.arange(B)), vlm)
-    parts = flops(cfg, text)
+    parts = forward_flops(cfg, text)
     assert sum(found["Global"].values()) == B * sum(parts.values())
     assert sum(found["VLM.perceptual"].values()) == B * parts["generator"]
 
@@ -1126,11 +1126,11 @@ def test_a_step_counts_the_operations_of_generators_and_branches_instead_of_a_pr
     job = train.stage_1_or_2(o)
     batch = job.batch([0, 1])
     n = batch.lengths.sum().item()
-    found = training.costs.operations(job.model, batch, True)
+    found = training.costs.step_flops(job.model.cfg, batch, True)
     job.model.cfg = dataclasses.replace(job.model.cfg, vlora=None)
-    static = training.costs.operations(job.model, batch, True)
+    static = training.costs.step_flops(job.model.cfg, batch, True)
     cfg = VLMConfig(job.model.cfg.vision, job.model.cfg.llm, "none", "none", vlora=VLoRAConfig("qkvom", 2, 3, 32, 2, 4))
-    parts, v, D = flops(cfg, n), cfg.vision, cfg.llm.width
+    parts, v, D = forward_flops(cfg, n), cfg.vision, cfg.llm.width
     projector = 3 * 2 * 2 * v.tokens * D * (v.width + D)
     assert found - (static - projector) == 3 * (2 * parts["generator"] + parts["branches"])
 
@@ -1156,7 +1156,9 @@ def test_what_autograd_keeps_of_a_generator_and_its_branches_is_foreseen(given):
     plain = kept(lambda: llama(x))
     real = kept(lambda: llama(x, seen=(part(f, torch.arange(2)), None))) - plain
     bare = dataclasses.replace(cfg, vlora=None)
-    foreseen = (training.plan.activations(cfg, 2, 48, 0, 2, 2, True) - training.plan.activations(bare, 2, 48, 0, 0, 2, True))
+    with_pictures, text_only = training.plan.MicroBatch(2, 48, 0, 2), training.plan.MicroBatch(2, 48, 0, 0)
+    foreseen = (training.plan.activations(cfg, with_pictures, size=2, trains_llm=True)
+                - training.plan.activations(bare, text_only, size=2, trains_llm=True))
     assert abs(foreseen / real - 1) < 0.15, (foreseen, real)
 
 
