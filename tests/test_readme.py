@@ -8,7 +8,7 @@ import tokenize
 
 import pytest
 
-import eval
+import eval as evaluation
 import experiments.ablate
 import experiments.bench
 import experiments.outsider
@@ -23,7 +23,7 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
 
 
-PROGRAMS = {"train.py": train, "sample.py": sample, "eval.py": eval, "tools.check_data": tools.check_data,
+PROGRAMS = {"train.py": train, "sample.py": sample, "eval.py": evaluation, "tools.check_data": tools.check_data,
             "tools.export_llava": tools.export_llava, "experiments.outsider": experiments.outsider,
             "experiments.bench": experiments.bench, "experiments.ablate": experiments.ablate}
 

@@ -347,7 +347,7 @@ def test_a_world_is_drawn_anew_when_the_code_that_decides_it_changes(name, monke
 def world(tmp_path_factory):
     """A run's folder with a small world."""
     out = str(tmp_path_factory.mktemp("run"))
-    toy.stage0.write_toy_world(out, 60)
+    toy.stage0.make_world(out, 60)
     return out
 
 
@@ -355,20 +355,19 @@ def world(tmp_path_factory):
 def test_a_stand_in_has_a_loss_over_batches_of_its_data_and_is_written(part, samples, trained, world,
                                                                       tmp_path):
     torch.manual_seed(0)
-    found = toy.stage0.stand_in(part, world)
-    assert len(found.data) == len(found.data.lengths) == samples
-    assert len(found.held_out) == (30 if part == "clip" else 60)
-    batch = found.data.batch([3, 1]).to("cpu")
+    model, data, held_out, write = toy.stage0.stage_0(part, f"{world}/world", str(tmp_path / "x"), "")
+    assert len(data) == len(data.lengths) == len(held_out) == samples
+    batch = data.batch([3, 1]).to("cpu")
     assert trained in (None, batch.trained) and len(batch.lengths) == len(batch.records)
-    loss = found.model.loss(batch)
+    loss = model.loss(batch)
     assert loss.shape == () and 0.5 < loss.item() / batch.trained < 10
     if part == "llm":  # a sum over tokens: rows add up
-        apart = sum(found.model.loss(found.data.batch([i])).item() for i in (3, 1))
+        apart = sum(model.loss(data.batch([i])).item() for i in (3, 1))
         assert apart == pytest.approx(loss.item(), rel=1e-5)
-        assert found.data.sample(3).ids.tolist() == batch.ids[0, :batch.lengths[0]].tolist()
+        assert data.sample(3).ids.tolist() == batch.ids[0, :batch.lengths[0]].tolist()
     else:
-        assert found.data.sample is None
-    found.write(dict(found.model.named_parameters()), str(tmp_path / "x"))
+        assert data.sample is None
+    write(dict(model.named_parameters()))
     assert (tmp_path / "x" / "config.json").exists()
 
 

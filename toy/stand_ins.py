@@ -174,7 +174,7 @@ class Captions:
     Sample i is a pair of pictures that differ in one attribute: hard negatives, without which CLIP
     would learn only which colours and shapes there are, not which belong together.
     """
-    sample = None  # its samples are not conversations
+    sample = has_image = None  # its samples are not conversations, and all alike
 
     def __init__(self, folder, file, tokenizer):
         records = load_records(os.path.join(folder, file))
@@ -193,6 +193,10 @@ class Captions:
     def lengths(self):
         """int64[n]: all samples are equally long."""
         return np.ones(len(self), np.int64)
+
+    def take_skipped(self):
+        """Messages about unreadable pictures, see training/feed.py: there are none."""
+        return []
 
     def batch(self, rows):
         """The `CaptionBatch` of the samples with these indices."""
@@ -223,6 +227,10 @@ class Texts(Conversations):
         """The batch of the conversations with these indices."""
         features = VISION.tokens, VISION.width
         return collate([self[i] for i in rows], [], features, multiple=MULTIPLE)
+
+    def take_skipped(self):
+        """See `Captions`."""
+        return []
 
 
 def words(folder):
