@@ -1,1 +1,1 @@
-"""How is it scored? One file per benchmark."""
+"""How is it scored? One file per benchmark, and ways to take the experts away."""

@@ -1,4 +1,10 @@
-"""TODO"""
+"""What do the experts contribute? Two ways to take it away, for the scorers and the tests.
+
+experts_off      the model without generated weights
+experts_swapped  the model with weights that were generated for another sample
+
+Next: toy.py scores a model with both.
+"""
 import contextlib
 
 from baselines import LoRA, MatrixExpert, MatrixNetwork
@@ -6,32 +12,41 @@ from hypernet import Expert, HyperNetwork
 from vlora import Generator, PerceptualWeights
 
 
-# ---- What the experts contribute: two ways to take it away
-
-
 @contextlib.contextmanager
 def experts_off(model):
-    """Within this context every generated shift is exactly zero: no up-projection is left. A VLoRA is blind then."""
-    ups = [m.up.weight for m in model.modules() if isinstance(m, (HyperNetwork, MatrixNetwork))]
-    ups += [m.up for m in model.modules() if isinstance(m, (Expert, MatrixExpert, LoRA))]
-    ups += [m.Bs for m in model.modules() if isinstance(m, PerceptualWeights)]
-    kept = [up.detach().clone() for up in ups]
+    """Within this context every generated shift is exactly zero: all up-projections are zero.
+
+    VLoRA receives pictures only through generated weights, so it sees no picture then.
+    """
+    modules = list(model.modules())
+    ups = [m.up.weight for m in modules if isinstance(m, (HyperNetwork, MatrixNetwork))]
+    ups += [m.up for m in modules if isinstance(m, (Expert, MatrixExpert, LoRA))]
+    ups += [m.Bs for m in modules if isinstance(m, PerceptualWeights)]
+    saved = [up.detach().clone() for up in ups]
     for up in ups:
         up.data.zero_()
     try:
         yield
     finally:
-        for up, old in zip(ups, kept):
+        for up, old in zip(ups, saved):
             up.data.copy_(old)
+
+
+def swap_rows(module, inputs):
+    """A forward pre-hook that moves the last input by half a batch.
+
+    That is the embedding e of a hypernetwork, or the row's picture for a generator of VLoRA.
+    """
+    *others, last = inputs
+    return *others, last.roll(max(1, len(last) // 2), 0)
 
 
 @contextlib.contextmanager
 def experts_swapped(model):
-    """Within this context each row runs with the weights generated for another row, half a batch away."""
-    half = lambda x: x.roll(max(1, len(x) // 2), 0)
-    swap = lambda module, inputs: (*inputs[:-1], half(inputs[-1]))  # a hypernetwork's e, a generator's choice of picture
-    handles = [m.register_forward_pre_hook(swap) for m in model.modules()
-               if isinstance(m, (HyperNetwork, MatrixNetwork, Generator))]
+    """Within this context each row runs with the weights of another row, half a batch away."""
+    sources = HyperNetwork, MatrixNetwork, Generator
+    handles = [module.register_forward_pre_hook(swap_rows) for module in model.modules()
+               if isinstance(module, sources)]
     try:
         yield
     finally:

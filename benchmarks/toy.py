@@ -1,11 +1,15 @@
-"""Tasks and their scorers: `python eval.py --model out/toy/stage2 --task toy`.
+"""The toy's benchmark, for eval.py (`python eval.py --model out/toy/stage2`) and `python train.py`.
 
-The toy's task asks every question of the held-out splits as a single turn, greedily, through the `generate` of sample.py, and counts
-exact matches. It writes scores.json and gallery.png beside the checkpoint's folder, and prints a table.
+Every question of the held-out pictures is asked as a single turn and answered greedily; exact
+matches are counted. The same questions with another picture, or with the experts off or swapped,
+show where the answers come from. scores.json and gallery.png go beside the checkpoint's folder.
+
+Next: ablation.py takes the experts away; toy/files.py makes the questions.
 """
 import collections
 import dataclasses
 import os
+import shlex
 import time
 from dataclasses import dataclass
 
@@ -14,62 +18,78 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from benchmarks.ablation import experts_off, experts_swapped
-from data import collate, encode_prompt, load_records, open_image, pixels
-from model import generate
+from data import encode_prompt, load_records, open_image, pixels
+from sample import answer
 from toy.files import write_atomically
 from toy.questions import objects_in
 from toy.world import FAMILIES
 from weights import load
 
 BATCH = 128  # questions answered at once
+ROWS = {  # key in scores.json: name in the table
+    "heldout": "held-out pictures",
+    "combination": "unseen colour-shape pairs",
+    "shuffled": "pictures exchanged",
+    "majority": "constant answer",
+    "experts_off": "experts off",
+    "experts_swapped": "experts swapped",
+}
 
 
 @dataclass
-class Question:
-    """One question of a test split, as a single turn about one picture."""
+class PictureQuestion:
+    """One question of a test set, as a single turn about one picture."""
     family: str
     template: str
     text: str
     answer: str
-    image: str
+    image: str  # path, or the name given to `Answerer.add_picture`
 
 
 def load_questions(folder, split):
-    """The questions of folder/SPLIT.json."""
-    return [Question(r["family"], r["template"], r["conversations"][0]["value"], r["conversations"][1]["value"],
-                     os.path.join(folder, "images", r["image"]))
-            for r in load_records(os.path.join(folder, f"{split}.json"))]
+    """The `PictureQuestion`s of folder/SPLIT.json."""
+    questions = []
+    for row in load_records(os.path.join(folder, f"{split}.json")):
+        question, answer = (message["value"] for message in row["conversations"])
+        image = os.path.join(folder, "images", row["image"])
+        questions.append(PictureQuestion(row["family"], row["template"], question, answer, image))
+    return questions
+
+
+# ---- Answers
 
 
 class Answerer:
-    """A checkpoint that answers questions about pictures; each picture goes through the tower once."""
+    """A checkpoint that answers `PictureQuestion`s; each picture goes through the tower once."""
 
     def __init__(self, checkpoint, max_new_tokens=72):
-        self.model, self.tokenizer, self.preprocess = checkpoint.model.eval(), checkpoint.tokenizer, checkpoint.preprocess
-        self.layout = checkpoint.prompt_format()
-        self.max_new_tokens, self.features = max_new_tokens, {}
+        checkpoint.model.eval()
+        self.checkpoint, self.max_new_tokens = checkpoint, max_new_tokens
+        self.features = {}  # name of a picture: float[N, C]
 
     @torch.no_grad()
-    def show(self, name, image):
-        """Let the tower see a PIL image, which questions then call by `name`."""
-        seen = pixels(image, self.preprocess)[None].to(self.model.llm.embed_tokens.weight.dtype)
-        self.features[name] = self.model.features(seen)[0]  # (N, C)
+    def add_picture(self, name, image):
+        """Encode a PIL image. Questions refer to it by `name`."""
+        model = self.checkpoint.model
+        visual = pixels(image, self.checkpoint.preprocess)[None].to(model.llm.embed_tokens.weight)
+        self.features[name] = model.features(visual)[0]
 
-    def look(self, name):
-        """Features float[N, C] of a picture; one not shown before is opened by its path."""
+    def features_of(self, name):
+        """Features float[N, C] of a picture. A name that was not added is the path of a file."""
         if name not in self.features:
-            self.show(name, open_image(name, name))
+            self.add_picture(name, open_image(name, name))
         return self.features[name]
 
-    def __call__(self, questions, name):
-        """The answers, list[str], in order."""
+    def __call__(self, questions, label):
+        """The answers, list[str], in order. label: of the progress bar."""
+        tokenizer, layout = self.checkpoint.tokenizer, self.checkpoint.prompt_format()
         answers = []
-        for i in tqdm(range(0, len(questions), BATCH), name, mininterval=5):
+        for i in tqdm(range(0, len(questions), BATCH), label, mininterval=5):
             some = questions[i:i + BATCH]
-            samples = [encode_prompt([], q.text, self.tokenizer, self.layout, q.image) for q in some]
-            batch = collate(samples, [self.look(q.image) for q in some], None)
-            ids = generate(self.model, batch, self.max_new_tokens, self.tokenizer.eos)
-            answers += [self.tokenizer.decode(row).strip() for row in ids]
+            samples = [encode_prompt([], q.text, tokenizer, layout, q.image) for q in some]
+            visual = [self.features_of(q.image) for q in some]
+            ids = answer(self.checkpoint, samples, visual, self.max_new_tokens)
+            answers += [tokenizer.decode(row).strip() for row in ids]
         return answers
 
 
@@ -77,18 +97,23 @@ class Answerer:
 
 
 def exact(questions, answers):
-    """{"n", "mean", "families": {family: accuracy}}; the mean is over families, of exact matches."""
+    """{"n", "mean", "families": {family: accuracy}} of exact matches; the mean is over families."""
     right = collections.defaultdict(list)
     for q, a in zip(questions, answers):
         right[q.family].append(a == q.answer)
-    families = {f: sum(right[f]) / len(right[f]) for f in dict.fromkeys((*FAMILIES, *right)) if right[f]}
-    return {"n": len(questions), "mean": sum(families.values()) / len(families), "families": families}
+    order = dict.fromkeys((*FAMILIES, *right))
+    families = {f: sum(right[f]) / len(right[f]) for f in order if right[f]}
+    mean = sum(families.values()) / len(families)
+    return {"n": len(questions), "mean": mean, "families": families}
 
 
-def majority(questions, known):
-    """The answer that is commonest among the `known` questions of the same template: what can be had without looking."""
+def majority(questions, reference):
+    """For each question, the commonest answer to its template among the questions `reference`.
+
+    This is the best that can be done without seeing the picture.
+    """
     answers = collections.defaultdict(collections.Counter)
-    for q in known:
+    for q in reference:
         answers[q.template][q.answer] += 1
     return [answers[q.template].most_common(1)[0][0] for q in questions]
 
@@ -96,75 +121,120 @@ def majority(questions, known):
 def exchanged(questions):
     """The same questions about another picture: each picture's questions go to the next one."""
     images = list(dict.fromkeys(q.image for q in questions))
-    after = dict(zip(images, images[1:] + images[:1]))
-    return [dataclasses.replace(q, image=after[q.image]) for q in questions]
+    following = dict(zip(images, images[1:] + images[:1]))
+    return [dataclasses.replace(q, image=following[q.image]) for q in questions]
 
 
 def object_f1(questions, answers):
     """F1 of the (size, colour, shape) that captions name, over all captions together."""
-    hit = told = true = 0
+    hits = predicted = actual = 0
     for q, a in zip(questions, answers):
-        said, there = objects_in(a), objects_in(q.answer)
-        hit, told, true = hit + (said & there).total(), told + said.total(), true + there.total()
-    return 2 * hit / max(1, told + true)
+        found, expected = objects_in(a), objects_in(q.answer)
+        hits += (found & expected).total()
+        predicted += found.total()
+        actual += expected.total()
+    return 2 * hits / max(1, predicted + actual)
 
 
 def score(model, folder, out, began):
-    """Score a toy checkpoint on all splits; write out/scores.json and out/gallery.png; print the table.
+    """Score a toy checkpoint; write out/scores.json and out/gallery.png; print what came out.
 
-    began  time.perf_counter() when the run that "seconds" counts began
+    model   folder of the checkpoint; folder: of the world
+    began   time.perf_counter() when the run began whose "seconds" are counted
     """
     checkpoint = load(model)
     os.makedirs(out, exist_ok=True)
-    answer = Answerer(checkpoint)
-    asked = {split: load_questions(folder, split) for split in ("heldout", "combination")}
-    captions = [q for q in asked["heldout"] if q.family == "caption"]
-    asked = {split: [q for q in questions if q.family != "caption"] for split, questions in asked.items()}
-    held = asked["heldout"]
+    answerer = Answerer(checkpoint)
+    everything = load_questions(folder, "heldout")
+    captions = [q for q in everything if q.family == "caption"]
+    held_out = [q for q in everything if q.family != "caption"]
+    unseen = [q for q in load_questions(folder, "combination") if q.family != "caption"]
+    splits = {}
 
-    answers = answer(held, "heldout")
-    splits = {"heldout": exact(held, answers),
-              "combination": exact(asked["combination"], answer(asked["combination"], "combination")),
-              "shuffled": exact(held, answer(exchanged(held), "shuffled")),
-              "majority": exact(held, majority(held, load_questions(folder, "validation")))}
+    def ask(key, questions):
+        answers = answerer(questions, ROWS[key])
+        splits[key] = exact(questions, answers)
+        return answers
+
+    answers = ask("heldout", held_out)
+    ask("combination", unseen)
+    ask("shuffled", exchanged(held_out))
+    constant = majority(held_out, load_questions(folder, "validation"))
+    splits["majority"] = exact(held_out, constant)
     with experts_off(checkpoint.model):
-        splits["experts_off"] = exact(held, answer(held, "experts off"))
+        ask("experts_off", held_out)
     with experts_swapped(checkpoint.model):
-        splits["experts_swapped"] = exact(held, answer(held, "experts swapped"))
-    f1 = object_f1(captions, answer(captions, "captions"))
-    gallery(held, answers, os.path.join(out, "gallery.png"))
-    scores = {"seconds": round(time.perf_counter() - began, 1), "splits": splits, "captions": {"object_f1": f1}}
+        ask("experts_swapped", held_out)
+    f1 = object_f1(captions, answerer(captions, "captions"))
+    gallery(held_out, answers, os.path.join(out, "gallery.png"))
+    scores = {"seconds": round(time.perf_counter() - began, 1), "splits": splits,
+              "captions": {"object_f1": f1}}
     write_atomically(os.path.join(out, "scores.json"), scores)
-    print(table(scores))
+    print(table(scores), closing(model, out, example(held_out, answers)), sep="\n\n")
 
 
 def table(scores):
-    """The scores as aligned text, in per cent."""
-    lines = [f"{'split':16s}" + "".join(f"{f:>9s}" for f in FAMILIES) + f"{'mean':>9s}{'n':>7s}"]
-    for name, s in scores["splits"].items():
-        cells = "".join(f"{100 * s['families'].get(f, float('nan')):9.1f}" for f in FAMILIES)
-        lines.append(f"{name:16s}{cells}{100 * s['mean']:9.1f}{s['n']:7d}")
-    lines.append(f"captions: object F1 {100 * scores['captions']['object_f1']:.1f}    {scores['seconds']:.0f} s")
+    """The scores as aligned text, at most 100 columns wide, in per cent."""
+    heads = "".join(f"{family:>8s}" for family in FAMILIES)
+    lines = [f"{'right answers, %':25s}{heads}{'mean':>6s}{'n':>5s}"]
+    for key, row in scores["splits"].items():
+        cells = "".join(f"{100 * row['families'].get(f, float('nan')):8.1f}" for f in FAMILIES)
+        lines.append(f"{ROWS[key]:25s}{cells}{100 * row['mean']:6.1f}{row['n']:5d}")
+    f1 = 100 * scores["captions"]["object_f1"]
+    lines.append(f"captions: object F1 {f1:.1f} %    total time: {scores['seconds']:.0f} s")
     return "\n".join(lines)
 
 
-def gallery(questions, answers, path, columns=4, rows=3, scale=4):
-    """A sheet of pictures, each with three of its questions, the answer in green if right and in red, with the truth, if not."""
-    shown = collections.defaultdict(list)
+def example(questions, answers):
+    """A question to try: one with a right answer, about a shape if possible."""
+    right = [q for q, a in zip(questions, answers) if a == q.answer] or questions
+    return next((q for q in right if q.family == "shape"), right[0])
+
+
+def closing(model, out, question):
+    """Where the results are, and a command to try: `question`, put to the checkpoint."""
+    prompt = shlex.quote(question.text.removeprefix("<image>\n"))
+    return "\n".join([
+        f"checkpoint  {model}",
+        f"scores      {os.path.join(out, 'scores.json')}",
+        f"gallery     {os.path.join(out, 'gallery.png')}: pictures with questions and answers",
+        f"try         python sample.py --model {shlex.quote(model)} --prompt {prompt} \\",
+        f"                --image {shlex.quote(question.image)}"])
+
+
+# ---- The gallery
+
+
+def gallery(questions, answers, path, *, columns=4, rows=3, scale=4):
+    """Write a sheet of pictures, each with three of its questions and the answers.
+
+    A right answer is green, a wrong one red, followed by the truth.
+    """
+    by_image = collections.defaultdict(list)
     for q, a in zip(questions, answers):
-        shown[q.image].append((q.text.removeprefix("<image>\n"), a, q.answer))
-    images = list(shown)[::max(1, len(shown) // (columns * rows))][:columns * rows]
-    shown = {image: shown[image][i % 3::3][:3] for i, image in enumerate(images)}
-    side, font = max(max(open_image(image, image).size) for image in images) * scale, ImageFont.load_default(13)
-    wide, high = 30 + max(side, *(round(font.getlength(text)) for said in shown.values() for text, *_ in said)), side + 125
-    sheet = Image.new("RGB", (columns * wide, rows * high), "white")
+        by_image[q.image].append((q.text.removeprefix("<image>\n"), a, q.answer))
+    images = list(by_image)[::max(1, len(by_image) // (columns * rows))][:columns * rows]
+    panels = [(open_image(image, image), by_image[image][i % 3::3][:3])
+              for i, image in enumerate(images)]
+    font = ImageFont.load_default(13)
+    side = scale * max(max(picture.size) for picture, _ in panels)
+    lengths = [round(font.getlength(text)) for _, turns in panels for text, _, _ in turns]
+    width, height = 30 + max(side, *lengths), side + 125
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        x, y = i % columns * wide + 10, i // columns * high + 10
-        picture = open_image(image, image)
-        sheet.paste(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST), (x, y))
-        for j, (text, answer, truth) in enumerate(shown[image]):
-            top, right = y + side + 5 + 34 * j, answer == truth
-            pen.text((x, top), text, "black", font)
-            pen.text((x, top + 15), answer if right else f"{answer}   (truth: {truth})", "green" if right else "red", font)
+    for i, (picture, turns) in enumerate(panels):
+        x, y = i % columns * width + 10, i // columns * height + 10
+        size = picture.width * scale, picture.height * scale
+        sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
+        for j, turn in enumerate(turns):
+            write_turn(pen, font, (x, y + side + 5 + 34 * j), *turn)
     sheet.save(path)
+
+
+def write_turn(pen, font, place, question, answer, truth):
+    """Write a question at `place`, (x, y) in pixels, and the answer below it."""
+    x, y = place
+    right = answer == truth
+    pen.text((x, y), question, "black", font)
+    pen.text((x, y + 15), answer if right else f"{answer}   (truth: {truth})",
+             "green" if right else "red", font)

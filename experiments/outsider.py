@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from benchmarks.toy import Answerer, Question
+from benchmarks.toy import Answerer, PictureQuestion
 from cli import main, parse
 from weights import load
 
@@ -87,7 +87,7 @@ def questions(things, name):
     found += [("shape", f"What shape is the {c} thing?", k) for c, k in things if colours.count(c) == 1]
     found += [("count", "How many things are there?", str(len(things)))]
     found += [("count", f"How many {c} things are there?", str(colours.count(c))) for c in sorted(set(colours))]
-    return [Question(family, family, text, answer, name) for family, text, answer in found]
+    return [PictureQuestion(family, family, text, answer, name) for family, text, answer in found]
 
 
 def run():
@@ -99,7 +99,7 @@ def run():
     for i in range(o.pictures):
         image, things = picture(chance, o.scattered)
         name = f"{i:03d}"
-        answer.show(name, image)
+        answer.add_picture(name, image)
         asked += questions(things, name)
         if o.out:
             image.save(f"{o.out}/{name}.png")

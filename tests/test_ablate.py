@@ -239,7 +239,7 @@ def test_the_further_splits_show_what_training_never_does(tmp_path):
     assert len(objects) == 12 and set(objects) == {6, 7}
     assert len(json.load(open(tmp_path / "grounds_captions.json"))) == 12
     rng = np.random.default_rng(0)
-    tones = [len(np.unique(np.asarray(toy.world.checks(rng, np.full(3, 120.0), 56, 40)).reshape(-1, 3), axis=0)) for _ in range(5)]
+    tones = [len(np.unique(np.asarray(toy.world.checkerboard(rng, np.full(3, 120.0), (56, 40))).reshape(-1, 3), axis=0)) for _ in range(5)]
     assert tones == [2] * 5
 
 

@@ -1,1 +1,1 @@
-"""What is the default world? Pictures of shapes, questions about them, and small stand-ins for CLIP and Vicuna."""
+"""What is the default world? Shapes, questions about them, and stand-ins for CLIP and Vicuna."""

@@ -1,47 +1,67 @@
-"""TODO"""
+"""The toy world as files in LLaVA's JSON format: what stages 0, 1 and 2 train on and are tested on.
+
+`write_world(folder)` writes
+
+    images/                                     all pictures
+    captions.json, instruct.json                of the training pictures, for stages 1 and 2
+    text.json, validation_text.json             conversations without pictures, for stage 0's Llama
+    validation, heldout, combination .json      single questions for testing; *_captions.json beside
+    world.json                                  how it was made; written last
+
+For training runs and the experiments. Next: stand_ins.py.
+"""
+import collections.abc
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import pathlib
 import re
 import signal
+import sys
+import typing
 
 import numpy as np
+from tqdm import tqdm
 
 from toy.questions import ask, ask_caption, conversation, describe, SHARES, shift_question, STEPS
-from toy.world import checks, draw, edit, FAMILIES, ground, sample_scene, some, SPLITS
+from toy.world import (checkerboard, draw, edit, FAMILIES, plain_background, sample_scene, Scene,
+    shuffled, SPLITS)
 
 
-# ----------------------------------------------------------------------------------------------------------- files
+# ---- Records
+
 
 def record(id, image, turns, prefix=""):
-    """One conversation in LLaVA's JSON format. `turns`: (question, answer) pairs; `image`: a path or None.
+    """One conversation in LLaVA's JSON format.
 
+    turns  [(question, answer), ...]; image: its path or None
     The first human turn starts with "<image>\\n" if there is an image, then with `prefix`.
     """
-    said = []
+    messages = []
     for question, answer in turns:
-        said += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    said[0]["value"] = ("<image>\n" if image else "") + prefix + said[0]["value"]
-    return {"id": id, **({"image": image} if image else {}), "conversations": said}
+        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    messages[0]["value"] = ("<image>\n" if image else "") + prefix + messages[0]["value"]
+    return {"id": id, **({"image": image} if image else {}), "conversations": messages}
 
 
-def pairs_of(questions):
-    """[(question, answer)] of Questions."""
+def turns_of(questions):
+    """[(question, answer), ...] of Questions."""
     return [(q.question, q.answer) for q in questions]
 
 
-def write_atomically(path, value):
-    """Write `value`, a list one item a line; a killed run leaves the old file or none, never half of one."""
-    path, lines = pathlib.Path(path), ",\n".join(json.dumps(row) for row in value) if isinstance(value, list) else None
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=1) if lines is None else f"[\n{lines}\n]\n")
-    os.replace(partial, path)
+def question_record(id, image, question):
+    """One question as a record of one turn; "family" and "template" are not among LLaVA's keys."""
+    row = record(f"{id}_{question.family}", image, turns_of([question]))
+    return row | {"family": question.family, "template": question.template}
 
 
-def training_turns(scene, rng, caption_share):
-    """Questions for one training record: one in 15 %, else 5-7; `caption_share` of records ask for the caption."""
+def training_questions(scene, rng, caption_share):
+    """Questions for one training record: one in 15 %, else 5 to 7.
+
+    A share `caption_share` of records asks for the caption, too.
+    """
     turns = 1 if rng.random() < 0.15 else int(rng.integers(5, 8))
     questions = conversation(scene, rng, turns, SHARES)
     if rng.random() < caption_share:
@@ -49,112 +69,184 @@ def training_turns(scene, rng, caption_share):
     return questions
 
 
-def save_picture(folder, image, scene, side, ground=ground):
-    """Draw `scene` by its own seed into folder/images/`image`: it is the same in whatever order, and process, pictures are drawn."""
-    picture = draw(scene, np.random.default_rng(scene.seed), side, ground)
-    picture.save(folder / "images" / image, compress_level=1)
+# ---- Files
+
+
+def write_atomically(path, value):
+    """Write `value` as JSON, a list with one item per line.
+
+    A killed run leaves the old file or none, never a part of one.
+    """
+    path = pathlib.Path(path)
+    if isinstance(value, list):
+        text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]\n"
+    else:
+        text = json.dumps(value, indent=1)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def progress(items, label, total=None):
+    """`items` with a progress bar on standard error; what takes under a second shows none."""
+    interval = 1 if sys.stderr.isatty() else 15  # seconds
+    return tqdm(items, label, total, delay=1, mininterval=interval)
+
+
+class Picture(typing.NamedTuple):
+    """A picture that is still to be drawn, `side` pixels long."""
+    path: pathlib.Path
+    scene: Scene
+    side: int
+    background: collections.abc.Callable = plain_background
+
+    def save(self):
+        """Draw it. The scene's seed decides its look, so order and process do not matter."""
+        rng = np.random.default_rng(self.scene.seed)
+        draw(self.scene, rng, self.side, self.background).save(self.path, compress_level=1)
 
 
 def write_training(folder, rng, pictures, side):
-    """Write captions.json (stage 1) and instruct.json (stage 2) of the training pictures; returns what `save_picture` needs to draw those.
+    """Write captions.json (stage 1) and instruct.json (stage 2); returns the `Picture`s to draw.
 
-    Every odd picture is an edit of the one before it: neighbours are each other's hard negatives.
+    Every second picture is an edit of the one before it: the two are each other's hard negatives.
     """
-    captions, instruct, drawn, scene = [], [], [], None
-    for i in range(pictures):
+    captions, instruct, todo, scene = [], [], [], None
+    for i in progress(range(pictures), "conversations"):
         scene = edit(scene, rng) if i % 2 else sample_scene(rng, "train")
         id = f"train_{i:06d}"
-        drawn.append((folder, f"{id}.png", scene, side))
-        captions.append(record(id, f"{id}.png", pairs_of([ask_caption(scene, rng)])))
-        instruct.append(record(id, f"{id}.png", pairs_of(training_turns(scene, rng, 1 / 6))))
+        image = f"{id}.png"
+        todo.append(Picture(folder / "images" / image, scene, side))
+        captions.append(record(id, image, turns_of([ask_caption(scene, rng)])))
+        instruct.append(record(id, image, turns_of(training_questions(scene, rng, 1 / 6))))
     write_atomically(folder / "captions.json", captions)
     write_atomically(folder / "instruct.json", instruct)
-    return drawn
+    return todo
 
 
-def write_texts(folder, file, rng, split, texts, seen):
-    """Write conversations over descriptions of scenes of `split` which are not in `seen`."""
-    rows = []
-    while len(rows) < texts:
+def unseen_scenes(rng, split, seen):
+    """Yield scenes of `split` without end, those in `seen` left out."""
+    while True:
         scene = sample_scene(rng, split)
         if scene not in seen:
-            turns = pairs_of(training_turns(scene, rng, 1 / 2))
-            rows.append(record(f"text_{len(rows):06d}", None, turns, describe(scene, rng) + "\n"))
-    write_atomically(folder / file, rows)
+            yield scene
 
 
-def question_record(id, image, question):
-    """One question as a record of one turn with, beyond LLaVA's keys, "family" and "template"."""
-    return {**record(f"{id}_{question.family}", image, pairs_of([question])), "family": question.family, "template": question.template}
+def write_texts(path, rng, scenes, texts):
+    """Write `texts` conversations in which a description of a scene stands for its picture."""
+    rows = []
+    for i, scene in enumerate(progress(itertools.islice(scenes, texts), "texts", texts)):
+        turns = turns_of(training_questions(scene, rng, 1 / 2))
+        rows.append(record(f"text_{i:06d}", None, turns, describe(scene, rng) + "\n"))
+    write_atomically(path, rows)
 
 
-def write_test(folder, rng, split, pictures, side, name=None, ground=ground, **things):
-    """Write SPLIT.json of a test split: each family that applies asked once of each picture, and a caption; returns as `write_training`.
+def write_test(folder, rng, split, pictures, *, side, name=None, background=plain_background,
+               **counts):
+    """Write NAME.json, a test set; returns the `Picture`s to draw.
 
-    SPLIT_captions.json has the captions alone. A split that differs from `split` in its ground or number of things has a `name`.
+    Of each picture every family that applies is asked once, and a caption. NAME_captions.json has
+    only the captions.
+    name    of the test set, if it is not just `split`
+    counts  `fewest` and `most` things in a picture, see `sample_scene`
     """
-    rows, drawn, name = [], [], name or split
+    rows, todo, name = [], [], name or split
     for i in range(pictures):
-        scene, id = sample_scene(rng, split, **things), f"{name}_{i:06d}"
-        drawn.append((folder, f"{id}.png", scene, side, ground))
-        questions = [ask(scene, family, rng, split) for family in FAMILIES] + [ask_caption(scene, rng)]
-        rows += [question_record(id, f"{id}.png", question) for question in questions if question is not None]
+        scene, id = sample_scene(rng, split, **counts), f"{name}_{i:06d}"
+        image = f"{id}.png"
+        todo.append(Picture(folder / "images" / image, scene, side, background))
+        questions = [ask(scene, family, rng, split) for family in FAMILIES]
+        questions.append(ask_caption(scene, rng))
+        rows += [question_record(id, image, question) for question in questions if question]
     write_atomically(folder / f"{name}.json", rows)
-    write_atomically(folder / f"{name}_captions.json", [row for row in rows if row["family"] == "caption"])
-    return drawn
+    captions = [row for row in rows if row["family"] == "caption"]
+    write_atomically(folder / f"{name}_captions.json", captions)
+    return todo
 
 
 def write_unseen(folder, seed=0, side=56, pictures=100):
-    """Beside a world, write two further test splits: `grounds`, on a checkerboard, and `numbers`, of six or seven things."""
+    """Add test sets to a world: `grounds`, on checkerboards, and `numbers`, of 6 or 7 things."""
     folder = pathlib.Path(folder)
-    drawn = write_test(folder, np.random.default_rng([seed, 5]), "heldout", pictures, side, "grounds", checks)
-    drawn += write_test(folder, np.random.default_rng([seed, 6]), "heldout", pictures, side, "numbers", fewest=6, most=7)
-    for picture in drawn:
-        save_picture(*picture)
+    rng = np.random.default_rng([seed, 5])
+    todo = write_test(folder, rng, "heldout", pictures, side=side, name="grounds",
+                      background=checkerboard)
+    rng = np.random.default_rng([seed, 6])
+    todo += write_test(folder, rng, "heldout", pictures, side=side, name="numbers",
+                       fewest=6, most=7)
+    for picture in todo:
+        picture.save()
+
+
+def dialect_rows(captions, rng, single):
+    """Records that ask each of STEPS about every picture with a letter; one each if `single`."""
+    rows = []
+    for row in captions:
+        letter = re.search("the letter ([A-Z])", row["conversations"][1]["value"])
+        if letter is None:
+            continue
+        questions = [shift_question(letter[1], steps, rng) for steps in shuffled(rng, STEPS)]
+        id = f"{pathlib.Path(row['image']).stem}_dialect"
+        if single:
+            rows += [question_record(f"{id}_{i}", row["image"], q) for i, q in enumerate(questions)]
+        else:
+            rows.append(record(id, row["image"], turns_of(questions)))
+    return rows
 
 
 def write_dialect(folder, seed=0):
-    """Beside a world, write dialect.json and heldout_dialect.json: its pictures with a letter, each of STEPS asked for.
+    """Add dialect.json and heldout_dialect.json to a world: each of STEPS, asked about letters.
 
-    One conversation a training picture; single questions, as in all test splits, a held-out one.
+    A training picture has one conversation; a held-out one single questions, as in all test sets.
     """
     folder, rng = pathlib.Path(folder), np.random.default_rng([seed, 7])
-    for file, name in (("captions.json", "dialect.json"), ("heldout_captions.json", "heldout_dialect.json")):
-        rows = []
-        for row in json.loads((folder / file).read_text()):
-            found = re.search("the letter ([A-Z])", row["conversations"][1]["value"])
-            if found is None:
-                continue
-            questions = [shift_question(found[1], steps, rng) for steps in some(rng, STEPS, len(STEPS))]
-            id = f"{pathlib.Path(row['image']).stem}_dialect"
-            rows += [record(id, row["image"], pairs_of(questions))] if name == "dialect.json" else [
-                question_record(f"{id}_{i}", row["image"], question) for i, question in enumerate(questions)]
-        write_atomically(folder / name, rows)
+    for prefix in ("", "heldout_"):
+        captions = json.loads((folder / f"{prefix}captions.json").read_text())
+        rows = dialect_rows(captions, rng, single=bool(prefix))
+        write_atomically(folder / f"{prefix}dialect.json", rows)
+
+
+# ---- A world
+
+
+def code_digest():
+    """The sha256 of the code that decides what a world contains."""
+    names = ("world.py", "questions.py", "files.py")
+    code = b"".join(pathlib.Path(__file__).with_name(name).read_bytes() for name in names)
+    return hashlib.sha256(code).hexdigest()
 
 
 def write_world(folder, pictures=16000, seed=0, side=56, texts=16000, test_pictures=250):
-    """Write a whole world, the same for the same arguments; returns False if `folder` already holds just that.
+    """Write a whole world, the same for the same arguments; False if `folder` already holds it.
 
-    Paths in the JSON files are relative to folder/images. world.json, the arguments and a digest of this file,
-    is written last: where it is, the world is complete.
+    Paths in the JSON files are relative to folder/images. world.json, the arguments and a digest of
+    the code, is written last: if it is there, the world is complete.
     """
     folder = pathlib.Path(folder)
-    stamp = {"pictures": pictures, "seed": seed, "side": side, "texts": texts, "test_pictures": test_pictures,
-             "code": hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()}
-    if (folder / "world.json").exists() and json.loads((folder / "world.json").read_text()) == stamp:
+    stamp = {"pictures": pictures, "seed": seed, "side": side, "texts": texts,
+             "test_pictures": test_pictures, "code": code_digest()}
+    stamp_file = folder / "world.json"
+    if stamp_file.exists() and json.loads(stamp_file.read_text()) == stamp:
         return False
+    print(f"drawing the toy world in {folder}: {pictures:,} pictures with conversations, "
+          f"{texts:,} texts, 3 x {test_pictures} test pictures", file=sys.stderr)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    (folder / "world.json").unlink(missing_ok=True)  # from here on the folder is a mixture, until the stamp is back
+    stamp_file.unlink(missing_ok=True)  # until it is back, two worlds may be mixed here
     train, text, *tests = (np.random.default_rng([seed, i]) for i in range(5))
-    drawn = write_training(folder, train, pictures, side)
-    # Every core draws. A fork, for a new interpreter would import all that its parent did; Ctrl-C is the parent's affair.
-    with multiprocessing.get_context("fork").Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        saved = [pool.starmap_async(save_picture, drawn, 64)]
-        write_texts(folder, "text.json", text, "train", texts, {scene for _, _, scene, _ in drawn})
-        write_texts(folder, "validation_text.json", text, "validation", test_pictures, ())
+    # Every core draws. Forked, because a new interpreter would import torch again. Workers ignore
+    # Ctrl-C; the parent ends them.
+    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with multiprocessing.get_context("fork").Pool(**ignore) as pool:
+        todo = write_training(folder, train, pictures, side)
+        drawn = [pool.imap_unordered(Picture.save, todo, 64)]  # starts at once, beside the texts
+        seen = {picture.scene for picture in todo}
+        write_texts(folder / "text.json", text, unseen_scenes(text, "train", seen), texts)
+        write_texts(folder / "validation_text.json", text, unseen_scenes(text, "validation", ()),
+                    test_pictures)
         for rng, split in zip(tests, SPLITS[1:]):
-            saved.append(pool.starmap_async(save_picture, write_test(folder, rng, split, test_pictures, side), 64))
-        for result in saved:
-            result.get()  # raises what a process raised
-    write_atomically(folder / "world.json", stamp)
+            test = write_test(folder, rng, split, test_pictures, side=side)
+            drawn.append(pool.imap_unordered(Picture.save, test, 64))
+        total = pictures + len(tests) * test_pictures
+        for _ in progress(itertools.chain(*drawn), "pictures", total):
+            pass  # a process's exception is raised here
+    write_atomically(stamp_file, stamp)
     return True

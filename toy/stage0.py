@@ -1,37 +1,46 @@
-"""All that train.py needs of the toy: its world, the stand-ins of stage 0, the scores at the end."""
+"""All that train.py needs of the toy: its world, the stand-ins of stage 0, the final scores.
+
+Next: stand_ins.py for the models, files.py for the world, benchmarks/toy.py for the scores.
+"""
 import os
 
 from benchmarks.toy import score
-from data import Conversations, PromptFormat
+from data import PromptFormat
 from formats.tokenizer import train_tokenizer
 from toy.files import write_world
-from toy.stand_ins import (Captions, LLAMA, StandInCLIP, StandInLlama, VISION, words, write_clip,
-                           write_llm)
-from training.feed import VLMData
+from toy.stand_ins import (Captions, LLAMA, StandInCLIP, StandInLlama, Texts, VISION, words,
+    write_clip, write_llm)
 
 
 def make_world(out, pictures):
-    """Write the toy's world into OUT/world, unless it is there."""
+    """Write OUT/world with `pictures` training pictures and as many texts, unless it is there."""
     write_world(os.path.join(out, "world"), pictures, side=VISION.image_size, texts=pictures,
                 test_pictures=min(250, pictures))
 
 
 def stage_0(part, world, out, system):
-    """(model, training data, held-out data, write) of the stand-in `part`, clip or llm.
+    """(model, training data, held-out data, write) of the stand-in `part`, "clip" or "llm".
 
-    world  folder of the world; out: folder that `write({name: tensor})` writes, in the Hugging Face layout
+    world   folder of the world
+    out     folder that write({name: tensor}) writes, in the Hugging Face layout
+    system  text before the first turn of the Llama's conversations
+
+    model.loss(batch) is a sum over batch.trained items; data has `lengths`, `batch` and `sample`.
     """
     tokenizer = train_tokenizer(words(world), LLAMA.vocab)
     if part == "clip":
-        data = [Captions(world, f"{split}captions.json", tokenizer) for split in ("", "validation_")]
+        files = ("captions.json", "validation_captions.json")
+        data = [Captions(world, file, tokenizer) for file in files]
         return StandInCLIP(), *data, lambda tensors: write_clip(tensors, out)
-    prompt_format = PromptFormat("v1", system, VISION.tokens, LLAMA.context)
-    files = [os.path.join(world, f"{split}text.json") for split in ("", "validation_")]
-    data = [Conversations(file, world, tokenizer, prompt_format) for file in files]
-    data = [VLMData(conversations, None, None) for conversations in data]
+    layout = PromptFormat("v1", system, VISION.tokens, LLAMA.context)
+    files = [os.path.join(world, file) for file in ("text.json", "validation_text.json")]
+    data = [Texts(file, world, tokenizer, layout) for file in files]
     return StandInLlama(), *data, lambda tensors: write_llm(tensors, tokenizer, out)
 
 
 def finish(out, began):
-    """Score the finished run in `out`; `began`: time.perf_counter() at its start."""
+    """Score OUT/stage2 on OUT/world, as eval.py does.
+
+    began  time.perf_counter() at the start of the run
+    """
     score(os.path.join(out, "stage2"), os.path.join(out, "world"), out, began)

@@ -2,14 +2,18 @@
 import collections
 import dataclasses
 import json
+import pathlib
 import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import toy.files
 import toy.questions
+import toy.stage0
+import toy.stand_ins
 import toy.world
 
 HELD_OUT_NAMES = re.compile("|".join(f"{colour} {shape}" for colour, shape in sorted(toy.world.HELD_OUT)))
@@ -316,3 +320,61 @@ def test_the_files_of_a_world(tmp_path):
     parts = [set(re.split(", | and (?=a |the )", text)) for text in said]
     assert all(len(b - a) <= 1 for a, b in zip(parts[::2], parts[1::2]))  # an edit of its neighbour
     assert any(len(b - a) > 1 for a, b in zip(parts[1::2], parts[2::2]))
+
+
+def test_a_long_world_says_what_it_draws_and_how_far_it_is(tmp_path, capsys):
+    toy.files.write_world(tmp_path, pictures=8, texts=10, test_pictures=2, side=24)
+    line, = capsys.readouterr().err.splitlines()
+    assert line == (f"drawing the toy world in {tmp_path}: 8 pictures with conversations, "
+                    "10 texts, 3 x 2 test pictures")
+    bar = toy.files.progress(range(3), "pictures")
+    bar.delay = 0  # else it would show after a second
+    assert list(bar) == [0, 1, 2] and bar.total == 3
+    assert re.search("pictures: 100%.*3/3", capsys.readouterr().err)
+    toy.files.write_world(tmp_path, pictures=8, texts=10, test_pictures=2, side=24)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["world.py", "questions.py", "files.py"])
+def test_a_world_is_drawn_anew_when_the_code_that_decides_it_changes(name, monkeypatch):
+    before, read = toy.files.code_digest(), pathlib.Path.read_bytes
+    monkeypatch.setattr(pathlib.Path, "read_bytes",
+                        lambda path: read(path) + b"#" * (path.name == name))
+    assert toy.files.code_digest() != before
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run's folder with a small world."""
+    out = str(tmp_path_factory.mktemp("run"))
+    toy.stage0.make_world(out, 60)
+    return out
+
+
+@pytest.mark.parametrize("part, samples, trained", [("clip", 30, 4), ("llm", 60, None)])
+def test_a_stand_in_has_a_loss_over_batches_of_its_data_and_is_written(part, samples, trained, world,
+                                                                      tmp_path):
+    torch.manual_seed(0)
+    model, data, held_out, write = toy.stage0.stage_0(part, f"{world}/world", str(tmp_path / "x"), "")
+    assert len(data) == len(data.lengths) == len(held_out) == samples
+    batch = data.batch([3, 1]).to("cpu")
+    assert trained in (None, batch.trained) and len(batch.lengths) == len(batch.records)
+    loss = model.loss(batch)
+    assert loss.shape == () and 0.5 < loss.item() / batch.trained < 10
+    if part == "llm":  # a sum over tokens: rows add up
+        apart = sum(model.loss(data.batch([i])).item() for i in (3, 1))
+        assert apart == pytest.approx(loss.item(), rel=1e-5)
+        assert data.sample(3).ids.tolist() == batch.ids[0, :batch.lengths[0]].tolist()
+    else:
+        assert data.sample is None
+    write(dict(model.named_parameters()))
+    assert (tmp_path / "x" / "config.json").exists()
+
+
+def test_a_phrase_competes_only_with_pictures_that_do_not_show_it():
+    own = torch.tensor([[True, False], [True, True]])
+    assert toy.stand_ins.contrastive_loss(10.0 * own, own) < 1e-3
+    # The only foreign pair is picture 0 with phrase 1. One of three own pairs shares its phrase, one
+    # its picture; both lose by 10, the other pairs compete with nothing.
+    loss = toy.stand_ins.contrastive_loss(10.0 * ~own, own)
+    assert loss.item() == pytest.approx(10 / 3, abs=1e-3)
