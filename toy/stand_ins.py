@@ -252,4 +252,4 @@ def write_clip(tensors, out):
 def write_llm(tensors, tokenizer, out):
     """Write the trained tensors of a StandInLlama in the Hugging Face layout."""
     state = {k.removeprefix("llm."): v for k, v in tensors.items()}
-    write_llama(out, state, LLAMA, tokenizer, tokenizer.bos, tokenizer.eos)
+    write_llama(out, state, LLAMA, tokenizer)
