@@ -27,15 +27,18 @@ from formats.tokenizer import Tokenizer
 @dataclass
 class Options:
     """List bad records and pictures of a data set, count the others; exit code 1 if any is bad."""
-    data: str = ""           # LLaVA's JSON file
-    images: str = ""         # folder that the paths of its pictures start from
-    llm: str = ""            # folder with a tokenizer: for --show, and to count truncated records
-    show: int = 0            # print the first N conversations instead, the trained part in [[ ]]
-    json: bool = False       # with --show: ids, labels, pool_id and use_id as JSON lines
+    # data
+    data: str | None = None    # LLaVA's JSON file
+    images: str | None = None  # folder that the paths of its pictures start from
+    llm: str | None = None     # folder with a tokenizer: for --show, and to count truncated records
+    # output
+    show: int = 0              # print the first N conversations instead, the trained part in [[ ]]
+    json: bool = False         # with --show: ids, labels, pool_id and use_id as JSON lines
+    # prompt format, as in train.py
     template: Literal["plain", "v1"] = "v1"  # plain for stage 1, v1 for stage 2
-    system: str = SYSTEM     # text before the first turn
-    image_tokens: int = 576  # positions of a picture; 0 for VLoRA
-    context: int = 2048      # positions of a sample
+    system: str = SYSTEM       # text before the first turn
+    image_tokens: int = 576    # positions of a picture; 0 for VLoRA
+    context: int = 2048        # positions of a sample
     guidance_pool: Literal["instruction", "prompt"] = "instruction"  # text that guidance averages
 
     def __post_init__(self):
