@@ -415,11 +415,11 @@ def collate(samples, visual, blank=None, pad=0, multiple=1):
     """The `Batch` of samples and of the pictures of those that have one, in order.
 
     visual    list of float[3, S, S] pixels or float[N, C] features
-    blank     shape of one of them: a batch without pictures brings one of zeros that no position refers
-              to, so that every rank runs every part of a sharded model; None: it brings none
-    multiple  T is padded to a multiple of it, P to a multiple of four times it (with target IGNORE):
-              kernels are chosen, and on a CPU compiled, for each new shape, which may cost more than
-              the padding
+    blank     shape of one of them: a batch without pictures gets one of zeros that no position
+              uses, so that every rank runs every part of a sharded model; None: it gets none
+    multiple  T is padded to a multiple of it, P (with target IGNORE) to a multiple of four times
+              it: kernels are chosen, and on a CPU compiled, for each new shape, which may cost more
+              than the padding
     """
     expected = sum(s.image is not None for s in samples)
     assert len(visual) == expected, f"{len(visual)} pictures for {expected} samples with one"

@@ -21,10 +21,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import data
 import formats.tokenizer
 from cli import UserError
-from data import (check_causal, collate, Conversations, encode, encode_prompt, IGNORE, open_image,
-    pixels, Preprocess, PromptFormat, SYSTEM, turns_of_record)
+from data import (check_causal, collate, Conversations, encode, encode_prompt, IGNORE, IMAGE,
+                  open_image, pixels, Preprocess, PromptFormat, SYSTEM, turns_of_record)
 from formats.tokenizer import Tokenizer
-from model import IMAGE
 from training.feed import BatchSampler
 
 QUESTIONS = ["What colour is the large circle?", "Is there a red square?",
@@ -947,45 +946,59 @@ def test_a_picture_outside_the_folder_is_refused(tokenizer, tmp_path):
 
 
 def test_a_batch_is_padded_on_the_right_and_shifted_once(tokenizer):
-    samples = [encode(TURNS, tokenizer, LAYOUT, "one", "x"), encode([("Q", "yes")], tokenizer, LAYOUT, "two"),
+    samples = [encode(TURNS, tokenizer, LAYOUT, "one", "x"),
+               encode([("Q", "yes")], tokenizer, LAYOUT, "two"),
                encode(TURNS[:1], tokenizer, LAYOUT, "three", "y")]
     visual = [torch.full((3, 4, 4), 1.0), torch.full((3, 4, 4), 2.0)]
     batch = collate(samples, visual, (3, 4, 4), pad=7)
     T = len(samples[0].ids)
-    assert batch.ids.shape == batch.pool_id.shape == batch.use_id.shape == (3, T) and batch.turns == 3
+    assert batch.ids.shape == batch.pool_id.shape == batch.use_id.shape == (3, T)
+    assert batch.turns == 3
+    image_at = []
     for b, s in enumerate(samples):
-        n = len(s.ids)
-        for name, fill in (("ids", 7), ("pool_id", -1), ("use_id", -1)):
+        n, image = len(s.ids), s.ids == IMAGE
+        image_at += [b * T + i for i in np.flatnonzero(image)]
+        ids = np.where(image, 0, s.ids)  # image tokens have no id: `image_at` says where they are
+        for name, values, fill in (("ids", ids, 7), ("pool_id", s.pool_id, -1),
+                                   ("use_id", s.use_id, -1)):
             row = getattr(batch, name)[b]
-            assert row.dtype == torch.int64 and row[:n].tolist() == getattr(s, name).tolist()
+            assert row.dtype == torch.int64 and row[:n].tolist() == values.tolist()
             assert (row[n:] == fill).all()
+    assert batch.image_at.tolist() == image_at and len(image_at) == 18
     assert batch.lengths.tolist() == [len(s.ids) for s in samples]
-    assert batch.records == ["one", "two", "three"] and batch.visual[:, 0, 0, 0].tolist() == [1.0, 2.0]
+    assert batch.records == ["one", "two", "three"]
+    assert batch.visual[:, 0, 0, 0].tolist() == [1.0, 2.0]
 
-    flat, labels = batch.ids.flatten(), np.concatenate([np.r_[s.labels, [IGNORE] * (T - len(s.ids))] for s in samples])
+    flat = batch.ids.flatten()
+    labels = np.concatenate([np.r_[s.labels, [IGNORE] * (T - len(s.ids))] for s in samples])
     assert torch.equal(flat[batch.at + 1], batch.target)
     assert batch.at.tolist() == [i - 1 for i in np.flatnonzero(labels != IGNORE)]
     rows = [tokenizer.decode(batch.target[batch.at // T == b]) for b in range(3)]
     assert rows == ["red A cat. Black and white", "yes", "red"]
     first = batch.at[0]
-    assert tokenizer.decode([flat[first]]) == "ASSISTANT:" and tokenizer.decode([batch.target[0]]) == "red"
+    assert tokenizer.decode([flat[first]]) == "ASSISTANT:"
+    assert tokenizer.decode([batch.target[0]]) == "red"
     moved = batch.to("meta")
-    assert moved.ids.is_meta and moved.visual.is_meta and moved.target.is_meta and moved.records == batch.records
+    assert moved.ids.is_meta and moved.visual.is_meta and moved.target.is_meta
+    assert moved.records == batch.records
 
 
 def test_a_batch_without_pictures_brings_a_blank_one_that_nothing_refers_to(tokenizer):
     batch = collate([encode([("Q", "yes")], tokenizer, LAYOUT, "r")], [], (9, 32))
-    assert batch.visual.shape == (1, 9, 32) and not batch.visual.any() and not (batch.ids == IMAGE).any()
+    assert batch.visual.shape == (1, 9, 32) and not batch.visual.any()
+    assert not len(batch.image_at)
     with pytest.raises(AssertionError, match="pictures"):
         collate([encode(TURNS, tokenizer, LAYOUT, "r", "x")], [], (9, 32))
 
 
 def test_padding_to_a_multiple_adds_nothing_to_learn(tokenizer):
-    samples = [encode(TURNS, tokenizer, LAYOUT, "one", "x"), encode([("Q", "yes")], tokenizer, LAYOUT, "two")]
+    samples = [encode(TURNS, tokenizer, LAYOUT, "one", "x"),
+               encode([("Q", "yes")], tokenizer, LAYOUT, "two")]
     plain, padded = (collate(samples, [torch.ones(3, 4, 4)], None, multiple=m) for m in (1, 16))
     T = plain.ids.shape[1]
     assert T % 16 and padded.ids.shape[1] == -(-T // 16) * 16 and len(padded.at) % 64 == 0
-    assert padded.trained == plain.trained == len(plain.at) and torch.equal(padded.lengths, plain.lengths)
+    assert padded.trained == plain.trained == len(plain.at)
+    assert torch.equal(padded.lengths, plain.lengths)
     real = padded.target != IGNORE
     assert torch.equal(padded.target[real], plain.target)
     b, t = padded.at[real] // padded.ids.shape[1], padded.at[real] % padded.ids.shape[1]
