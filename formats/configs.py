@@ -1,7 +1,7 @@
-"""Configs: check the fields of ours, read and write those of Hugging Face's CLIP, Llama and image processors.
+"""Configs: check those of our checkpoints; read and write Hugging Face's for CLIP and Llama.
 
-Both kinds are checked by `check_value`. What the paper's model cannot be built from (another activation, scaled rotary
-frequencies) is refused by the name of the field. LLaVA's own fields are in llava.py; next: name_rules.py.
+A model that this code cannot build (another activation, scaled rotary frequencies) is refused by
+the name of the field. The fields of LLaVA itself are in llava.py. Next: name_rules.py.
 """
 import dataclasses
 import math
@@ -19,11 +19,7 @@ from model import LlamaConfig, VisionConfig
 
 
 def is_number(value, kind=(int, float)):
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_triple(value):
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 CHECKS = {  # type of a field: (is a value valid?, what is expected in words)
@@ -32,7 +28,8 @@ CHECKS = {  # type of a field: (is a value valid?, what is expected in words)
     bool: (lambda v: isinstance(v, bool), "true or false"),
     str: (lambda v: isinstance(v, str), "text"),
     dict: (lambda v: isinstance(v, dict), "an object"),
-    tuple: (is_triple, "three numbers"),  # one per channel
+    tuple: (lambda v: isinstance(v, (list, tuple)) and len(v) == 3 and all(map(is_number, v)),
+            "three numbers"),  # one per channel
     types.UnionType: (lambda v: v is None or is_number(v, int) and v >= 0,  # int | None
                       "a whole number of 0 or more, or null"),
 }
@@ -61,7 +58,7 @@ def expect_keys(values, keys, label):
 
 
 def build_dataclass(kind, values, label):
-    """The dataclass `kind` from a dict of exactly its fields. A dataclass in a field is a dict, too.
+    """The dataclass `kind` from a dict of exactly its fields. A dataclass inside it is a dict too.
 
     Raises UserError that names the unknown, missing or invalid field.
     """
@@ -85,7 +82,7 @@ def check_heads(width, heads, label, kv_heads=None):
         raise UserError(f"{label}: width {width} does not divide by heads {heads}")
     if kv_heads and (heads % kv_heads or width // heads % 2):
         raise UserError(f"{label}: {heads} heads of {width // heads}, {kv_heads} of keys: expected "
-                        "heads of an even size, in a number that divides by those of keys")
+                        "heads of an even size, and their number a multiple of that of keys")
 
 
 def demand(values, path, **wanted):
@@ -113,6 +110,7 @@ def translate_back(config, table):
 
 # ---- CLIP
 
+VISION_FIXED = {"hidden_act": "quick_gelu", "num_channels": 3}
 VISION_FIELDS = {  # VisionConfig: CLIPVisionConfig
     "image_size": ("image_size", 224), "patch": ("patch_size", 32), "width": ("hidden_size", 768),
     "depth": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12),
@@ -120,46 +118,47 @@ VISION_FIELDS = {  # VisionConfig: CLIPVisionConfig
 
 
 def tower_config(values, path):
-    """VisionConfig from the fields of a CLIPVisionConfig, without the last block; UserError as for `vision_config`."""
-    demand(values, path, hidden_act="quick_gelu", num_channels=3)
+    """VisionConfig from a CLIPVisionConfig's fields, without the last block; UserError if unfit."""
+    demand(values, path, **VISION_FIXED)
     cfg = VisionConfig(**translate(values, path, VISION_FIELDS))
     check_heads(cfg.width, cfg.heads, f"{path}: hidden_size, num_attention_heads")
     return dataclasses.replace(cfg, depth=cfg.depth - 1)
 
 
 def vision_config(folder):
-    """(VisionConfig, Preprocess) of the folder of a CLIPVisionModel or a whole CLIPModel, without the last block.
+    """(VisionConfig, Preprocess) of a CLIPVisionModel or CLIPModel, without the last block.
 
     Raises UserError that names the field by which this is another kind of tower.
     """
     path = os.path.join(folder, "config.json")
     values = read_json_object(path)
     if values.get("model_type") not in ("clip", "clip_vision_model", None):
-        raise UserError(f"{path}: model_type {values['model_type']!r}, expected clip or clip_vision_model")
-    if values.keys() & {"vision_config", "vision_config_dict"}:  # old files have both; the second overrides the first
-        parts = [values.get(key) or {} for key in ("vision_config", "vision_config_dict")]
-        for part in parts:
-            check_value(part, dict, f"{path}: vision_config")
-        values = parts[0] | parts[1]
+        raise UserError(f"{path}: model_type {values['model_type']!r}, expected clip or "
+                        "clip_vision_model")
+    keys = "vision_config", "vision_config_dict"  # old files have both; the second overrides
+    parts = [values[key] or {} for key in keys if key in values] or [values]
+    for part in parts:
+        check_value(part, dict, f"{path}: vision_config")
+    values = {**parts[0], **parts[-1]}
     cfg = tower_config(values, path)
     return cfg, preprocessing(folder, cfg.image_size)
 
 
 def vision_values(config, blocks):
     """The fields of transformers' CLIPVisionConfig for a tower of that many blocks."""
-    return {"model_type": "clip_vision_model", **translate_back(config, VISION_FIELDS), "num_hidden_layers": blocks,
-            "num_channels": 3, "hidden_act": "quick_gelu"}
+    return {"model_type": "clip_vision_model", **VISION_FIXED,
+            **translate_back(config, VISION_FIELDS), "num_hidden_layers": blocks}
 
 
 # ---- The image processor
 
-PROCESSOR_FIELDS = {"mean": ("image_mean", CLIP_MEAN), "std": ("image_std", CLIP_STD)}  # Preprocess
-PROCESSOR_STEPS = dict(do_resize=True, resample=3, do_rescale=True, rescale_factor=1 / 255,
+PROCESSOR_FIXED = dict(do_resize=True, resample=3, do_rescale=True, rescale_factor=1 / 255,
                        do_normalize=True)  # resample 3: bicubic
+PROCESSOR_FIELDS = {"mean": ("image_mean", CLIP_MEAN), "std": ("image_std", CLIP_STD)}
 
 
 def preprocessing(folder, image_size, aspect="pad"):
-    """`Preprocess` from preprocessor_config.json, or CLIP's defaults where the file or a field is absent.
+    """`Preprocess` from preprocessor_config.json; CLIP's defaults if the file or a field is absent.
 
     transformers 5 keeps the same fields inside processor_config.json.
     """
@@ -169,20 +168,20 @@ def preprocessing(folder, image_size, aspect="pad"):
     values = values.get("image_processor", values)
     check_value(values, dict, f"{path}: image_processor")
     for key in ("size", "crop_size"):
-        side = values.get(key, image_size)  # {"shortest_edge": S}, {"height": S, "width": S} or S
+        side = values.get(key, image_size)  # S, {"shortest_edge": S} or {"height": S, "width": S}
         sides = side.values() if isinstance(side, dict) else [side]
         if any(s != image_size for s in sides):
             raise UserError(f"{path}: {key} {side}, but config.json says that the tower reads "
                             f"{image_size} px")
-    demand(values, path, **PROCESSOR_STEPS)
+    demand(values, path, **PROCESSOR_FIXED)
     found = translate(values, path, PROCESSOR_FIELDS)
     return Preprocess(image_size, tuple(found["mean"]), tuple(found["std"]), aspect)
 
 
 def image_values(preprocess, kind):
-    """The fields of one of transformers' image processors that does what `preprocess` says, except for padding."""
+    """The fields of transformers' image processor `kind` for a Preprocess, padding excepted."""
     size = preprocess.size
-    return {"image_processor_type": kind, "do_convert_rgb": True, **PROCESSOR_STEPS,
+    return {"image_processor_type": kind, "do_convert_rgb": True, **PROCESSOR_FIXED,
             "size": {"shortest_edge": size}, "do_center_crop": True,
             "crop_size": {"height": size, "width": size},
             **translate_back(preprocess, PROCESSOR_FIELDS)}
@@ -190,6 +189,7 @@ def image_values(preprocess, kind):
 
 # ---- Llama
 
+TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 TEXT_FIELDS = {  # LlamaConfig: transformers' LlamaConfig
     "width": ("hidden_size", 4096), "depth": ("num_hidden_layers", 32),
     "heads": ("num_attention_heads", 32), "kv_heads": ("num_key_value_heads", 32),
@@ -199,7 +199,7 @@ TEXT_FIELDS = {  # LlamaConfig: transformers' LlamaConfig
 
 
 def rope_theta(values, path):
-    """Base of the rotary frequencies, from where transformers 4 or 5 writes it; UserError if they are scaled."""
+    """Base of the rotary frequencies, from transformers 4 or 5; UserError if they are scaled."""
     theta = values.get("rope_theta", 10000.0)
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or {}
@@ -216,7 +216,7 @@ def text_config(values, path):
     """LlamaConfig from the fields of a Llama's config; UserError as for `llama_config`."""
     if values.get("model_type") != "llama":
         raise UserError(f"{path}: model_type {values.get('model_type')!r}, expected 'llama'")
-    demand(values, path, hidden_act="silu", attention_bias=False, mlp_bias=False, sliding_window=None)
+    demand(values, path, **TEXT_FIXED, sliding_window=None)
     heads = values.get("num_attention_heads", 32)
     values = {**values, "rope_theta": rope_theta(values, path),  # the others may be null
               "num_key_value_heads": values.get("num_key_value_heads") or heads,
@@ -230,13 +230,22 @@ def text_config(values, path):
 
 
 def llama_config(folder):
-    """LlamaConfig of the folder of a Llama 1 or 2 (Vicuna); UserError that names the field by which it is another model."""
+    """LlamaConfig of the folder of a Llama 1 or 2 (Vicuna).
+
+    Raises UserError that names the field by which it is another model.
+    """
     path = os.path.join(folder, "config.json")
     return text_config(read_json_object(path), path)
 
 
 def text_values(config, bos, eos):
     """The fields of transformers' LlamaConfig."""
-    return {"model_type": "llama", **translate_back(config, TEXT_FIELDS), "head_dim": config.width // config.heads,
-            "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    return {"model_type": "llama", **TEXT_FIXED, **translate_back(config, TEXT_FIELDS),
+            "head_dim": config.width // config.heads, "rope_scaling": None,
             "bos_token_id": bos, "eos_token_id": eos}
+
+
+# ---- LLaVA
+
+LLAVA_FIXED = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+               "projector_hidden_act": "gelu", "multimodal_projector_bias": True}

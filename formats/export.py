@@ -13,7 +13,7 @@ import torch
 
 from cli import UserError
 from data import TAG
-from formats.configs import image_values, text_values, vision_values
+from formats.configs import image_values, LLAVA_FIXED, text_values, vision_values
 from formats.folders import atomic_folder
 from formats.json_files import write_json
 from formats.name_rules import BY_ID, rename, TO_LLAVA
@@ -57,11 +57,11 @@ def write_llama(folder, state, config, tokenizer, write=write_tensors):
 
 
 def llava_state(model, vocab):
-    """{name in transformers' LLaVA: tensor} of a model without experts, and what LLaVA has in addition.
+    """{name in transformers' LLaVA: tensor} of a model without experts.
 
-    The tower's last block and last norm, which features do not pass through, are zeros. New rows of
-    embedding and head, up to `vocab`, are the mean of the others: the logit of such an id is the mean
-    of all logits, and so never the greatest.
+    Parts that only LLaVA has: the tower's last block and last norm, which features do not pass
+    through, are zeros. New rows of embedding and head, up to `vocab`, are the mean of the others:
+    the logit of such an id is the mean of all logits, and so never the greatest.
     """
     state = {}
     for name, p in model.named_parameters():
@@ -123,7 +123,7 @@ def write_llava_processor(folder, preprocess, system, patch):
     write_json(os.path.join(folder, "processor_config.json"), {
         "processor_class": "LlavaProcessor", "patch_size": patch, "image_token": TAG,
         "num_additional_image_tokens": 1,  # CLS, which the next option drops
-        "vision_feature_select_strategy": "default"})
+        "vision_feature_select_strategy": LLAVA_FIXED["vision_feature_select_strategy"]})
     with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as f:
         f.write(CHAT_TEMPLATE.replace("SYSTEM", json.dumps(system and system + " ")))
 
@@ -134,16 +134,16 @@ def check_exportable(cfg):
         raise UserError("a VLoRA does not fit into LLaVA's layout, which has visual tokens and no "
                         "generated weights")
     if (cfg.visual_expert, cfg.language_expert) != ("none", "none"):
-        raise UserError(f"visual_expert {cfg.visual_expert}, language_expert {cfg.language_expert}: "
-                        "a model with experts does not fit into LLaVA's layout, only one trained "
-                        "with --visual_expert none --language_expert none")
+        raise UserError(f"visual_expert {cfg.visual_expert}, language_expert "
+                        f"{cfg.language_expert}: a model with experts does not fit into LLaVA's "
+                        "layout, only one trained with --visual_expert none --language_expert none")
 
 
 def write_llava(folder, model, tokenizer, preprocess, system, write=write_tensors):
     """Write a model without experts for LlavaForConditionalGeneration and AutoProcessor.
 
-    Where the vocabulary has no room for <image> and <pad>, it grows to a multiple of 64. weights.load
-    gives the same model back, bit for bit.
+    Where the vocabulary has no room for <image> and <pad>, it grows to a multiple of 64.
+    weights.load gives the same model back, bit for bit.
     write  function (folder, {name: tensor}) that writes the weights
     Raises UserError if the model has experts or is a VLoRA.
     """
@@ -161,9 +161,7 @@ def write_llava(folder, model, tokenizer, preprocess, system, write=write_tensor
         write_json(os.path.join(new, "config.json"), {
             "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
             "image_token_index": image, "image_seq_length": cfg.vision.tokens, "pad_token_id": pad,
-            "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
-            "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": cfg.llm.tied, "torch_dtype": dtype_name(state),
+            **LLAVA_FIXED, "tie_word_embeddings": cfg.llm.tied, "torch_dtype": dtype_name(state),
             "vision_config": vision_values(cfg.vision, cfg.vision.depth + 1),
             "text_config": text_values(llm, tokenizer.bos, tokenizer.eos),
             # only weights.load reads these

@@ -33,7 +33,7 @@ def hub_problem(error):
 
 
 def resolve(name):
-    """The folder of a model: `name` if it exists, else the download of `owner/name` from Hugging Face.
+    """The folder of a model: `name` if it exists, else `owner/name` is downloaded from the hub.
 
     Raises UserError if it is neither, or cannot be fetched (offline, unknown, private).
     """
@@ -55,7 +55,7 @@ def resolve(name):
 
 
 def locate(name):
-    """The folder of a checkpoint: as `resolve`, or `name`.old if a save was killed before it ended."""
+    """The folder of a checkpoint: as `resolve`, or `name`.old if a save was killed."""
     real = os.path.realpath(name)
     if has_config(f"{real}.old") and not has_config(real):
         return f"{real}.old"
@@ -63,7 +63,7 @@ def locate(name):
 
 
 def has_config(folder):
-    """Whether a folder holds a whole checkpoint: its config.json is written last and removed first."""
+    """Whether a folder has a whole checkpoint: config.json is written last and removed first."""
     return os.path.exists(os.path.join(folder, "config.json"))
 
 
@@ -76,7 +76,7 @@ NOTE = "replaced.txt"  # marks a .old folder as made by a save
 
 
 def checkpoint_files(folder):
-    """Names of a checkpoint's files in a folder, config.json last; logs and other files are left out."""
+    """Names of a checkpoint's files in a folder, config.json last; without logs and the like."""
     names = filter(CHECKPOINT_FILE.fullmatch, os.listdir(folder))
     return sorted(names, key=lambda name: (name == "config.json", name))
 
@@ -90,7 +90,7 @@ def link(path, target):
 
 
 def discard(old):
-    """Remove a .old folder if a save made it: rename it first, so that no half of it is ever loaded."""
+    """Remove a .old folder if a save made it. Renamed first, so that no half of it is loaded."""
     if os.path.exists(os.path.join(old, NOTE)):
         gone = f"{old}.gone"
         shutil.rmtree(gone, ignore_errors=True)
@@ -116,12 +116,12 @@ def set_aside(folder):
 
 @contextlib.contextmanager
 def atomic_folder(folder):
-    """Context: a new folder to write a checkpoint into, which then replaces the one in `folder`, if any.
+    """Context: a new folder to write a checkpoint into, which then replaces that in `folder`.
 
-    At every moment `folder` or `folder`.old holds a whole checkpoint. An error while writing (a full
-    disk) leaves the old one untouched. Other files in `folder` stay.
+    If there was one, `folder` or `folder`.old holds a whole checkpoint at every moment. An error
+    while writing (a full disk) leaves the old one untouched. Other files in `folder` stay.
     """
-    folder = os.path.realpath(folder)  # follow links: files can only be renamed within a file system
+    folder = os.path.realpath(folder)  # follow links: renaming needs the same file system
     new = f"{folder}.new"
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)

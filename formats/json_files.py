@@ -1,4 +1,4 @@
-"""Read and write JSON files. Every error is one line: the path, the line if there is one, the reason.
+"""Read and write JSON files. Every error is one line: path, line number if any, reason.
 
     read_json(path)         any value
     read_json_object(path)  a dict: config.json, index files
@@ -61,7 +61,7 @@ def read_json_list(path):
 
 
 def read_json_lines(path):
-    """[(label, value), ...] of a JSON Lines file; a label, "PATH line N", begins an error about its value.
+    """[(label, value), ...] of a JSON Lines file. A label, "PATH line N", is for error messages.
 
     UserError as for `read_json`, naming the line; also for text that is not valid Unicode.
     """

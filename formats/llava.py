@@ -1,15 +1,15 @@
 """LLaVA-1.5 as transformers and as its authors publish it, and VLoRA as its authors do.
 
-Each reader returns the two configs, the preprocessing and where the weights are; weights.py builds the
-model. Next: export.py, the other direction.
+Each reader returns the two configs, the preprocessing and where the weights are; weights.py builds
+the model. Next: export.py, the other direction.
 """
 import dataclasses
 import os
 import re
 
 from cli import UserError
-from formats.configs import (demand, preprocessing, text_config, tower_config, translate,
-    vision_config)
+from formats.configs import (demand, LLAVA_FIXED, preprocessing, text_config, tower_config,
+    translate, vision_config)
 from formats.folders import locate, PROJECTOR, resolve
 from formats.json_files import read_json_object
 from formats.name_rules import (clip_rules, llama_rules, llava_rules, ORIGINAL_PROJECTOR,
@@ -33,7 +33,8 @@ def aspect_of(config, path):
     """How pictures are made square: "pad", or "crop" if the config says that it was trained so."""
     aspect = config.get("image_aspect_ratio", "pad")
     if aspect not in ("pad", "square"):
-        raise UserError(f"{path}: image_aspect_ratio {aspect!r} is not supported, only 'pad' and 'square'")
+        raise UserError(f"{path}: image_aspect_ratio {aspect!r} is not supported, only 'pad' and "
+                        "'square'")
     return "crop" if aspect == "square" else "pad"
 
 
@@ -48,9 +49,8 @@ def nested(config, key, path):
 
 
 def read_llava(folder, config, path):
-    """(VisionConfig, LlamaConfig, Preprocess, sources for weights.fill) of a LLaVA of transformers."""
-    demand(config, path, vision_feature_layer=-2, vision_feature_select_strategy="default",
-           projector_hidden_act="gelu", multimodal_projector_bias=True)
+    """(VisionConfig, LlamaConfig, Preprocess, sources for weights.fill) of transformers' LLaVA."""
+    demand(config, path, **LLAVA_FIXED)
     vision, text = (nested(config, key, path) for key in ("vision_config", "text_config"))
     demand(vision, f"{path}: vision_config", model_type="clip_vision_model")
     vision = tower_config(vision, f"{path}: vision_config")
@@ -72,7 +72,7 @@ def check_original(config, path, projector="mlp2x_gelu"):
 
 
 def tower_folder(name, folder, path):
-    """The folder of the CLIP in `mm_vision_tower`: a path, one inside or beside `folder`, or a hub id."""
+    """The folder of the CLIP `mm_vision_tower`: a path, also one in or beside `folder`, or an id."""
     if not isinstance(name, str):
         raise UserError(f"{path}: mm_vision_tower {name!r}, expected the name of a CLIP")
     for place in ("", folder, os.path.dirname(os.path.realpath(folder))):
@@ -109,7 +109,7 @@ def read_original(folder, config, path):
 def vlora_config(config, path, vision, llm):
     """GeneratorConfig of the published checkpoint's config; UserError that names an unsupported field.
 
-    Two facts are only in its authors' code: the number of heads, and that the tag counts as a position.
+    The number of heads, and that the tag counts as a position, are only in its authors' code.
     """
     found = translate(config, path, VLORA_FIELDS)
     demand(config, path, weights_sep=True, vlora_alpha=found["rank"], vlora_visual_dim=vision.width,

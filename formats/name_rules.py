@@ -32,7 +32,7 @@ def tower_rules(depth):
     """CLIPVisionModel, for a tower that is built with `depth` blocks."""
     return [
         (r"(vision_model\.)?(post_layernorm\..+|embeddings\.position_ids)", SKIP),
-        (rf"(vision_model\.)?encoder\.layers\.{depth}\..+", SKIP),  # the last block, which is not used
+        (rf"(vision_model\.)?encoder\.layers\.{depth}\..+", SKIP),  # the last block is not used
         (r"(vision_model\.)?encoder\.(layers\..+)", r"vision.\2"),
         (r"(vision_model\.)?((embeddings|pre_layrnorm)\..+)", r"vision.\2"),
     ]
@@ -45,7 +45,7 @@ def clip_rules(depth):
 
 
 def llama_rules(tied, body=r"model\.", head=""):
-    """LlamaForCausalLM. `body` and `head` are patterns of the prefixes of its blocks and its head."""
+    """LlamaForCausalLM. `body` and `head` are patterns of the prefixes of blocks and head."""
     return [
         (rf"{body}layers\.\d+\.self_attn\.rotary_emb\.inv_freq", SKIP),  # a buffer of old versions
         (rf"{head}lm_head\.weight", SKIP if tied else r"llm.lm_head.weight"),
@@ -59,8 +59,8 @@ def llama_rules(tied, body=r"model\.", head=""):
 def llava_rules(depth, tied):
     """LlavaForConditionalGeneration, whose versions differ.
 
-    The parts have the prefix model. since 4.52; the Llama was language_model.model. before; the tower
-    lost its vision_model. in 5.6; and `save_pretrained` still writes some of the old names.
+    The parts have the prefix model. since 4.52; the Llama was language_model.model. before; the
+    tower lost its vision_model. in 5.6; and `save_pretrained` still writes some of the old names.
     """
     return [
         *under(r"(?:model\.)?vision_tower\.", tower_rules(depth)),

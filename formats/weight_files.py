@@ -42,7 +42,7 @@ def shards_of(index):
 
 
 def weight_files(folder):
-    """[(path, its tensors' names by the index, or None)] of a folder or a file; UserError if none."""
+    """[(path, names of its tensors by the index or None)] of a folder or file; UserError if none."""
     if os.path.isfile(folder):
         return [(folder, None)]
     for layout in LAYOUTS:
@@ -58,12 +58,12 @@ def is_state(state):
 
 
 def open_shard(path):
-    """(names, get) of a weight file: get(name) is a tensor mapped from the file. UserError if damaged."""
+    """(names, get) of a weight file: get(name) is a tensor mapped from it. UserError if damaged."""
     try:
         if path.endswith(".safetensors"):
             file = safe_open(path, "pt")
             return list(file.keys()), file.get_tensor
-        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: damaged, or a pickle with more than tensors in it; its code is "
@@ -77,7 +77,7 @@ def open_shard(path):
 
 
 def check_shard(path, names, expected, seen):
-    """UserError unless each name is in one shard only, as the index says. Adds to `seen`, {name: path}."""
+    """UserError unless names are in one shard only, as the index says. Adds to `seen`, {name: path}."""
     for name in names:
         if name in seen:
             raise UserError(f"tensor {name} is both in {seen[name]} and in {path}")
@@ -95,13 +95,13 @@ def names_in(folder):
 
 
 def tensors(folder, dtype=None):
-    """Yield (name, tensor, file) of all weights in a folder, shard by shard, mapped rather than read.
+    """Yield (name, tensor, file) of all weights in a folder, shard by shard, mapped and not read.
 
-    dtype  what the caller casts tensors to. Pages that were read stay in memory as long as their map
-           does, so the file is mapped again after every REMAP bytes of tensors that need a cast: a
-           model that is cast is never in memory twice.
-    Raises UserError that names the file or tensor: no weights, a missing or damaged shard, a tensor
-    in two shards.
+    dtype  what the caller casts tensors to. Pages that were read stay in memory as long as their
+           map does, so a file is mapped again after every REMAP bytes of tensors that need a cast:
+           a model that is cast is never in memory twice.
+    Raises UserError that names the file or tensor: no weights, a missing or damaged shard, a
+    tensor in two shards.
     """
     seen = {}
     for path, expected in weight_files(folder):
@@ -134,7 +134,7 @@ def fingerprint(folder):
 
 
 def split_shards(state):
-    """Which tensor goes into which file, at most SHARD bytes each; the order of `state` does not matter.
+    """Which tensor goes into which file, at most SHARD bytes each, whatever the order of `state`.
 
     The result has `filename_to_tensors`, `tensor_to_filename`, `is_sharded` and `metadata`.
     """
@@ -144,7 +144,7 @@ def split_shards(state):
 
 
 def write_file(path, state):
-    """Write one safetensors file with the permissions of a new file; the library's are for the owner only."""
+    """Write one safetensors file with a new file's permissions; the library makes it private."""
     with open(path, "wb") as f:
         mode = os.fstat(f.fileno()).st_mode
     try:
@@ -156,7 +156,7 @@ def write_file(path, state):
 
 
 def write_tensors(folder, state):
-    """Write model.safetensors, or shards and an index; the bytes depend only on names and tensors."""
+    """Write model.safetensors, or shards and an index. Names and tensors determine the bytes."""
     split = split_shards(state)
     for file, names in split.filename_to_tensors.items():
         write_file(os.path.join(folder, file), {name: state[name] for name in names})

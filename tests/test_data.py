@@ -438,7 +438,7 @@ def test_a_tokenizer_json_of_transformers_gives_sentencepieces_ids_too(slow, lla
     ({"pieces": LETTERS[:-3] + LETTERS[-2:]}, "not one of Llama's kind"),  # without a piece for the space
     ({"pieces": LETTERS + [("ab", -1, 1), ("ba", -1, 1)]}, "has the score of another"),
     ({"pieces": LETTERS + [("ab", float("nan"), 1), ("aa", -1, 1)]}, "has the score of another"),
-    ({"pieces": LETTERS + [("ac", -1, 1)]}, "'ac' has a character that is no piece")])
+    ({"pieces": LETTERS + [("ac", -1, 1)]}, "'ac' has a character that is not a piece")])
 def test_a_sentencepiece_model_of_another_kind_is_refused_by_name(change, named, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(model_proto(LETTERS))
     assert Tokenizer.load(tmp_path).decode(Tokenizer.load(tmp_path).encode(" abc")) == " abc"
