@@ -25,8 +25,7 @@ import torch
 import vlora
 import weights
 from data import collate, encode_prompt, image_path, open_image, pixels
-from formats.answers import (check_settings, count_answers, read_questions, write_answers,
-    write_settings)
+from formats.answers import AnswerFile, read_questions
 from formats.folders import locate
 from formats.runs import choose_checkpoint
 from formats.weight_files import fingerprint
@@ -324,22 +323,19 @@ def answer_file(o):
     """Answer --batch to --out, in order. A run that was stopped goes on where its file ends."""
     rows, name = read_questions(o.batch), choose_checkpoint(o.model)
     out = o.out or f"{os.path.splitext(o.batch)[0]}.answers.jsonl"
-    done, size = count_answers(out, rows)
+    images = o.images or os.path.dirname(o.batch) or "."
     sampling = {n: getattr(o, n) for n in ("temperature", "top_p", "max_new_tokens", "seed")}
     settings = {"model": name, "fingerprint": fingerprint(locate(name)), **sampling}
-    if done:
-        check_settings(out, settings)
-    if done == len(rows):
-        print(f"{out} holds all {done} answers; to make them again, remove it", file=sys.stderr)
+    answers = AnswerFile(out, rows, settings)
+    if answers.done == len(rows):
+        print(f"{out} holds all {len(rows)} answers; remove it to answer again", file=sys.stderr)
         return
     checkpoint, title = load(o, name)
     print(title, file=sys.stderr)
-    if done:
-        print(f"{out} holds {done} of {len(rows)} answers: going on from there", file=sys.stderr)
-    else:
-        write_settings(out, settings)
-    images = o.images or os.path.dirname(o.batch) or "."
-    cut = write_answers(out, size, rows, done, o.batch_size, lambda some, i: answer_rows(
+    if answers.done:
+        print(f"{out} holds {answers.done} of {len(rows)} answers: going on from there",
+              file=sys.stderr)
+    cut = answers.write(o.batch_size, lambda some, i: answer_rows(
         checkpoint, some, images, o, o.seed + i))
     if cut:
         print(f"{cut} answers were cut: by --max_new_tokens {o.max_new_tokens} or the end of the "

@@ -5,7 +5,7 @@
     x.answers.meta.json   the model and the sampling options, written before the first answer
 
 A run that was stopped goes on after the last whole line; the checks here keep it from adding to a
-file that holds something else. `answer_file` in sample.py calls these functions in this order.
+file that holds something else. Used by `answer_file` in sample.py.
 """
 import json
 import os
@@ -55,20 +55,14 @@ def count_answers(out, rows):
     return len(whole), sum(len(line) + 1 for line in whole)
 
 
-def settings_path(out):
-    """Where the note of how the answers in `out` were made is kept."""
-    return f"{os.path.splitext(out)[0]}.meta.json"
+def check_settings(out, note, settings):
+    """UserError unless the file `note` says that the answers in `out` were made with `settings`.
 
-
-def check_settings(out, settings):
-    """UserError unless the answers in `out` were made with these settings; "model" may differ.
-
-    "fingerprint" stands for the weights, so that a checkpoint may be moved.
+    "model" may differ, because a checkpoint may move; "fingerprint" stands for its weights.
     """
-    path = settings_path(out)
-    if not os.path.exists(path):
-        raise UserError(f"{path}, which says how {out} was made, is missing: {REMEDY}")
-    noted = read_json_object(path)
+    if not os.path.exists(note):
+        raise UserError(f"{note}, which says how {out} was made, is missing: {REMEDY}")
+    noted = read_json_object(note)
     if noted.get("fingerprint") != settings["fingerprint"]:
         raise UserError(f"{out} holds answers of other weights ({noted.get('model')}): {REMEDY}")
     for name in settings.keys() - {"model"}:
@@ -77,27 +71,37 @@ def check_settings(out, settings):
                             f"not {settings[name]}: {REMEDY}")
 
 
-def write_settings(out, settings):
-    """Note {"model": path, "fingerprint": of its weights, option: value, ...} beside `out`."""
-    write_json(settings_path(out), settings)
+class AnswerFile:
+    """The file `out` of answers to rows of (label, question); `done` of them are there already.
 
-
-def write_answers(out, size, rows, done, batch_size, answer_rows):
-    """Append the answers to rows[done:] to `out`, batch by batch; return how many were cut.
-
-    size         bytes of `out` to keep, from `count_answers`
-    answer_rows  function (rows, index of the first one) -> [(text, whether it was cut), ...]
+    settings  {"model": path, "fingerprint": of its weights, option: value, ...}
+    Raises UserError if `out` holds anything else, or answers made with other settings.
     """
-    cut, pause = 0, 0.1 if sys.stderr.isatty() else 5  # seconds between states of the bar
-    bar = tqdm(total=len(rows), initial=done, unit="answer", mininterval=pause)
-    with open(out, "ab") as f, bar:
-        f.truncate(size)
-        for i in range(done, len(rows), batch_size):
-            some = rows[i:i + batch_size]
-            answers = answer_rows(some, i)
-            lines = [answer_line(row, text) for (_, row), (text, _) in zip(some, answers)]
-            f.write(b"".join(lines))
-            f.flush()
-            cut += sum(was_cut for _, was_cut in answers)
-            bar.update(len(some))
-    return cut
+
+    def __init__(self, out, rows, settings):
+        self.out, self.rows, self.settings = out, rows, settings
+        self.note = f"{os.path.splitext(out)[0]}.meta.json"
+        self.done, self.size = count_answers(out, rows)
+        if self.done:
+            check_settings(out, self.note, settings)
+
+    def write(self, batch_size, answer_rows):
+        """Append the missing answers, batch by batch; return how many were cut.
+
+        answer_rows  function (rows, index of the first one) -> [(text, whether it was cut), ...]
+        """
+        if not self.done:
+            write_json(self.note, self.settings)
+        cut, pause = 0, 0.1 if sys.stderr.isatty() else 5  # seconds between states of the bar
+        bar = tqdm(total=len(self.rows), initial=self.done, unit="answer", mininterval=pause)
+        with open(self.out, "ab") as f, bar:
+            f.truncate(self.size)
+            for i in range(self.done, len(self.rows), batch_size):
+                some = self.rows[i:i + batch_size]
+                answers = answer_rows(some, i)
+                lines = [answer_line(row, text) for (_, row), (text, _) in zip(some, answers)]
+                f.write(b"".join(lines))
+                f.flush()
+                cut += sum(was_cut for _, was_cut in answers)
+                bar.update(len(some))
+        return cut

@@ -43,7 +43,7 @@ def test_output_is_utf_8_whatever_the_locale(monkeypatch):
 
 @dataclasses.dataclass
 class Every:
-    """Options of every type, with a sentence that is long enough for its help text to be wrapped."""
+    """Options of every type, with a sentence that is too long for one line of 80 columns."""
     first: str | None = None  # above the first title
     # the model
     size: int = 0  # how large,
@@ -100,8 +100,8 @@ def test_the_help_shows_groups_values_defaults_and_the_epilog_in_80_columns(caps
     titles = [text.index(title) for title in
               ("options:\n", "the model:\n", "the run:\n", "presets:\n    small  size 1\n")]
     assert titles == sorted(titles)
-    for words in ("above the first title", "how large, and this goes on [default: 0]", "100 % is all",
-                  "--fast ", "[red | blue]", "on at the start [default: True]"):
+    for words in ("above the first title", "how large, and this goes on [default: 0]",
+                  "100 % is all", "--fast ", "[red | blue]", "on at the start [default: True]"):
         assert words in re.sub(r"\s+", " ", text), words
 
 
@@ -125,12 +125,13 @@ def test_ctrl_c_ends_a_program_with_one_line_even_while_it_imports(code):
 
 def test_ctrl_c_stays_ignored_where_the_parent_ignores_it():
     code = "import os, signal, cli; os.kill(os.getpid(), signal.SIGINT); print('went on')"
-    done = subprocess.run(["sh", "-c", f"trap '' INT; exec {sys.executable} -c \"{code}\""], cwd=HERE,
-                          capture_output=True, text=True)
+    command = f"trap '' INT; exec {sys.executable} -c \"{code}\""
+    done = subprocess.run(["sh", "-c", command], cwd=HERE, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
 
 
 def test_errors_outside_main_keep_their_traceback():
     done = subprocess.run([sys.executable, "-c", "import cli; 1 / 0"], cwd=HERE,
                           capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr

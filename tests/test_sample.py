@@ -22,6 +22,7 @@ from PIL import Image
 
 import cli
 import data
+import formats.answers
 import model
 import sample
 import weights
@@ -39,11 +40,13 @@ CONTEXT = 20_000  # of the checkpoints on disk: an answer that never ends takes 
 
 def noise(seed, size=(40, 30)):
     """A picture."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    shape = (size[1], size[0], 3)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
 
 
 def checkpoint_of(model, pool="instruction"):
-    return weights.Checkpoint(model, TOKENIZER, Preprocess(28), "A chat.", {"training": {"guidance_pool": pool}})
+    return weights.Checkpoint(model, TOKENIZER, Preprocess(28), "A chat.",
+                              {"training": {"guidance_pool": pool}})
 
 
 def talker(**kind):
@@ -61,7 +64,7 @@ def answer_of(checkpoint, image, *questions, o=Options(max_new_tokens=6)):
 
 @contextlib.contextmanager
 def dictated(tokens):
-    """Within this context the model says the given tokens, int64[B] each; yields the list of logits that it said them with."""
+    """In this context the model gives these tokens, int64[B] each; yields a list of its logits."""
     seen, tokens, real = [], iter(tokens), model.sample_token
     model.sample_token = lambda logits, *_: seen.append(logits) or next(tokens)
     try:
@@ -81,9 +84,10 @@ def ask_dictated(chat, question, ids, cut=False):
 
 @contextlib.contextmanager
 def counted(model):
-    """Yields a Counter of the tokens that go through the Llama and of the pictures that go through the tower."""
+    """Yields a Counter of the tokens that the Llama and the pictures that the tower processes."""
     count = Counter()
-    handles = [model.llm.embed_tokens.register_forward_hook(lambda m, x, y: count.update(tokens=x[0].numel())),
+    handles = [model.llm.embed_tokens.register_forward_hook(
+                   lambda m, x, y: count.update(tokens=x[0].numel())),
                model.vision.register_forward_hook(lambda m, x, y: count.update(pictures=len(x[0])))]
     yield count
     for handle in handles:
@@ -96,22 +100,26 @@ def look(image, dtype=torch.float32):
 
 @torch.no_grad()
 def whole_logits(checkpoint, turns, image):
-    """(Sample, Batch, logits float[T, V]) of a conversation, the way that training runs it: at once, without a cache."""
-    whole = encode(turns, TOKENIZER, checkpoint.prompt_format(), "whole", None if image is None else "x.png")
+    """(Sample, Batch, logits float[T, V]) of a conversation run at once, as in training."""
+    name = None if image is None else "x.png"
+    whole = encode(turns, TOKENIZER, checkpoint.prompt_format(), "whole", name)
     batch = batch_of([whole], [] if image is None else [look(image)], torch.float32)
     return whole, batch, logits_of(checkpoint.model, batch)[0]
 
 
-POOLS = {**{name: (kind, "instruction") for name, kind in KINDS.items()}, "pooled over the prompt": ({}, "prompt"),
+POOLS = {**{name: (kind, "instruction") for name, kind in KINDS.items()},
+         "pooled over the prompt": ({}, "prompt"),
          "no expert": (dict(visual_expert="none", language_expert="none"), "instruction")}
 
 
 @pytest.mark.parametrize("kind, pool", POOLS.values(), ids=POOLS)
 @pytest.mark.parametrize("image", [noise(0), None], ids=["picture", "text"])
 @torch.no_grad()
-def test_a_chat_equals_the_whole_conversation_and_a_turn_costs_its_own_tokens_only(kind, pool, image):
+def test_a_chat_equals_the_whole_conversation_and_a_turn_costs_its_own_tokens_only(kind, pool,
+        image):
     checkpoint = checkpoint_of(trained(torch.float32, seed=3, **kind), pool)
-    turns = TURNS if image is not None else [("What colour is the circle?", TURNS[0][1]), *TURNS[1:]]
+    turns = TURNS if image is not None else [("What colour is the circle?", TURNS[0][1]),
+                                             *TURNS[1:]]
     whole, batch, full = whole_logits(checkpoint, turns, image)
     chat, found, costs = Chat(checkpoint, image, Options()), [], []
     for turn, (question, answer) in enumerate(turns):
@@ -121,10 +129,12 @@ def test_a_chat_equals_the_whole_conversation_and_a_turn_costs_its_own_tokens_on
     assert chat.ids == whole.ids.tolist()
 
     (p0, a0), (p1, a1), (p2, a2) = segments(whole)
-    due = [full[a0.start - 1:a0.stop - 1], full[a1.start - 1:a1.stop - 2], full[a2.start - 1:a2.stop - 1]]
+    due = [full[a0.start - 1:a0.stop - 1], full[a1.start - 1:a1.stop - 2],
+           full[a2.start - 1:a2.stop - 1]]
     assert all(close(f, d, 1e-5) for f, d in zip(found, due))
     # an end token is never run before the next turn, nor is the last one of an answer that was cut
-    assert [c["tokens"] for c in costs] == [a0.stop - 1, 1 + a1.stop - 2 - a0.stop, 2 + a2.stop - 1 - a1.stop]
+    tokens = [a0.stop - 1, 1 + a1.stop - 2 - a0.stop, 2 + a2.stop - 1 - a1.stop]
+    assert [c["tokens"] for c in costs] == tokens
     assert sum(c["tokens"] for c in costs) == len(whole.ids) - 1
     assert [c.get("pictures", 0) for c in costs] == [int(image is not None), 0, 0]
 
@@ -134,7 +144,8 @@ def test_a_chat_equals_the_whole_conversation_and_a_turn_costs_its_own_tokens_on
              "the last turn's weights for all": (batch.pool_id, torch.full_like(batch.use_id, 2))}
     wrong["the end of an answer in the next turn"][1][0, a0.stop - 1] = 1
     for pool_id, use_id in wrong.values():
-        other = checkpoint.model(batch.ids, batch.visual if image is not None else None, pool_id, use_id, 3)[0]
+        other = checkpoint.model(batch.ids, batch.visual if image is not None else None, pool_id,
+                                 use_id, 3)[0]
         assert close(other, full, 1e-5) == (kind.get("language_expert") == "none")
 
 
@@ -143,25 +154,32 @@ def test_a_chat_equals_the_whole_conversation_and_a_turn_costs_its_own_tokens_on
 def test_rows_of_a_batch_go_on_from_their_own_ends_in_one_cache(kind):
     model, look = trained(torch.float32, seed=3, **kind), pictures(2, torch.float32)
     samples = [encode(TURNS, TOKENIZER, LAYOUT, "0", "a.png"),
-               encode([("How many?", "two."), ("What colour?", "red, a red one. yes."), ("Is there?", "no.")],
+               encode([("How many?", "two."), ("What colour?", "red, a red one. yes."),
+                       ("Is there?", "no.")],
                       TOKENIZER, LAYOUT, "1"),
-               encode([("<image>\nIs there a red one?", "yes"), ("Is there?", "yes."), ("How?", "a circle, a red one.")],
+               encode([("<image>\nIs there a red one?", "yes"), ("Is there?", "yes."),
+                       ("How?", "a circle, a red one.")],
                       TOKENIZER, LAYOUT, "2", "b.png")]
-    full = [logits_of(model, batch_of([s], look[:1] if s is samples[0] else look[1:] if s.image else [],
+    full = [logits_of(model,
+                      batch_of([s], look[:1] if s is samples[0] else look[1:] if s.image else [],
                                       torch.float32))[0] for s in samples]
     spans, eos = [list(segments(s)) for s in samples], TOKENIZER.eos
     cache, tails, cut, early = Cache(model.cfg.llm, 3, 0, "cpu", torch.float32), None, 0, 0
     for turn in range(3):
-        prompts = [SimpleNamespace(**{n: getattr(s, n)[own[turn][0]] for n in ("ids", "labels", "pool_id", "use_id")},
-                                   turns=1, image=s.image if turn == 0 else None, record="", tag=-1) for s, own in zip(samples, spans)]
+        prompts = [SimpleNamespace(**{n: getattr(s, n)[own[turn][0]]
+                                      for n in ("ids", "labels", "pool_id", "use_id")},
+                                   turns=1, image=s.image if turn == 0 else None, record="",
+                                   tag=-1) for s, own in zip(samples, spans)]
         for p in prompts:
             p.pool_id, p.use_id = (p.pool_id == turn) - 1, p.use_id * 0
         batch = collate(prompts, look if turn == 0 else [], (3, 28, 28))
         batch.visual = batch.visual if turn == 0 else None
-        said = [s.ids[own[turn][1]].tolist() for s, own in zip(samples, spans)]  # each ends with eos
-        steps = max(map(len, said)) - 1                                           # so the longest is cut before its eos
+        # Each ends with eos; one step less cuts the longest one before it
+        said = [s.ids[own[turn][1]].tolist() for s, own in zip(samples, spans)]
+        steps = max(map(len, said)) - 1
         if tails is not None:
-            end_turn(model, pad_right([np.array(t) for t in tails], 0), torch.tensor([len(t) for t in tails]), cache)
+            end_turn(model, pad_right([np.array(t) for t in tails], 0),
+                     torch.tensor([len(t) for t in tails]), cache)
         dictate = (torch.tensor([(row + [7] * steps)[i] for row in said]) for i in range(steps))
         with dictated(dictate) as seen:
             out = torch.stack(list(stream(model, batch, steps, eos, cache=cache)), 1).tolist()
@@ -171,7 +189,8 @@ def test_rows_of_a_batch_go_on_from_their_own_ends_in_one_cache(kind):
             start = own[turn][1].start
             assert close(torch.stack(seen, 1)[b, :n], full[b][start - 1:start - 1 + n], 1e-5)
         tails = [row[-2:] if len(row) > steps else [eos] for row in said]
-        cut, early = cut + sum(len(t) == 2 for t in tails), early + sum(len(row) < steps for row in said)
+        cut, early = cut + sum(len(t) == 2 for t in tails), early + sum(len(row) < steps
+                                                                        for row in said)
     assert cut == 3 and early >= 4
 
 
@@ -179,7 +198,7 @@ def test_rows_of_a_batch_go_on_from_their_own_ends_in_one_cache(kind):
                          ids=["end of the last turn", "prompt", "first token", "third token"])
 @pytest.mark.parametrize("layer", [0, 2, 3])
 @torch.no_grad()
-def test_an_answer_stopped_anywhere_leaves_a_chat_that_equals_the_conversation_as_far_as_it_was_said(call, kept, layer):
+def test_a_chat_goes_on_from_an_answer_that_was_stopped_anywhere(call, kept, layer):
     checkpoint, image = talker(**EVERY), noise(0)
     chat, calls = Chat(checkpoint, image, Options()), []
     ask_dictated(chat, *[TURNS[0][0], TOKENIZER.encode(TURNS[0][1])], cut=True)
@@ -223,7 +242,8 @@ def test_a_question_too_long_for_the_context_leaves_the_conversation_as_it_was()
     for c in (chat, same):
         list(c.ask("How many?"))
     held = len(chat.ids) + (chat.ids[-1] != TOKENIZER.eos)
-    with pytest.raises(cli.UserError, match=f"the conversation before it {held}; there is no room for an answer.*/reset"):
+    words = f"the conversation before it {held}; there is no room for an answer.*/reset"
+    with pytest.raises(cli.UserError, match=words):
         list(chat.ask("How" + "\n" * 185 + "many?"))
     with pytest.raises(cli.UserError, match="empty"):
         list(chat.ask(" "))
@@ -249,12 +269,14 @@ def test_a_conversation_ends_where_the_context_does_and_says_so(capsys):
 
 
 def test_a_character_of_several_tokens_comes_when_it_is_whole():
-    whole, word, broken = TOKENIZER.encode("é")[-2:], TOKENIZER.encode("red"), TOKENIZER.encode("日")[-3:-1]
+    encode = TOKENIZER.encode
+    whole, word, broken = encode("é")[-2:], encode("red"), encode("日")[-3:-1]
     ids = whole + word + broken
     chat = Chat(talker(), None, Options(max_new_tokens=len(ids)))
     with dictated(torch.tensor([i]) for i in ids):
         pieces = list(chat.ask("How many?"))
-    assert "".join(pieces) == TOKENIZER.decode(ids) and pieces[:2] == ["", "é"] and len(pieces) == len(ids) + 1
+    assert "".join(pieces) == TOKENIZER.decode(ids)
+    assert pieces[:2] == ["", "é"] and len(pieces) == len(ids) + 1
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces[:-1])
 
 
@@ -271,7 +293,11 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
     model, vocab = trained(torch.float32, seed=3), TOKENIZER.vocab - 100
     model.llm.lm_head.weight.data[vocab:] *= 10
     batch = batch_of([encode_prompt([], "How many?", TOKENIZER, LAYOUT)] * 8, [], torch.float32)
-    drawn = lambda **how: generate(model, batch, 10, -1, temperature=1.0, generator=torch.Generator().manual_seed(0), **how)
+
+    def drawn(**how):
+        return generate(model, batch, 10, -1, temperature=1.0,
+                        generator=torch.Generator().manual_seed(0), **how)
+
     assert max(map(max, drawn())) >= vocab > max(map(max, drawn(vocab=vocab)))
     assert generate(model, batch, 10, -1, vocab=vocab) == generate(model, batch, 10, -1)
 
@@ -281,14 +307,15 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with two pictures and two checkpoints: the answers of `model` may end, those of `endless` do not."""
+    """A folder with pictures and two checkpoints; only answers of `model` may end."""
     folder = tmp_path_factory.mktemp("place")
     model = trained(torch.float32, seed=3)
     cfg = dataclasses.replace(model.cfg, llm=dataclasses.replace(model.cfg.llm, context=CONTEXT))
-    model.llm.lm_head.weight.data[3:259] = 0  # bytes are never the likeliest: they need not make whole characters
+    model.llm.lm_head.weight.data[3:259] = 0  # no bytes: they may not form whole characters
     for name in ("model", "endless"):
         state = {name: p.detach() for name, p in model.named_parameters()}
-        weights.save(str(folder / name), cfg, state, TOKENIZER, Preprocess(28), "A chat.", stage=2, sources={}, training={})
+        weights.save(str(folder / name), cfg, state, TOKENIZER, Preprocess(28), "A chat.",
+                     stage=2, sources={}, training={})
         model.llm.lm_head.weight.data[TOKENIZER.eos] = 0
     noise(0).save(folder / "x.png")
     noise(1).save(folder / "y.png")
@@ -310,11 +337,15 @@ def typed(monkeypatch, content):
     """Let standard input be a pipe with this content."""
     content = content if isinstance(content, bytes) else content.encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
 Q0, Q1, Q2 = "What colour is the circle?", "Is there a square?", "How many?"
 
 
 def test_prompts_are_turns_of_one_chat(place, known, monkeypatch, capsys):
-    code, out, err = run_here(monkeypatch, capsys, *arguments(place, f"--image={place / 'x.png'}", "--prompt", Q0, f"--prompt={Q1}"))
+    code, out, err = run_here(monkeypatch, capsys,
+                              *arguments(place, f"--image={place / 'x.png'}", "--prompt", Q0,
+                                         f"--prompt={Q1}"))
     expected = [answer_of(known, noise(0), Q0), answer_of(known, noise(0), Q0, Q1)]
     assert code == 0 and out == "".join(f"{answer}\n" for answer in expected)
     assert expected[1] != answer_of(known, noise(0), Q1)
@@ -322,29 +353,37 @@ def test_prompts_are_turns_of_one_chat(place, known, monkeypatch, capsys):
     assert err.count("tokens/s") == err.count("the first after") == 2
 
 
-def test_a_chat_through_a_pipe_answers_line_by_line_and_survives_mistakes(place, known, monkeypatch, capsys):
+def test_a_chat_through_a_pipe_answers_line_by_line_and_survives_mistakes(place, known,
+        monkeypatch, capsys):
     typed(monkeypatch, "\n".join([Q1, "", f"/image {place / 'half.png'}", "/look", Q2, "/reset", Q2,
                                   f"/image {place / 'y.png'}", Q0, "/image", "/quit", Q0]))
-    code, out, err = run_here(monkeypatch, capsys, *arguments(place, f"--image={place / 'x.png'}", f"--prompt={Q0}", "--chat"))
+    code, out, err = run_here(monkeypatch, capsys,
+                              *arguments(place, f"--image={place / 'x.png'}", f"--prompt={Q0}",
+                                         "--chat"))
     x, y = noise(0), noise(1)
-    expected = [answer_of(known, x, Q0), answer_of(known, x, Q0, Q1), answer_of(known, x, Q0, Q1, Q2),
+    expected = [answer_of(known, x, Q0), answer_of(known, x, Q0, Q1),
+                answer_of(known, x, Q0, Q1, Q2),
                 answer_of(known, x, Q2), answer_of(known, y, Q0)]
     assert len(set(expected)) == 5
     assert code == 0 and out == "".join(f"{answer}\n" for answer in expected)
     mistakes = [line for line in err.splitlines() if "error:" in line]
-    assert [word in line for word, line in zip(("empty", "unreadable picture", "/look is", "/image needs"), mistakes)] == [True] * 4
+    words = ("empty", "unreadable picture", "/look is", "/image needs")
+    assert [word in line for word, line in zip(words, mistakes)] == [True] * 4
     assert len(mistakes) == 4 and ">" not in err
     assert f"a new conversation about {place / 'y.png'}\n" in err and "/image PATH" in mistakes[3]
 
 
-def test_a_chat_without_a_first_question_waits_for_one_and_ends_with_its_input(place, known, monkeypatch, capsys):
-    typed(monkeypatch, Q0.encode() + b"\nHow \xff?\n" + Q2.encode())  # no newline at the end, and a line that is no text
+def test_a_chat_without_a_first_question_waits_for_one_and_ends_with_its_input(place, known,
+        monkeypatch, capsys):
+    # One line is not text, and there is no newline at the end
+    typed(monkeypatch, Q0.encode() + b"\nHow \xff?\n" + Q2.encode())
     code, out, err = run_here(monkeypatch, capsys, *arguments(place, "--chat"))
     assert code == 0 and out == f"{answer_of(known, None, Q0)}\n{answer_of(known, None, Q0, Q2)}\n"
     assert err.count("error:") == 1 and "not valid Unicode" in err
 
 
-def test_ctrl_c_ends_a_chat_through_a_pipe_and_keeps_what_was_answered(place, known, monkeypatch, capsys):
+def test_ctrl_c_ends_a_chat_through_a_pipe_and_keeps_what_was_answered(place, known, monkeypatch,
+        capsys):
     def ask(chat, question):
         if question == Q1:
             raise KeyboardInterrupt
@@ -383,15 +422,18 @@ MISTAKES = {
 @pytest.mark.parametrize("argv, words", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_that_says_what_to_mend(place, argv, words, monkeypatch, capsys):
     code, out, err = run_here(monkeypatch, capsys, *arguments(place, *argv))
-    assert isinstance(code, str) and code.startswith("error: ") and words in code and "\n" not in code
+    assert isinstance(code, str) and code.startswith("error: ") and words in code
+    assert "\n" not in code
     assert (out, err) == ("", "")
 
 
 @contextlib.contextmanager
 def endless(place, *argv, stdin=None):
-    """The program as a process of its own, at an answer that does not end; it is gone afterwards, whatever happens."""
-    argv = [sys.executable, sample.__file__, f"--model={place / 'endless'}", f"--max_new_tokens={CONTEXT}", *CPU, *argv]
-    with subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+    """The program as a process that gives an endless answer; it is killed at the end."""
+    argv = [sys.executable, sample.__file__, f"--model={place / 'endless'}",
+            f"--max_new_tokens={CONTEXT}", *CPU, *argv]
+    with subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as done:
         try:
             yield done
         finally:
@@ -434,8 +476,10 @@ def test_an_answer_whose_reader_goes_away_ends_without_a_word(place):
 
 # ---- Files of questions
 
-ROWS = [{"id": 7, "image": "x.png", "prompt": Q0}, {"prompt": Q2}, {"image": "y.png", "prompt": "Is there? " * 9, "é": ["é"]},
-        {"image": None, "prompt": Q1}, {"image": "y.png", "prompt": Q2}, {"prompt": "How?", "image": "sub/x.png"},
+ROWS = [{"id": 7, "image": "x.png", "prompt": Q0}, {"prompt": Q2},
+        {"image": "y.png", "prompt": "Is there? " * 9, "é": ["é"]},
+        {"image": None, "prompt": Q1}, {"image": "y.png", "prompt": Q2},
+        {"prompt": "How?", "image": "sub/x.png"},
         {"question_id": "b", "prompt": Q0}]
 
 
@@ -454,14 +498,17 @@ def write_rows(folder, rows):
 
 
 def batch(place, folder, monkeypatch, capsys, *more, n=12):
-    """(code, answers in the file, rows of ids that the model gave, stderr) of a run over q.jsonl."""
+    """(code, answers in the file, rows of ids that the model gave, stderr) of --batch q.jsonl."""
     rows = []
-    monkeypatch.setattr(sample, "generate", lambda *a, **k: rows.extend(found := generate(*a, **k)) or found)
-    code, out, err = run_here(monkeypatch, capsys, f"--model={place / 'model'}", f"--batch={folder / 'q.jsonl'}", "--batch_size=3",
+    monkeypatch.setattr(sample, "generate",
+                        lambda *a, **k: rows.extend(found := generate(*a, **k)) or found)
+    code, out, err = run_here(monkeypatch, capsys, f"--model={place / 'model'}",
+                              f"--batch={folder / 'q.jsonl'}", "--batch_size=3",
                             f"--max_new_tokens={n}", *CPU, *more)
     assert out == ""
     file = folder / "q.answers.jsonl"
-    return code, [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else None, rows, err
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else None
+    return code, lines and list(map(json.loads, lines)), rows, err
 
 
 def alone(checkpoint, folder, row, n=12):
@@ -473,10 +520,12 @@ def alone(checkpoint, folder, row, n=12):
     return text, [i for i in chat.ids[start:] if i != TOKENIZER.eos]
 
 
-def test_answers_of_a_file_are_those_of_single_questions_token_for_token_in_order(place, known, questions, monkeypatch, capsys):
+def test_answers_of_a_file_are_those_of_single_questions_token_for_token_in_order(place, known,
+        questions, monkeypatch, capsys):
     code, found, ids, err = batch(place, questions, monkeypatch, capsys)
     expected = [alone(known, questions, row) for row in ROWS]
-    assert code == 0 and ids == [ids for _, ids in expected] and len(set(map(tuple, ids))) == len(ROWS)
+    assert code == 0 and ids == [ids for _, ids in expected]
+    assert len(set(map(tuple, ids))) == len(ROWS)
     assert found == [{**row, "answer": text} for row, (text, _) in zip(ROWS, expected)]
     assert [list(row) for row in found] == [[*row, "answer"] for row in ROWS]
     assert "é" in (questions / "q.answers.jsonl").read_text() and "7/7" in err
@@ -486,7 +535,9 @@ def test_answers_of_a_file_are_those_of_single_questions_token_for_token_in_orde
 
 def test_a_row_of_a_file_is_cut_where_its_own_context_ends(known):
     context = len(encode_prompt([], ROWS[2]["prompt"], TOKENIZER, LAYOUT, "y.png").ids) + 4
-    small = dataclasses.replace(known, model=VLM(dataclasses.replace(known.model.cfg, llm=dataclasses.replace(
+    small = dataclasses.replace(known,
+                                model=VLM(dataclasses.replace(known.model.cfg,
+                                                              llm=dataclasses.replace(
         known.model.cfg.llm, context=context))))
     small.model.load_state_dict(known.model.state_dict())
     o = Options(max_new_tokens=30)
@@ -494,10 +545,13 @@ def test_a_row_of_a_file_is_cut_where_its_own_context_ends(known):
     found = sample.answer_rows(small, list(zip("ab", rows)), ".", o, 0)
     assert found == [(answer_of(small, None, row["prompt"], o=o), True) for row in rows]
     with pytest.raises(cli.UserError, match="^b takes .* the context"):
-        sample.answer_rows(small, [("a", rows[1]), ("b", {"prompt": "Is" + "\n" * context + "there?"})], ".", o, 0)
+        sample.answer_rows(small,
+                           [("a", rows[1]), ("b", {"prompt": "Is" + "\n" * context + "there?"})],
+                           ".", o, 0)
 
 
-@pytest.mark.parametrize("cut", [1, 40, 100_000], ids=["last line half written", "one line less", "nothing"])
+@pytest.mark.parametrize("cut", [1, 40, 100_000],
+                         ids=["last line half written", "one line less", "nothing"])
 def test_a_file_goes_on_where_it_stopped(place, questions, monkeypatch, capsys, cut):
     _, found, ids, _ = batch(place, questions, monkeypatch, capsys)
     file = questions / "q.answers.jsonl"
@@ -512,7 +566,8 @@ def test_a_file_goes_on_where_it_stopped(place, questions, monkeypatch, capsys, 
     assert code == 0 and more == [] and "all 7 answers" in err and file.read_bytes() == whole
 
 
-def test_a_run_that_is_stopped_keeps_the_batches_that_it_answered(place, questions, monkeypatch, capsys):
+def test_a_run_that_is_stopped_keeps_the_batches_that_it_answered(place, questions, monkeypatch,
+        capsys):
     _, found, _, _ = batch(place, questions, monkeypatch, capsys)
     (questions / "q.answers.jsonl").unlink()
     calls, real = [], sample.answer_rows
@@ -531,36 +586,48 @@ def test_a_run_that_is_stopped_keeps_the_batches_that_it_answered(place, questio
 
 
 @pytest.mark.parametrize("change", [
-    lambda lines: [lines[1], lines[0], *lines[2:]], lambda lines: lines + lines[:1], lambda lines: [b"notes\n"],
-    lambda lines: [b"half a note"], lambda lines: lines + [b"{"], lambda lines: [lines[0].replace(b"circle", b"square")],
+    lambda lines: [lines[1], lines[0], *lines[2:]], lambda lines: lines + lines[:1],
+    lambda lines: [b"notes\n"],
+    lambda lines: [b"half a note"], lambda lines: lines + [b"{"],
+    lambda lines: [lines[0].replace(b"circle", b"square")],
     lambda lines: [lines[0], lines[1][:9] + b"x"]])
-def test_a_file_that_does_not_hold_these_answers_is_refused_and_left_alone(place, questions, monkeypatch, capsys, change):
+def test_a_file_that_does_not_hold_these_answers_is_refused_and_left_alone(place, questions,
+        monkeypatch, capsys, change):
     batch(place, questions, monkeypatch, capsys, n=1)
     file = questions / "q.answers.jsonl"
     other = b"".join(change(file.read_bytes().splitlines(keepends=True)))
     file.write_bytes(other)
-    code, *_ = run_here(monkeypatch, capsys, f"--model={place / 'model'}", f"--batch={questions / 'q.jsonl'}", *CPU)
+    code, *_ = run_here(monkeypatch, capsys, f"--model={place / 'model'}",
+                        f"--batch={questions / 'q.jsonl'}", *CPU)
     assert "not the answer to that line" in code and file.read_bytes() == other
 
 
-BAD = {"not JSON": ('{"prompt": "a"', "not JSON"), "no UTF-8": ("\udcff", "not JSON"), "empty": ("", "not JSON"),
-       "half a surrogate": (r'{"prompt": "\ud800"}', "not JSON"), "list": ("[1]", "expected"), "no prompt": ("{}", "expected"),
-       "empty prompt": ('{"prompt": " "}', "expected"), "picture": ('{"prompt": "a", "image": 3}', "expected the path"),
+BAD = {"not JSON": ('{"prompt": "a"', "not JSON"), "no UTF-8": ("\udcff", "not JSON"),
+       "empty": ("", "not JSON"),
+       "half a surrogate": (r'{"prompt": "\ud800"}', "not JSON"), "list": ("[1]", "expected"),
+       "no prompt": ("{}", "expected"),
+       "empty prompt": ('{"prompt": " "}', "expected"),
+       "picture": ('{"prompt": "a", "image": 3}', "expected the path"),
        "answered": ('{"prompt": "a", "answer": "b"}', "where the answer will go")}
 
 
 @pytest.mark.parametrize("line, words", BAD.values(), ids=BAD)
-def test_a_malformed_line_is_named_before_anything_is_answered(place, questions, monkeypatch, capsys, line, words):
+def test_a_malformed_line_is_named_before_anything_is_answered(place, questions, monkeypatch,
+        capsys, line, words):
     lines = [json.dumps(row) for row in ROWS[:4]] + [line, json.dumps(ROWS[5])]
     (questions / "q.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     code, found, _, err = batch(place, questions, monkeypatch, capsys)
-    assert "q.jsonl line 5: " in code and words in code and "\n" not in code and (found, err) == (None, "")
+    assert "q.jsonl line 5: " in code and words in code and "\n" not in code
+    assert (found, err) == (None, "")
 
 
 @pytest.mark.parametrize("row, words", [
-    ({"prompt": "a", "image": "none.png"}, "there is no such picture"), ({"prompt": "a", "image": "q.jsonl"}, "unreadable"),
-    ({"prompt": "a", "image": "../x.png"}, "is not inside"), ({"prompt": "<image> a"}, "no picture")])
-def test_a_row_that_cannot_be_used_is_named_and_what_was_answered_is_kept(place, questions, monkeypatch, capsys, row, words):
+    ({"prompt": "a", "image": "none.png"}, "there is no such picture"),
+    ({"prompt": "a", "image": "q.jsonl"}, "unreadable"),
+    ({"prompt": "a", "image": "../x.png"}, "is not inside"),
+    ({"prompt": "<image> a"}, "no picture")])
+def test_a_row_that_cannot_be_used_is_named_and_what_was_answered_is_kept(place, questions,
+        monkeypatch, capsys, row, words):
     write_rows(questions, [*ROWS[:4], row, *ROWS[5:]])
     code, found, _, _ = batch(place, questions, monkeypatch, capsys)
     assert "q.jsonl line 5" in code and words in code and "\n" not in code
@@ -573,21 +640,25 @@ def test_the_pictures_and_the_answers_may_lie_elsewhere(place, questions, monkey
     (questions / "sub" / "x.png").rename(questions / "x.png")
     (questions / "deep" / "sub").mkdir(parents=True)
     (questions / "x.png").rename(questions / "deep" / "sub" / "x.png")
-    code, found, _, _ = batch(place, questions, monkeypatch, capsys, f"--images={questions / 'deep'}", f"--out={questions / 'a'}")
-    assert code == 0 and found is None and json.loads((questions / "a").read_text())["image"] == "sub/x.png"
+    code, found, _, _ = batch(place, questions, monkeypatch, capsys,
+                              f"--images={questions / 'deep'}", f"--out={questions / 'a'}")
+    assert code == 0 and found is None
+    assert json.loads((questions / "a").read_text())["image"] == "sub/x.png"
 
 
 def test_drawn_answers_of_a_file_depend_on_the_seed_only(place, questions, monkeypatch, capsys):
     found = []
     for seed in (0, 0, 1):
-        found.append(batch(place, questions, monkeypatch, capsys, "--temperature=2", f"--seed={seed}")[1])
+        found.append(batch(place, questions, monkeypatch, capsys, "--temperature=2",
+                           f"--seed={seed}")[1])
         (questions / "q.answers.jsonl").unlink()
     assert found[0] == found[1] != found[2]
 
 
 CHANGES = {"other weights": ("--model=other", "answers of other weights"),
            "temperature": ("--temperature=2", "--temperature 0.0, not 2.0"),
-           "top_p": ("--top_p=0.5", "--top_p 1.0, not 0.5"), "seed": ("--seed=1", "--seed 0, not 1"),
+           "top_p": ("--top_p=0.5", "--top_p 1.0, not 0.5"),
+           "seed": ("--seed=1", "--seed 0, not 1"),
            "longest answer": ("--max_new_tokens=9", "--max_new_tokens 12, not 9")}
 
 
@@ -613,7 +684,8 @@ def test_what_made_the_answers_is_noted_before_the_first_and_the_model_may_move(
     monkeypatch.undo()
     noted = json.loads((questions / "q.answers.meta.json").read_text())
     assert noted.pop("fingerprint") and noted == {
-        "model": str(place / "model"), "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12, "seed": 0}
+        "model": str(place / "model"), "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12,
+        "seed": 0}
     _, found, _, _ = batch(place, questions, monkeypatch, capsys)
     file, moved = questions / "q.answers.jsonl", questions / "moved"
     file.write_bytes(file.read_bytes()[:-1])
@@ -625,10 +697,16 @@ def test_what_made_the_answers_is_noted_before_the_first_and_the_model_may_move(
     assert "q.answers.meta.json, which says how" in code and "is missing" in code
 
 
-def test_the_bar_of_a_file_is_drawn_rarely_where_no_terminal_is(
+def test_the_bar_of_a_file_is_drawn_every_5_seconds_where_no_terminal_is(
         place, questions, monkeypatch, capsys):
-    code, _, _, err = batch(place, questions, monkeypatch, capsys, "--batch_size=1")
-    assert code == 0 and err.count("answer/s") + err.count("s/answer") <= 2  # first and last, in 5 s
+    pauses, real = [], formats.answers.tqdm
+    monkeypatch.setattr(formats.answers, "tqdm",
+                        lambda **k: pauses.append(k["mininterval"]) or real(**k))
+    assert batch(place, questions, monkeypatch, capsys)[0] == 0
+    (questions / "q.answers.jsonl").unlink()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert batch(place, questions, monkeypatch, capsys)[0] == 0
+    assert pauses == [5, 0.1]
 
 
 # ---- The newest checkpoint
@@ -645,11 +723,13 @@ def test_a_checkpoint_that_was_set_aside_counts_where_its_successor_was_never_fi
     os.utime(tmp_path / "a" / "stage2" / "config.json", (0, 0))
     (tmp_path / "c" / "stage1").mkdir(parents=True)
     (tmp_path / "c" / "stage1" / "config.json").touch()
-    os.utime(tmp_path / "c" / "stage1" / "config.json", (.5, .5))  # newer than a/stage2, older than what it replaced
+    # newer than a/stage2, older than what that replaced
+    os.utime(tmp_path / "c" / "stage1" / "config.json", (.5, .5))
     assert choose_checkpoint(None, str(tmp_path)) == str(tmp_path / "c" / "stage1")
 
 
-def test_the_program_finds_a_checkpoint_whose_successor_was_killed(place, known, tmp_path, monkeypatch, capsys):
+def test_the_program_finds_a_checkpoint_whose_successor_was_killed(place, known, tmp_path,
+        monkeypatch, capsys):
     (tmp_path / "out" / "x").mkdir(parents=True)
     os.symlink(place / "model", tmp_path / "out" / "x" / "stage2.old")
     monkeypatch.chdir(tmp_path)
@@ -681,10 +761,12 @@ def small(tmp_path_factory):
     """A folder with a checkpoint, pictures good and bad, and a folder that is no checkpoint."""
     folder = tmp_path_factory.mktemp("small")
     model = trained(torch.float32, seed=3)
-    model.llm.lm_head.weight.data[:259] = 0  # bytes are never the likeliest: they need not make whole characters
+    model.llm.lm_head.weight.data[:259] = 0  # no bytes: they may not form whole characters
     state = {name: p.detach() for name, p in model.named_parameters()}
-    weights.save(str(folder / "model"), model.cfg, state, TOKENIZER, Preprocess(28), "A chat.", 2, {}, {})
-    noise = torch.randint(0, 256, (40, 30, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    weights.save(str(folder / "model"), model.cfg, state, TOKENIZER, Preprocess(28), "A chat.", 2,
+                 {}, {})
+    noise = torch.randint(0, 256, (40, 30, 3),
+                          generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     Image.fromarray(noise.numpy()).save(folder / "x.png")
     (folder / "empty.png").touch()
     (folder / "half.png").write_bytes((folder / "x.png").read_bytes()[:1500])
@@ -694,7 +776,8 @@ def small(tmp_path_factory):
 
 def command(small, **changes):
     """The arguments of sample.py: by default a question that can be answered."""
-    options = dict(image=small / "x.png", prompt="What colour is the circle?", model=small / "model", device="cpu",
+    options = dict(image=small / "x.png", prompt="What colour is the circle?",
+                   model=small / "model", device="cpu",
                    dtype="float32", max_new_tokens=6)
     return [f"--{name}={value}" for name, value in {**options, **changes}.items()]
 
@@ -715,12 +798,15 @@ def expected_answer(small, text, n):
     checkpoint = weights.load(str(small / "model"))
     asked = encode_prompt([], text, TOKENIZER, LAYOUT, "x.png")
     look = data.pixels(data.open_image(small / "x.png", "x.png"), checkpoint.preprocess)
-    return TOKENIZER.decode(generate(checkpoint.model, batch_of([asked], [look], torch.float32), n, TOKENIZER.eos)[0])
+    return TOKENIZER.decode(generate(checkpoint.model, batch_of([asked], [look], torch.float32), n,
+                                     TOKENIZER.eos)[0])
 
 
 def run_process(*argv):
-    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, encoding="utf-8",
-                          cwd=os.path.dirname(sample.__file__), env={**os.environ, "PYTHONUTF8": "1"})
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True,
+                          encoding="utf-8",
+                          cwd=os.path.dirname(sample.__file__),
+                          env={**os.environ, "PYTHONUTF8": "1"})
 
 
 def test_the_program_prints_the_answer_and_nothing_else(small):
@@ -757,10 +843,12 @@ COMMAND_MISTAKES = {
 
 
 @pytest.mark.parametrize("changes, words", COMMAND_MISTAKES.values(), ids=COMMAND_MISTAKES)
-def test_a_mistake_in_a_command_is_one_line_that_says_what_to_mend(small, changes, words, monkeypatch, capsys):
+def test_a_mistake_in_a_command_is_one_line_that_says_what_to_mend(small, changes, words,
+        monkeypatch, capsys):
     paths = {k: small / v for k, v in changes.items() if k in ("image", "model")}
     code, out, err = run_here(monkeypatch, capsys, *command(small, **{**changes, **paths}))
-    assert isinstance(code, str) and code.startswith("error: ") and words in code  # a str: printed, exit code 1
+    assert isinstance(code, str)  # a str: printed, exit code 1
+    assert code.startswith("error: ") and words in code
     assert "\n" not in code and (out, err) == ("", "")
 
 
@@ -796,10 +884,12 @@ def test_an_answer_longer_than_the_context_is_cut_and_said_to_be(small, monkeypa
     asked = "How many? " * 50
     room = LAYOUT.context - len(encode_prompt([], asked, TOKENIZER, LAYOUT, "x.png").ids)
     assert 0 < room < 100
-    code, out, err = run_here(monkeypatch, capsys, *command(small, prompt=asked, max_new_tokens=100))
+    code, out, err = run_here(monkeypatch, capsys,
+                              *command(small, prompt=asked, max_new_tokens=100))
     assert code == 0 and out == expected_answer(small, asked, room) + "\n"
     assert f"cut at {room} tokens" in err
-    assert "cut at" not in run_here(monkeypatch, capsys, *command(small, prompt=asked, max_new_tokens=room))[2]
+    shorter = command(small, prompt=asked, max_new_tokens=room)
+    assert "cut at" not in run_here(monkeypatch, capsys, *shorter)[2]
     assert out.startswith(expected_answer(small, asked, room - 1))
 
 
@@ -814,11 +904,13 @@ def test_a_prompt_that_fills_the_context_leaves_no_room_for_an_answer(small, mon
 def test_a_question_without_a_picture_is_answered_too(small, monkeypatch, capsys):
     argv = [a for a in command(small) if not a.startswith("--image")]
     code, out, _ = run_here(monkeypatch, capsys, *argv)
-    assert code == 0 and out != expected_answer(small, "What colour is the circle?", 6) + "\n" and len(out) > 1
+    other = expected_answer(small, "What colour is the circle?", 6)
+    assert code == 0 and out != other + "\n" and len(out) > 1
 
 
 def test_drawn_answers_depend_on_the_seed_only(small, monkeypatch, capsys):
-    said = [run_here(monkeypatch, capsys, *command(small, temperature=2, seed=seed))[1] for seed in (0, 0, 1)]
+    said = [run_here(monkeypatch, capsys, *command(small, temperature=2, seed=seed))[1]
+            for seed in (0, 0, 1)]
     assert said[0] == said[1] != said[2]
 
 
@@ -834,8 +926,11 @@ def test_the_newest_checkpoint_is_taken_where_none_is_named(tmp_path):
 
 
 def test_training_and_sampling_need_no_library_but_the_few_that_are_stated():
-    unwanted = "transformers deepspeed peft flash_attn wandb torchvision matplotlib sentencepiece".split()
-    done = run_process("-c", f"import sys, train, sample; print(*set(sys.modules) & set({unwanted}), flush=True)")
+    unwanted = ("transformers deepspeed peft flash_attn wandb torchvision matplotlib "
+                "sentencepiece").split()
+    done = run_process("-c",
+                       "import sys, train, sample; "
+                       f"print(*set(sys.modules) & set({unwanted}), flush=True)")
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
@@ -859,26 +954,35 @@ def test_greedy_text_is_that_of_transformers_for_fifty_pictures_and_prompts(tmp_
     words = "What colour is the circle Is there a square How many yes two of them".split()
     images = [noise(i, rng.integers(1, 90, 2)) for i in range(50)]
     asked = [" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(50)]
-    samples = [encode_prompt([], q, TOKENIZER, checkpoint.prompt_format(), "x.png", f"pair {i}") for i, q in enumerate(asked)]
+    samples = [encode_prompt([], q, TOKENIZER, checkpoint.prompt_format(), "x.png", f"pair {i}")
+               for i, q in enumerate(asked)]
     looks = [look(image) for image in images]
     ours = generate(checkpoint.model, batch_of(samples, looks, torch.float32), 16, TOKENIZER.eos)
 
     expected = []
     for start in range(0, 50, 10):  # they pad on the left
-        some = [torch.from_numpy(s.ids).masked_fill(torch.from_numpy(s.ids) == IMAGE, image_id) for s in samples[start:start + 10]]
+        some = [torch.from_numpy(s.ids).masked_fill(torch.from_numpy(s.ids) == IMAGE, image_id)
+                for s in samples[start:start + 10]]
         longest = max(map(len, some))
-        ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=0) for row in some])
+        ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=0)
+                           for row in some])
         mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in some]).long()
-        out = theirs.generate(input_ids=ids, attention_mask=mask, pixel_values=torch.stack(looks[start:start + 10]),
-                              max_new_tokens=16, do_sample=False, eos_token_id=TOKENIZER.eos, pad_token_id=TOKENIZER.eos)
-        expected += [row[:row.index(TOKENIZER.eos)] if TOKENIZER.eos in row else row for row in out[:, longest:].tolist()]
+        out = theirs.generate(input_ids=ids, attention_mask=mask,
+                              pixel_values=torch.stack(looks[start:start + 10]),
+                              max_new_tokens=16, do_sample=False, eos_token_id=TOKENIZER.eos,
+                              pad_token_id=TOKENIZER.eos)
+        expected += [row[:row.index(TOKENIZER.eos)] if TOKENIZER.eos in row else row
+                     for row in out[:, longest:].tolist()]
     assert ours == expected
     assert len(set(map(tuple, ours))) >= 45 and len({token for row in ours for token in row}) > 80
-    chats = [answer_of(checkpoint, images[i], asked[i], o=Options(max_new_tokens=16)) for i in range(0, 50, 10)]
+    chats = [answer_of(checkpoint, images[i], asked[i], o=Options(max_new_tokens=16))
+             for i in range(0, 50, 10)]
     assert chats == [TOKENIZER.decode(expected[i]) for i in range(0, 50, 10)]
 
 
-@pytest.mark.parametrize("option", [{"temperature": float("nan")}, {"temperature": 1e-45}, {"top_p": 1e-300}, {"seed": 2**70}])
+@pytest.mark.parametrize("option",
+                         [{"temperature": float("nan")}, {"temperature": 1e-45}, {"top_p": 1e-300},
+                          {"seed": 2**70}])
 def test_a_number_that_cannot_be_drawn_with_is_refused(option):
     with pytest.raises(cli.UserError, match=next(iter(option))):
         Options(**option)
