@@ -10,7 +10,6 @@ A stage's folder holds log.jsonl, state/ while it runs, and the checkpoint when 
 """
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from cli import parse, UserError
 from data import Conversations, PromptFormat
@@ -37,7 +35,7 @@ from training.distributed import (DistributedUserError, main_distributed, raise_
                                   start_world, sum_over_ranks)
 from training.feed import (describe_records, make_loader, Pictures, Question, split_across_ranks,
                            TrainDataset, VLMData)
-from training.log import cut_log, log_line, log_row
+from training.log import cut_log, log_row, open_log, progress_bar, write_row
 from training.muon import Muon
 from training.options import (complete, device_of, EXPERT_OPTIONS, Options, stage_folder, title)
 from training.parts import check_options, run_parts_in_parallel, unfinished
@@ -275,26 +273,23 @@ def start_or_resume(stage, model, optimisers, o, mesh):
 
 def train(stage, o, mesh, place=0):
     """Train a stage for o.steps optimiser steps and write its checkpoint; `place`: line of its bar."""
-    out, rank_0 = stage_folder(o), dist.get_rank() == 0
+    out = stage_folder(o)
     o.steps = o.steps or math.ceil(o.epochs * len(stage.data) / o.batch_size)
     model, optimisers = setup_model(stage.model, o, mesh)
     text = raise_on_all_ranks(lambda: plan(model, optimisers, stage, o, trains_llm(o)))
-    if rank_0:
+    if dist.get_rank() == 0:
         print(text, file=sys.stderr)
     start, skipped = start_or_resume(stage, model, optimisers, o, mesh)
     dataset = TrainDataset(stage.data, o)
     loader = make_loader(dataset, start, o)
     first = began = time.perf_counter()
     save_seconds = 0.0
-    with open_log(out, rank_0) as log, progress(start, o, place, rank_0) as bar, Signals() as signals:
+    with open_log(out) as log, progress_bar(start, o, place) as bar, Signals() as signals:
         for step in bar:
             # Data: this rank's micro-batches of the step
             asked = time.perf_counter()
             batches, messages = zip(*(next(loader) for _ in range(dataset.accumulation)))
-            messages = [message for some in messages for message in some]
-            waited = time.perf_counter() - asked
-            for message in messages:
-                bar.write(f"skipped: {message}", file=sys.stderr)
+            messages, waited = sum(messages, []), time.perf_counter() - asked
 
             # Learning rate
             factor = schedule(step, o)
@@ -317,10 +312,7 @@ def train(stage, o, mesh, place=0):
             last = step + 1 == o.steps
             if last or (step + 1) % o.val_every == 0:
                 row |= evaluate(stage, model, o, mesh)
-            if rank_0:
-                print(json.dumps(row), file=log, flush=True)
-                if step % o.log_every == 0 or "held_out" in row or "answer" in row:
-                    bar.write(log_line(row, o), file=sys.stderr)
+            write_row(row, messages, log, bar, o)
 
             # Save
             save_seconds = 0.0
@@ -329,16 +321,6 @@ def train(stage, o, mesh, place=0):
                                             stop=result.stop, bar=bar)
             began = time.perf_counter()
     finish(stage, model, skipped, o)
-
-
-def open_log(out, rank_0):
-    return open(os.path.join(out, "log.jsonl"), "a") if rank_0 else contextlib.nullcontext()
-
-
-def progress(start, o, place, rank_0):
-    """The progress bar over the steps to take; in a file, it writes a line every 15 s."""
-    return tqdm(range(start, o.steps), title(o), initial=start, total=o.steps, disable=not rank_0,
-                position=place, mininterval=1 if sys.stderr.isatty() else 15, dynamic_ncols=True)
 
 
 def finish(stage, model, skipped, o):
@@ -437,22 +419,25 @@ def toy_stage(o):
 def run():
     given = parse(Options)
     o = Options(**given)
-    began = time.perf_counter()
     mesh = start_world(device_of(o), o.replicate)
     raise_on_all_ranks(lambda: check_options(given))
-    rank_0, alone = dist.get_rank() == 0, "WORLD_SIZE" not in os.environ
+    rank_0, one_process = dist.get_rank() == 0, "WORLD_SIZE" not in os.environ
+    progress = toy.Progress(o.stage is None and rank_0)
     if o.preset == "toy":
         raise_on_all_ranks(lambda: toy.make_world(o.out, o.pictures) if rank_0 else None)
-    needs_parts = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
-    for stage in [0] * needs_parts + ([1, 2] if o.stage is None else [o.stage]):
+        progress.done("world")
+    stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
+    for stage in [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage]):
         runs = unfinished(given, stage)
-        if len(runs) > 1 and mesh.device_type == "cpu" and alone and torch.get_num_threads() > 1:
+        parallel = len(runs) > 1 and mesh.device_type == "cpu" and one_process
+        if parallel and torch.get_num_threads() > 1:
             run_parts_in_parallel(run_stage, runs, stage)
         else:
             for one in runs:
                 run_stage(one, stage, mesh)
+        progress.done(f"stage {stage}")
     if o.stage is None and rank_0:
-        toy.finish(o.out, began)
+        toy.finish(o.out, progress.began)
 
 
 if __name__ == "__main__":

@@ -198,6 +198,8 @@ def closing(model, out, question):
         f"checkpoint  {model}",
         f"scores      {os.path.join(out, 'scores.json')}",
         f"gallery     {os.path.join(out, 'gallery.png')}: pictures with questions and answers",
+        *(f"curves      {path}: loss of all stages" for path in [os.path.join(out, "curves.png")]
+          if os.path.exists(path)),
         f"try         python sample.py --model {shlex.quote(model)} --prompt {prompt} \\",
         f"                --image {shlex.quote(question.image)}"])
 

@@ -3,6 +3,8 @@
 Next: stand_ins.py for the models, files.py for the world, benchmarks/toy.py for the scores.
 """
 import os
+import sys
+import time
 
 from benchmarks.toy import score
 from data import PromptFormat
@@ -10,6 +12,7 @@ from formats.tokenizer import train_tokenizer
 from toy.files import write_world
 from toy.stand_ins import (Captions, LLAMA, StandInCLIP, StandInLlama, Texts, VISION, words,
     write_clip, write_llm)
+from training.curves import plot, read_runs
 
 
 def make_world(out, pictures):
@@ -38,9 +41,32 @@ def stage_0(part, world, out, system):
     return StandInLlama(), *data, lambda tensors: write_llm(tensors, tokenizer, out)
 
 
+# The parts of a whole run, and seconds of each on two cores of a Xeon with AMX
+SECONDS = {"world": 11, "stage 0": 144, "stage 1": 23, "stage 2": 241, "scores": 21}
+
+
+class Progress:
+    """Says which parts a whole run has, and after each part how long the rest will take."""
+
+    def __init__(self, active):
+        self.began, self.active = time.perf_counter(), active
+        if active:
+            print(f"this run makes: {', '.join(SECONDS)}", file=sys.stderr)
+
+    def done(self, part):
+        """A part is finished. The rest is estimated from the speed of this machine so far."""
+        parts, elapsed = list(SECONDS), time.perf_counter() - self.began
+        n = parts.index(part) + 1
+        left = elapsed * sum(list(SECONDS.values())[n:]) / sum(list(SECONDS.values())[:n])
+        if self.active:
+            print(f"{part} is done ({n} of {len(parts)} parts) after {elapsed / 60:.1f} min; "
+                  f"about {left / 60:.0f} min left", file=sys.stderr)
+
+
 def finish(out, began):
-    """Score OUT/stage2 on OUT/world, as eval.py does.
+    """Draw OUT/curves.png and score OUT/stage2 on OUT/world, as eval.py does.
 
     began  time.perf_counter() at the start of the run
     """
+    plot(read_runs([out]), os.path.join(out, "curves.png"))
     score(os.path.join(out, "stage2"), os.path.join(out, "world"), out, began)

@@ -1,8 +1,11 @@
 """What a run writes: log.jsonl, a line a step, and the lines on the screen."""
+import contextlib
 import json
 import os
+import sys
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from training.costs import peak_rate
 from training.options import title
@@ -55,3 +58,29 @@ def log_line(row, o):
     if "answer" in row:
         line += f"\n    answer {json.dumps(row['answer'], ensure_ascii=False)} (truth {row['truth']})"
     return line
+
+
+def open_log(out):
+    """log.jsonl of a stage's folder, opened to add lines on rank 0; None on the other ranks."""
+    if dist.get_rank() > 0:
+        return contextlib.nullcontext()
+    return open(os.path.join(out, "log.jsonl"), "a")
+
+
+def progress_bar(start, o, place):
+    """The bar over the steps to take, on line `place` of the terminal; in a file, a line every 15 s."""
+    return tqdm(range(start, o.steps), title(o), initial=start, total=o.steps, position=place,
+                disable=dist.get_rank() > 0, mininterval=1 if sys.stderr.isatty() else 15)
+
+
+def write_row(row, skipped, log, bar, o):
+    """Write a step's row to log.jsonl, and to the screen every --log_every steps and if it has news.
+
+    skipped  messages about this rank's pictures that could not be read
+    """
+    for message in skipped:
+        bar.write(f"skipped: {message}", file=sys.stderr)
+    if dist.get_rank() == 0:
+        print(json.dumps(row), file=log, flush=True)
+        if (row["step"] - 1) % o.log_every == 0 or "held_out" in row or "answer" in row:
+            bar.write(log_line(row, o), file=sys.stderr)
