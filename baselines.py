@@ -1,12 +1,14 @@
 """What the paper compares its experts with: the rows of Tables 5 and 6, at the same places.
 
     static   b^(n) only: weights that are learned as they are                    "Adapter"
-    latent   generated from a learned z^(n), the same for all inputs             "Hypernetwork+Adapter"
+    latent   generated from a learned z^(n), the same for all inputs
+             "Hypernetwork+Adapter"
     mlp      a whole matrix, generated from the guidance, instead of W_d, W_u    "Hypernetwork+MLP"
     lora     a learned low-rank change of the block's own linear layers          "LoRA"
 
-`BaselineVLM` builds a HyperLLaVA and puts these modules in the place of its experts. weights.py does so
-without storage, so nothing is computed twice. The latent source is hyperformer's (arXiv 2106.04489).
+`BaselineVLM` builds a HyperLLaVA and puts these modules in the place of its experts. weights.py
+does so without storage, so nothing is computed twice. The latent source is hyperformer's (arXiv
+2106.04489).
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -22,23 +24,28 @@ from model import VLM, Llama, VLMConfig
 
 @dataclass
 class BaselineConfig(VLMConfig):
-    """A VLMConfig whose experts get their weights elsewhere. Raises UserError on what cannot be built."""
+    """A VLMConfig whose experts get their weights elsewhere. Raises UserError on what cannot be
+    built.
+    """
     weight_source: Literal["static", "latent", "mlp", "lora"] = "static"
 
     def __post_init__(self):
         super().__post_init__()
         if self.weight_source == "lora" and self.visual_expert != "none":
-            raise UserError(f"visual_expert {self.visual_expert}: weight_source lora changes only the "
-                            f"Llama, so it must be none")
-        width = self.llm.width  # the largest matrix: of a language expert or of the second visual one
+            raise UserError(f"visual_expert {self.visual_expert}: weight_source lora changes only "
+                            f"the Llama, so it must be none")
+        width = self.llm.width  # the largest matrix: of E_L or E_V2
         if self.weight_source == "mlp" and self.expert_embed * width ** 2 > 2**27:
             raise UserError(
-                f"weight_source mlp generates whole matrices, with {self.expert_embed * width ** 2:,} "
-                f"numbers for one of {width} x {width}; it is meant for small models, up to {2**27:,}")
+                f"weight_source mlp generates whole matrices, with "
+                f"{self.expert_embed * width ** 2:,} numbers for one of {width} x {width}; "
+                f"it is meant for small models, up to {2**27:,}")
 
 
 def weight_source(cfg):
-    """Where the experts' weights come from: "hyper" in the paper's model, else one of the rows above."""
+    """Where the experts' weights come from: "hyper" in the paper's model, else one of the rows
+    above.
+    """
     return cfg.weight_source if isinstance(cfg, BaselineConfig) else "hyper"
 
 
@@ -48,7 +55,9 @@ def is_guided(cfg):
 
 
 class StaticExpert(Expert):
-    """The adapter of Eq. 5 with learned weights: b^(n) only. One set of weights serves all rows and turns."""
+    """The adapter of Eq. 5 with learned weights: b^(n) only. One set of weights serves all rows and
+    turns.
+    """
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         nn.Module.__init__(self)
@@ -88,7 +97,8 @@ class LatentExpert(StaticExpert):
 
 
 class MatrixNetwork(nn.Module):
-    """The hypernetwork of "Hypernetwork+MLP": W_2 writes a whole matrix, E * inputs * outputs numbers.
+    """The hypernetwork of "Hypernetwork+MLP": W_2 writes a whole matrix, E * inputs * outputs
+    numbers.
 
     e        float[B, U, E]
     returns  float[B, U, inputs * outputs]
@@ -111,7 +121,8 @@ class MatrixNetwork(nn.Module):
 class MatrixExpert(nn.Module):
     """One generated linear map: what `Expert` is without a bottleneck, and so without SwiGLU.
 
-    `weights` returns a tuple with one matrix float[B, U, inputs, outputs]; `forward` is as Expert's.
+    `weights` returns a tuple with one matrix float[B, U, inputs, outputs]; `forward` is as
+    Expert's.
     """
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
@@ -153,7 +164,7 @@ class LoRA(nn.Module):
         nn.init.zeros_(self.up)
 
     def forward(self, x):
-        return 2 * (x @ self.down) @ self.up  # alpha is twice the rank, as in LLaVA's finetune_lora.sh
+        return 2 * (x @ self.down) @ self.up  # alpha = 2 R, as in LLaVA's finetune_lora.sh
 
 
 class LoRALinear(nn.Linear):
@@ -211,7 +222,7 @@ class BaselineVLM(VLM):
         for visual in (self.projector.expert_1, self.projector.expert_2):
             if visual is not None:
                 inputs, outputs = visual.hypernet.inputs, self.projector.linear_1.out_features
-                generated = source in HYPERNETWORKS
-                visual.hypernet = HYPERNETWORKS[source](inputs, outputs, E, R) if generated else None
+                network = HYPERNETWORKS.get(source)
+                visual.hypernet = network(inputs, outputs, E, R) if network else None
                 visual.expert = EXPERTS[source](inputs, inputs, outputs, E, R)
         self.llm = BaselineLlama(cfg)

@@ -2,14 +2,15 @@
 
     guidance f ──E_n──> e ──W_1, SiLU, W_2──> + b^(n) ──> W_d, W_u      weights of one small adapter
                                                              │
-                               x ──> W_d ──> SwiGLU ──> W_u ──> shift, added to a static layer's output
+                               x ──> W_d ──> SwiGLU ──> W_u ──> shift of a static layer's output
 
-All experts of a modality share one `HyperNetwork` (W_1, B_1, W_2). Each `Expert` owns its encoder E_n, its bias b^(n)
-and the adapter itself. `pool` makes the guidance. A conversation has several turns, and each turn has its own guidance
-and its own generated weights. Two integers per token say which:
+All experts of a modality share one `HyperNetwork` (W_1, B_1, W_2). Each `Expert` owns its encoder
+E_n, its bias b^(n) and the adapter itself. `pool` makes the guidance. A conversation has several
+turns, and each turn has its own guidance and its own generated weights. Two integers per token say
+which:
 
     pool_id[b, i]   the turn whose guidance token i is averaged into     -1: none
-    use_id[b, i]    the turn whose generated weights token i runs with   -1: none, the expert adds zero
+    use_id[b, i]    the turn whose generated weights token i runs with   -1: none, zero shift
 
 The letters in the shapes are explained at the top of model.py. Next: projector.py.
 """
@@ -24,7 +25,7 @@ def rms(x, eps=1e-6):
 
 
 def pool(x, pool_id, turns):
-    """The guidance of each turn: the mean of the tokens with that `pool_id`, in fp32. It is f_x(i) in Eq. 3.
+    """The guidance of each turn: the mean of the tokens with that `pool_id`, in fp32 (f in Eq. 3).
 
     x        float[B, T, G]
     pool_id  int64[B, T], -1 .. turns - 1
@@ -37,24 +38,27 @@ def pool(x, pool_id, turns):
 
 
 class HyperNetwork(nn.Module):
-    """H_M of Eq. 4, shared by all experts of a modality: w = (W_1 e + B_1) W_2, here with a SiLU in between.
+    """H_M of Eq. 4, shared by all experts of a modality: w = (W_1 e + B_1) W_2, and a SiLU between.
 
-    As printed, Eq. 4 is linear in e, so W_1 would fold into W_2. The text calls it a two-layer MLP, so we add the
-    non-linearity that an MLP has. B_2 is left out: the bias b^(n) of each expert already plays its part.
+    As printed, Eq. 4 is linear in e, so W_1 would fold into W_2. The text calls it a two-layer MLP,
+    so we add the non-linearity that an MLP has. B_2 is left out: the bias b^(n) of each expert
+    already plays its part.
 
-    The factor 1/sqrt(E) keeps training stable. One Adam step moves each entry of W_2 by about lr, and so a generated
-    weight by up to lr * sum|a|, which grows with E: at the rate of a static layer it would rewrite the adapter.
+    The factor 1/sqrt(E) keeps training stable. One Adam step moves each entry of W_2 by about lr,
+    and so a generated weight by up to lr * sum|a|, which grows with E: at the rate of a static
+    layer it would rewrite the adapter.
 
     e        float[B, U, E]  embedding of the guidance
-    returns  float[B, U, 2R * inputs], float[B, U, R * outputs]  the generated parts of W_d and W_u, flat
+    returns  float[B, U, 2R * inputs], float[B, U, R * outputs]  the generated parts of W_d and W_u,
+             flat
     """
 
     def __init__(self, inputs, outputs, embed, rank):
         super().__init__()
         self.inputs = inputs
         self.trunk = nn.Linear(embed, embed)                         # W_1, B_1
-        self.down = nn.Linear(embed, 2 * rank * inputs, bias=False)  # the rows of W_2 that write W_d
-        self.up = nn.Linear(embed, rank * outputs, bias=False)       # the rows of W_2 that write W_u
+        self.down = nn.Linear(embed, 2 * rank * inputs, bias=False)  # rows of W_2 that write W_d
+        self.up = nn.Linear(embed, rank * outputs, bias=False)       # rows of W_2 that write W_u
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -63,8 +67,8 @@ class HyperNetwork(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, e):
-        a = F.silu(self.trunk(e)) * e.shape[-1] ** -0.5              # (B, U, E)  Eq. 4, the inner layer
-        return self.down(a), self.up(a)                              # Eq. 4, the outer layer
+        a = F.silu(self.trunk(e)) * e.shape[-1] ** -0.5              # (B, U, E)  Eq. 4, inner layer
+        return self.down(a), self.up(a)                              # Eq. 4, outer layer
 
 
 def turn_mask(use_id, turns):
@@ -73,10 +77,11 @@ def turn_mask(use_id, turns):
 
 
 class Expert(nn.Module):
-    """An adapter whose weights are generated for every turn (Eqs. 3-5): E(x) = W_u SwiGLU(W_d x), without biases.
+    """An adapter whose weights are generated for every turn (Eqs. 3-5): E(x) = W_u SwiGLU(W_d x),
+    without biases.
 
-    SwiGLU in a bottleneck of width R needs a gate and a value, so W_d is 2R wide and W_u starts from R. W_u is zero at
-    the start: before training, the model *is* LLaVA.
+    SwiGLU in a bottleneck of width R needs a gate and a value, so W_d is 2R wide and W_u starts
+    from R. W_u is zero at the start: before training, the model *is* LLaVA.
     """
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
@@ -92,7 +97,8 @@ class Expert(nn.Module):
         nn.init.zeros_(self.up)
 
     def weights(self, guidance, hypernet):
-        """W_d float[B, U, 2R, inputs] and W_u float[B, U, R, outputs] for guidance float[B, U, G]."""
+        """W_d float[B, U, 2R, inputs] and W_u float[B, U, R, outputs] for guidance float[B, U, G].
+        """
         e = self.encoder(rms(guidance))                              # (B, U, E)  Eq. 3
         down, up = hypernet(e)                                       # w^(n)  Eq. 4
         return (self.down + down.unflatten(-1, self.down.shape),     # K^(n) = w^(n) + b^(n)  Eq. 4
@@ -108,9 +114,10 @@ class Expert(nn.Module):
         """
         (B, T, _), (down, up) = x.shape, weights
         U, R = up.shape[1:3]
-        # The weights of all turns side by side make two batched products. Each token then keeps its own turn's part.
+        # The weights of all turns side by side make two batched products. Each token then keeps its
+        # own turn's part.
         gate, value = (x @ down.flatten(1, 2).mT).view(B, T, U, 2 * R).chunk(2, dim=-1)
-        hidden = F.silu(gate) * value                                            # (B, T, U, R)  SwiGLU(W_d x)
+        hidden = F.silu(gate) * value                # (B, T, U, R)  SwiGLU(W_d x)
         if use_id is not None:
             hidden = hidden.masked_fill(~turn_mask(use_id, U)[..., None], 0)
-        return hidden.flatten(2) @ up.flatten(1, 2)                              # (B, T, outputs)  Eq. 5
+        return hidden.flatten(2) @ up.flatten(1, 2)  # (B, T, outputs)  Eq. 5

@@ -2,18 +2,19 @@
 (paper §3, Figure 2b, Eq. 7).
 
     picture ─> CLIP ─> Projector (visual expert) ─┐
-                                                  ├─> blocks 0 .. k-1 ─┬─> blocks k .. L-1, each
-    question ─> embed_tokens ─────────────────────┘                    │   with a language expert ─> head
-                                                                       └─> guidance of each turn ─> HyperNetwork
+                                                  ├─> blocks 0 .. k-1 ─┬─> blocks k .. L-1 ─> head
+    question ─> embed_tokens ─────────────────────┘                    │   (language experts)
+                                                                       └─> guidance of each turn ─>
+                                                                       HyperNetwork
 
-All modules are plain `nn.Module`s: devices, ranks and sharding are the business of train.py. Parameters
-carry the leaf names of the Hugging Face checkpoints. `generate` is at the end.
-Read hypernet.py and projector.py first, then data.py and train.py.
+All modules are plain `nn.Module`s: devices, ranks and sharding are the business of train.py.
+Parameters carry the leaf names of the Hugging Face checkpoints. `generate` is at the end. Read
+hypernet.py and projector.py first, then data.py and train.py.
 
 Letters, the same in every file:
     B batch             T sequence (text + image tokens)   N image tokens        V vocabulary
     D width of Llama    C width of CLIP                    F hidden of an MLP    L layers
-    H heads             K width of one head                R rank of an expert   G width of the guidance
+    H heads             K width of one head                R rank of an expert   G width of guidance
     S side of the image, px   E width of the hypernetwork's embedding   M pictures in a batch
     U turns             P positions with logits
 """
@@ -107,13 +108,13 @@ class Batch:
     and lengths only."""
     ids: torch.Tensor                      # int64[B, T], padded on the right
     lengths: torch.Tensor                  # int64[B], real tokens of each row
-    pool_id: torch.Tensor | None = None    # int64[B, T], see hypernet.py; None: use the cached weights
+    pool_id: torch.Tensor | None = None    # int64[B, T], see hypernet.py; None: cached weights
     use_id: torch.Tensor | None = None     # int64[B, T]
     turns: int = 1                         # U, of the row with the most turns
     visual: torch.Tensor | None = None     # float[M, 3, S, S] pixels or float[M, N, C] features
     image_at: torch.Tensor | None = None   # int64[image tokens], flat positions b * T + i, in order
     at: torch.Tensor | None = None         # int64[P], flat positions with logits; None: all
-    target: torch.Tensor | None = None     # int64[P], the token after each of them; negative: ignored
+    target: torch.Tensor | None = None     # int64[P], the next tokens; negative: ignored
     picture: torch.Tensor | None = None    # int64[B], the row's picture in `visual`, or -1 (VLoRA)
     tag: torch.Tensor | None = None        # int64[B], position of the picture's tag, or -1 (VLoRA)
     records: list[str] = field(default_factory=list)  # names for messages
@@ -138,13 +139,14 @@ def attend(q, k, v, mask=None, causal=False, eager=False):
            pass takes four times as long (sequences of 130, torch 2.13). train.py sets it.
     """
     if not eager:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
     (B, H, T, K), length = q.shape, k.shape[2]
     if k.shape[1] < H:
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     if causal:
         mask = torch.ones(T, length, dtype=torch.bool, device=q.device).tril()
-    # The mask is added inside the product. A masked_fill would copy all scores, forward and backward.
+    # The mask is added inside the product. A masked_fill would copy all scores, forward and
+    # backward.
     if mask is None:
         bias = q.new_zeros(())
     else:
@@ -282,8 +284,8 @@ def rotary(positions, width, theta):
 def rotate(x, cos, sin):
     """Turn the pairs (i, i + K/2) of each head.
 
-    Meta's own weights pair (2i, 2i + 1); Hugging Face permuted q_proj and k_proj so that the halves pair up instead.
-    With K = 4: [a b c d] -> [a b c d] cos + [c d a b] [-sin -sin sin sin].
+    Meta's own weights pair (2i, 2i + 1); Hugging Face permuted q_proj and k_proj so that the halves
+    pair up instead. With K = 4: [a b c d] -> [a b c d] cos + [c d a b] [-sin -sin sin sin].
     """
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
@@ -375,7 +377,8 @@ class LayerCache:
         return self.keys, self.values
 
     def keep(self, weights, use_id):
-        """Keep the weights of the latest turn of each row: all tokens to come belong to that turn."""
+        """Keep the weights of the latest turn of each row: all tokens to come belong to that turn.
+        """
         last = use_id.amax(1)                             # (B,)  -1: the row uses no expert
         rows = torch.arange(len(last), device=last.device)
         self.weights = tuple(
@@ -392,7 +395,8 @@ class Cache:
     """
 
     def __init__(self, cfg, rows, device, dtype):
-        empty = torch.zeros(rows, cfg.kv_heads, 0, cfg.width // cfg.heads, device=device, dtype=dtype)
+        shape = rows, cfg.kv_heads, 0, cfg.width // cfg.heads
+        empty = torch.zeros(shape, device=device, dtype=dtype)
         self.layers = [LayerCache(empty, empty) for _ in range(cfg.depth)]
         self.slots = torch.arange(0, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -408,7 +412,8 @@ class Cache:
             self.slots = torch.arange(length, device=self.slots.device)
 
     def advance(self, T, new):
-        """Positions int64[B, T] of the next T tokens; `new` int64[B] of them are real in each row."""
+        """Positions int64[B, T] of the next T tokens; `new` int64[B] of them are real in each row.
+        """
         positions = self.lengths[:, None] + torch.arange(T, device=self.slots.device)
         mask = (self.slots <= positions[..., None])[:, None]  # (B, 1, T, length)
         for layer in self.layers:
@@ -454,7 +459,8 @@ class Llama(nn.Module):
         return cache.advance(T, batch.lengths)
 
     def forward(self, x, batch, cache=None):
-        cos, sin = rotary(self.positions(batch, cache), self.cfg.width // self.cfg.heads, self.cfg.theta)
+        width = self.cfg.width // self.cfg.heads
+        cos, sin = rotary(self.positions(batch, cache), width, self.cfg.theta)
         guidance = None
         for n, block in enumerate(self.layers):
             if n == self.guidance_after and batch.pool_id is not None:
@@ -478,7 +484,8 @@ class VLM(nn.Module):
         self.llm = Llama(cfg)
 
     def features(self, visual):
-        """CLIP's patch features float[M, N, C] of pixels float[M, 3, S, S]. Features pass through."""
+        """CLIP's patch features float[M, N, C] of pixels float[M, 3, S, S]. Features pass through.
+        """
         return visual if visual.ndim == 3 else self.vision(visual)[:, 1:]  # without CLS
 
     def embed(self, batch):
@@ -487,7 +494,7 @@ class VLM(nn.Module):
         if batch.visual is None:
             return x
         tokens = self.projector(self.features(batch.visual)).flatten(0, 1)  # (M N, D)
-        tokens = tokens[:len(batch.image_at)].to(x.dtype)  # none, if the picture is a blank stand-in
+        tokens = tokens[:len(batch.image_at)].to(x.dtype)  # none if the picture is blank
         return x.flatten(0, 1).index_copy(0, batch.image_at, tokens).view_as(x)
 
     def forward(self, batch, cache=None):
@@ -511,12 +518,13 @@ class VLM(nn.Module):
 
 
 def sample_token(logits, temperature, top_p, generator=None):
-    """int64[B] from logits float[B, V]: the likeliest at temperature 0, else drawn from the nucleus,
-    the smallest set of tokens with probability `top_p`."""
+    """int64[B] from logits float[B, V]: the likeliest at temperature 0, else drawn from the
+    nucleus, the smallest set of tokens with probability `top_p`.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     p, token = torch.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep a token while the mass before it is < top_p
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # drop a token if p before it >= top_p
     drawn = torch.multinomial(p, 1, generator=generator)
     return token.gather(-1, drawn)[:, 0]
 
@@ -525,8 +533,9 @@ def sample_token(logits, temperature, top_p, generator=None):
 def end_turn(model, ids, lengths, cache):
     """Run the tokens that a turn still lacks in the cache, before the next turn begins.
 
-    `stream` does not run the last token that it yields, and an answer that was cut has no end token.
-    ids int64[B, T], padded on the right, lengths int64[B]: they run with the weights of their turn.
+    `stream` does not run the last token that it yields, and an answer that was cut has no end
+    token. ids int64[B, T], padded on the right, lengths int64[B]: they run with the weights of
+    their turn.
     """
     cache.reserve(ids.shape[1])
     model(Batch(ids, lengths, at=torch.zeros_like(lengths[:1])), cache)
@@ -535,14 +544,15 @@ def end_turn(model, ids, lengths, cache):
 @torch.no_grad()
 def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, generator=None,
            cache=None, vocab=None):
-    """Answer a batch of prompts; yield one token a row at a time, int64[B], eos once a row has ended.
+    """Answer a batch of prompts; yield one token a row at a time, int64[B], eos once a row has
+    ended.
 
     batch    the prompts; with a cache, what is new in the next turn
     cache    of the same rows after `end_turn`; None: a first turn
     vocab    with temperature > 0, ids from here on are never drawn (rows of the embedding beyond
              the tokenizer's vocabulary); None: all may be
-    Ends when all rows have ended, or at max_new_tokens. The last token of a row is not run any more:
-    `cache` lacks it.
+    Ends when all rows have ended, or at max_new_tokens. The last token of a row is not run any
+    more: `cache` lacks it.
     """
     B, T = batch.ids.shape
     weight = model.llm.embed_tokens.weight

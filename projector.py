@@ -1,11 +1,14 @@
-"""From CLIP's features to the Llama's width: LLaVA-1.5's two-layer MLP with visual experts beside it (Eq. 6, Figure 2a).
+"""From CLIP's features to the Llama's width: LLaVA-1.5's two-layer MLP with visual experts beside
+it (Eq. 6, Figure 2a).
 
     none   V = L2(L1(f))
     1      V = L2(L1(f) + E_V1(f))                        the paper's choice
     2      V = L2(L1(f)) + E_V2(L1(f))
-    both   V = L2(L1(f) + E_V1(f)) + E_V2(L1(f))          as in Eq. 6; in the figure, E_V2 reads the sum
+    both   V = L2(L1(f) + E_V1(f)) + E_V2(L1(f))          as in Eq. 6; in the figure, E_V2 reads the
+           sum
 
-L1 includes the GELU (the paper does not say), so an expert shifts the input of the next layer. Next: model.py.
+L1 includes the GELU (the paper does not say), so an expert shifts the input of the next layer.
+Next: model.py.
 """
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +17,8 @@ from hypernet import Expert, HyperNetwork
 
 
 class VisualExpert(nn.Module):
-    """E_V of Eq. 6: an expert guided by the mean of the picture's own features; one set of weights per picture.
+    """E_V of Eq. 6: an expert guided by the mean of the picture's own features; one set of weights
+    per picture.
 
     x        float[M, N, inputs]
     returns  float[M, N, outputs]
@@ -26,7 +30,7 @@ class VisualExpert(nn.Module):
         self.expert = Expert(inputs, inputs, outputs, embed, rank)
 
     def forward(self, x):
-        guidance = x.float().mean(1, keepdim=True).to(x.dtype)  # (M, 1, inputs)  f_V, "visual guidance"
+        guidance = x.float().mean(1, keepdim=True).to(x.dtype)  # (M, 1, inputs)  f_V
         return self.expert(x, self.expert.weights(guidance, self.hypernet))
 
 

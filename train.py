@@ -4,9 +4,10 @@
     torchrun --nproc_per_node 8 train.py --stage 1 --preset 7b --vision CLIP --llm VICUNA \\
              --data J.json --images DIR
 
-In reading order: what trains when, the optimiser, the schedule, a step, the loop, the stages. The rest of
-a long run is in training/: options, ranks, sharding, saved state, order of the data, memory plan.
-A stage's folder holds log.jsonl, state/ while it runs, and the checkpoint when it is finished.
+In reading order: what trains when, the optimiser, the schedule, a step, the loop, the stages. The
+rest of a long run is in training/: options, ranks, sharding, saved state, order of the data, memory
+plan. A stage's folder holds log.jsonl, state/ while it runs, and the checkpoint when it is
+finished.
 """
 import contextlib
 import dataclasses
@@ -31,8 +32,8 @@ from formats.llava import projector_file
 from model import Block
 from toy import stage0 as toy
 from training.costs import step_flops
-from training.distributed import (DistributedUserError, main_distributed, raise_on_all_ranks, Signals,
-                                  start_world, sum_over_ranks)
+from training.distributed import (DistributedUserError, main_distributed, raise_on_all_ranks,
+                                  Signals, start_world, sum_over_ranks)
 from training.feed import (describe_records, make_loader, Pictures, Question, split_across_ranks,
                            TrainDataset, VLMData)
 from training.log import cut_log, log_row, open_log, progress_bar, write_row
@@ -45,15 +46,16 @@ from training.state import first_step, load_state, save_or_warn
 from vlora import GeneratorConfig
 from weights import assemble, load, save, source_entry
 
-# What each stage trains, by prefix of the parameters' names; the rest is frozen (paper §3; VLoRA §4.1).
-# "llm.expert." stands for the experts of all blocks.
+# What each stage trains, by prefix of the parameters' names; the rest is frozen (paper §3; VLoRA
+# §4.1). "llm.expert." stands for the experts of all blocks.
 TRAINS = {
     (0, "full"): ("",),
     (0, "peft"): ("",),
     (1, "full"): ("projector.", "perceptual."),
     (1, "peft"): ("projector.", "perceptual."),
     (2, "full"): ("projector.", "perceptual.", "llm."),
-    (2, "peft"): ("projector.", "perceptual.", "llm.hypernet.", "llm.guidance_norm.", "llm.expert."),
+    (2, "peft"): ("projector.", "perceptual.",
+                  "llm.hypernet.", "llm.guidance_norm.", "llm.expert."),
 }
 
 
@@ -78,11 +80,13 @@ def is_muon_matrix(name, p):
 
 
 def make_optimisers(model, o):
-    """AdamW for all that trains. With --muon_lr: Muon for the matrices in blocks, AdamW for the rest."""
+    """AdamW for all that trains. With --muon_lr: Muon for the matrices in blocks, AdamW for the
+    rest.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if o.muon_lr and is_muon_matrix(name, p)]
     rest = [p for name, p in named if not (o.muon_lr and is_muon_matrix(name, p))]
-    adam = torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    adam = torch.optim.AdamW(rest, o.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     return [adam] + ([Muon(matrices, lr=o.muon_lr)] if matrices else [])
 
 
@@ -114,8 +118,8 @@ class StepResult:
 def count(batches, model, step, o, mesh, *, skipped, stop):
     """(supervised tokens of the global batch, StepResult without loss and norm).
 
-    One all-reduce carries all that the ranks must agree on. Raises DistributedUserError if a batch could
-    not be built on some rank, or if there is no supervised token.
+    One all-reduce carries all that the ranks must agree on. Raises DistributedUserError if a batch
+    could not be built on some rank, or if there is no supervised token.
     """
     errors = [b for b in batches if isinstance(b, UserError)]
     good = [b for b in batches if not isinstance(b, UserError)]
@@ -144,8 +148,9 @@ def train_step(model, optimisers, batches, step, o, mesh, *, skipped=0, stop=0):
     batches  this rank's; a UserError stands for a batch that could not be built
     skipped  pictures that this rank skipped; stop: the signal that it got, or 0
 
-    The loss is the sum over supervised tokens, divided by their number in the *global* batch. So neither
-    accumulation nor the number of ranks changes the gradients. (LLaVA takes a mean of means.)
+    The loss is the sum over supervised tokens, divided by their number in the *global* batch. So
+    neither accumulation nor the number of ranks changes the gradients. (LLaVA takes a mean of
+    means.)
     """
     tokens, result = count(batches, model, step, o, mesh, skipped=skipped, stop=stop)
     summed = 0.0
@@ -159,8 +164,8 @@ def train_step(model, optimisers, batches, step, o, mesh, *, skipped=0, stop=0):
     result.norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
     if not (math.isfinite(result.loss) and math.isfinite(result.norm)):
         records = describe_records(batches, failed=not math.isfinite(summed))
-        raise DistributedUserError(f"step {step + 1}: loss {result.loss}, gradient norm {result.norm}, "
-                                   f"stopped before the update; {records}")
+        raise DistributedUserError(f"step {step + 1}: loss {result.loss}, gradient norm "
+                                   f"{result.norm}, stopped before the update; {records}")
     for optimiser in optimisers:
         optimiser.step()
         optimiser.zero_grad()
@@ -219,14 +224,16 @@ def evaluate(stage, model, o, mesh):
 def check_llm(model, batches, mesh):
     """UserError if the loss of a frozen Llama on answers is near that of chance, ln(vocab).
 
-    Its weights are then random, or those of another model, and stage 1 would fit the projector to noise.
+    Its weights are then random, or those of another model, and stage 1 would fit the projector to
+    noise.
     """
     loss = sum(model.loss(b.to(mesh.device_type)).item() for b in batches)
     loss /= sum(b.trained for b in batches)
     chance = math.log(model.cfg.llm.vocab)
     if not loss < 0.9 * chance:
-        raise DistributedUserError(f"loss {loss:.2f} per token of text is near chance ({chance:.2f}): is --llm "
-                                   f"pretrained? To rehearse without, add --allow_random_llm")
+        raise DistributedUserError(
+            f"loss {loss:.2f} per token of text is near chance ({chance:.2f}): is --llm pretrained? "
+            f"To rehearse without, add --allow_random_llm")
 
 
 # ---- The loop
@@ -257,7 +264,9 @@ def setup_model(model, o, mesh):
 
 
 def start_or_resume(stage, model, optimisers, o, mesh):
-    """(first step to take, pictures skipped before it): of the newest saved state, or from the start."""
+    """(first step to take, pictures skipped before it): of the newest saved state, or from the
+    start.
+    """
     states = os.path.join(stage_folder(o), "state")
     start = raise_on_all_ranks(lambda: first_step(o))
     if start:
@@ -268,12 +277,13 @@ def start_or_resume(stage, model, optimisers, o, mesh):
         check_llm(model, stage.data.text_batches(), mesh)
     if dist.get_rank() > 0:
         return start, 0
-    return start, cut_log(os.path.join(stage_folder(o), "log.jsonl"), start).get("skipped_images", 0)
+    last_row = cut_log(os.path.join(stage_folder(o), "log.jsonl"), start)
+    return start, last_row.get("skipped_images", 0)
 
 
 def train(stage, o, mesh, place=0):
-    """Train a stage for o.steps optimiser steps and write its checkpoint; `place`: line of its bar."""
-    out = stage_folder(o)
+    """Train a stage and write its checkpoint. place: line of its bar on the terminal."""
+    states = os.path.join(stage_folder(o), "state")
     o.steps = o.steps or math.ceil(o.epochs * len(stage.data) / o.batch_size)
     model, optimisers = setup_model(stage.model, o, mesh)
     text = raise_on_all_ranks(lambda: plan(model, optimisers, stage, o, trains_llm(o)))
@@ -284,7 +294,7 @@ def train(stage, o, mesh, place=0):
     loader = make_loader(dataset, start, o)
     first = began = time.perf_counter()
     save_seconds = 0.0
-    with open_log(out) as log, progress_bar(start, o, place) as bar, Signals() as signals:
+    with open_log(o) as log, progress_bar(start, o, place) as bar, Signals() as signals:
         for step in bar:
             # Data: this rank's micro-batches of the step
             asked = time.perf_counter()
@@ -317,7 +327,7 @@ def train(stage, o, mesh, place=0):
             # Save
             save_seconds = 0.0
             if result.stop or (step + 1) % o.save_every == 0 and not last:
-                save_seconds = save_or_warn(os.path.join(out, "state"), step + 1, model, optimisers, o,
+                save_seconds = save_or_warn(states, step + 1, model, optimisers, o,
                                             stop=result.stop, bar=bar)
             began = time.perf_counter()
     finish(stage, model, skipped, o)
@@ -330,7 +340,7 @@ def finish(stage, model, skipped, o):
     if dist.get_rank() == 0:
         shutil.rmtree(os.path.join(stage_folder(o), "state"), ignore_errors=True)
         if skipped:
-            print(f"{skipped} times a picture could not be read, and the next record took its place",
+            print(f"{skipped} times a picture could not be read; the next record took its place",
                   file=sys.stderr)
         print(f"{title(o)} is finished: {stage_folder(o)}", file=sys.stderr)
     dist.barrier()
@@ -357,9 +367,10 @@ def build_model(o):
     sources  where the frozen parts are, for the checkpoint of stage 1
     """
     options, dtype = model_options(o), getattr(torch, o.dtype)
-    projector = projector_file(o.init) if o.stage == 2 else None  # the result of LLaVA's own stage 1
+    projector = projector_file(o.init) if o.stage == 2 else None  # LLaVA's own stage 1
     if projector and o.method == "vlora":
-        raise UserError(f"--init {o.init}: a projector, but VLoRA has none; expected a checkpoint of stage 1")
+        raise UserError(f"--init {o.init}: a projector, but VLoRA has none; "
+                        f"expected a checkpoint of stage 1")
     if o.stage == 2 and not projector:
         checkpoint = load(o.init, dtype, options, o.seed, cast=False)
         return checkpoint.model, checkpoint.tokenizer, checkpoint.preprocess, {}
@@ -411,9 +422,9 @@ def run_stage(given, stage, mesh, place=0):
 
 def toy_stage(o):
     """Stage 0: the toy's stand-in for CLIP or for the Llama."""
-    model, data, val, write = toy.stage_0(o.part, os.path.join(o.out, "world"), stage_folder(o), o.system)
-    batches = [val.batch(range(i, min(i + o.batch_size, len(val)))) for i in range(0, len(val), o.batch_size)]
-    return Stage(model, data, batches, write)
+    world = os.path.join(o.out, "world")
+    model, data, val, write = toy.stage_0(o.part, world, stage_folder(o), o.system)
+    return Stage(model, data, held_out_batches(val, o.batch_size), write)
 
 
 def run():

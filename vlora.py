@@ -5,17 +5,18 @@
     queries ─> [self-attention ─> cross-attention to z ─> FFN] x depth ─> shared head ─> W_v (D x R)
     x W'   ─>  x W' + (x W_v) W_s      in every 4th block of the Llama: q, k, v, o and the FFN ("m")
 
-W_v is generated for each picture (Eq. 4); W_s is learned and zero at the start (Eq. 5). They are LoRA's
-A and B, called `down` and `up` here as in hypernet.py. `PerceptualWeights` makes them; `VLoRA` is a VLM
-whose Llama adds them. To compare: HyperLLaVA generates both factors and a gate between them, from the
-mean of the features, for one place in a block. Where the authors' code (github.com/FeipengMa6/VLoRA)
-and their paper differ, a comment says so and the code is followed, because their checkpoint is.
+W_v is generated for each picture (Eq. 4); W_s is learned and zero at the start (Eq. 5). They are
+LoRA's A and B, called `down` and `up` here as in hypernet.py. `PerceptualWeights` makes them;
+`VLoRA` is a VLM whose Llama adds them. To compare: HyperLLaVA generates both factors and a gate
+between them, from the mean of the features, for one place in a block. Where the authors' code
+(github.com/FeipengMa6/VLoRA) and their paper differ, a comment says so and the code is followed,
+because their checkpoint is.
 
-The prompt. The picture has no position: its tag leaves nothing in the ids, and picture[b] says which
-picture row b is about. The published checkpoint was trained with one hidden token in the tag's place.
-No token attends to it, but it counts: what follows stands one position later. `skip_tag` counts the
-same way without that token. (The authors' generation forgets it while decoding. Training did not, so
-we do not.)
+The prompt. The picture has no position: its tag leaves nothing in the ids, and picture[b] says
+which picture row b is about. The published checkpoint was trained with one hidden token in the
+tag's place. No token attends to it, but it counts: what follows stands one position later.
+`skip_tag` counts the same way without that token. (The authors' generation forgets it while
+decoding. Training did not, so we do not.)
 
     the prompt        <s>  ...  USER:  <image>  What  is  this?  ASSISTANT:
     ours               0   ...    5              6    7    8        9
@@ -39,7 +40,8 @@ SITES = "qkvom"  # q, k, v and o of attention; m: the whole FFN
 
 @dataclass
 class GeneratorConfig:
-    """Settings of the perceptual weights generator; the defaults are the paper's (its Tables 3 to 5).
+    """Settings of the perceptual weights generator; the defaults are the paper's (its Tables 3 to
+    5).
 
     Raises UserError on a setting that cannot be built.
     """
@@ -54,7 +56,7 @@ class GeneratorConfig:
     def __post_init__(self):
         unknown = set(self.sites) - set(SITES)
         if not self.sites or len(set(self.sites)) < len(self.sites) or unknown:
-            raise UserError(f"sites {self.sites!r}: expected some of the letters {SITES}, each once")
+            raise UserError(f"sites {self.sites!r}: expected letters of {SITES}, each once")
         for name in ("every", "rank", "embed", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: expected 1 or more")
@@ -62,14 +64,16 @@ class GeneratorConfig:
             raise UserError(f"embed {self.embed} does not divide by heads {self.heads}")
 
     def blocks(self, llm):
-        """Indices of the changed blocks in a Llama of this LlamaConfig; by default 3, 7, .. 31 of 32.
+        """Indices of the changed blocks in a Llama of this LlamaConfig; by default 3, 7, .. 31 of
+        32.
 
         Raises UserError if the Llama has grouped keys and values, or too few blocks.
         """
         if llm.kv_heads != llm.heads:
             raise UserError(
-                f"VLoRA writes every ΔW as width x width, so it needs a Llama whose keys and values "
-                f"are as wide as its states; this one has kv_heads {llm.kv_heads}, heads {llm.heads}")
+                f"VLoRA writes every ΔW as width x width, so it needs a Llama whose keys and "
+                f"values are as wide as its states; this one has kv_heads {llm.kv_heads}, "
+                f"heads {llm.heads}")
         if llm.depth < self.every:
             raise UserError(f"every {self.every}: the Llama has only {llm.depth} blocks; "
                             f"take {llm.depth} or less")
@@ -78,7 +82,9 @@ class GeneratorConfig:
 
 @dataclass
 class VLoRAConfig(VLMConfig):
-    """A CLIP, a Llama and a generator between them; there are no experts. Raises UserError if there are."""
+    """A CLIP, a Llama and a generator between them; there are no experts. Raises UserError if there
+    are.
+    """
     visual_expert: str = "none"
     language_expert: str = "none"
     vlora: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -145,7 +151,8 @@ class Generator(nn.Module):
         self.queries = nn.Parameter(torch.empty(1, queries, cfg.embed))
         self.decoders = nn.ModuleList(Decoder(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embed)                         # in the code; not in the paper
-        self.weights_head = nn.Linear(cfg.embed, width * cfg.rank)  # W_share; Eq. 4 has no bias, the code has one
+        # W_share; Eq. 4 has no bias, the code has one
+        self.weights_head = nn.Linear(cfg.embed, width * cfg.rank)
 
     def forward(self, z, picture):
         x = self.queries.expand(len(z), -1, -1)
@@ -158,34 +165,38 @@ class Generator(nn.Module):
 class PerceptualWeights(nn.Module):
     """One generator for each site, and the learned factors W_s of all of them.
 
-    In the paper the generators read CLIP's features directly. The code projects them to E, without a
-    norm, and adds learned positions, once for all generators; this ties a checkpoint to its number of
-    patches. It also has a factor alpha / R on W_s, which is 1 in every script and left out here.
+    In the paper the generators read CLIP's features directly. The code projects them to E, without
+    a norm, and adds learned positions, once for all generators; this ties a checkpoint to its
+    number of patches. It also has a factor alpha / R on W_s, which is 1 in every script and left
+    out here.
 
     f        float[M, N, C]  CLIP's patch features, as the projector of a LLaVA reads them
     picture  int64[B], -1 .. M - 1  the row's picture; -1: none, its ΔW is zero
-    returns  a dict for each block of the Llama, {site: (W_v float[B, D, R], W_s float[R, D])}; empty
-             for blocks that are not changed. One picture a row: W_v belongs to the row, not the token
+    returns  a dict for each block of the Llama, {site: (W_v float[B, D, R], W_s float[R, D])};
+             empty for blocks that are not changed. One picture a row: W_v belongs to the row, not
+             the token
     Raises UserError (when built) as GeneratorConfig.blocks does.
     """
 
     def __init__(self, cfg, vision, llm):
         super().__init__()
-        self.sites, self.rank, self.depth, self.blocks = cfg.sites, cfg.rank, llm.depth, cfg.blocks(llm)
+        self.sites, self.rank = cfg.sites, cfg.rank
+        self.depth, self.blocks = llm.depth, cfg.blocks(llm)
         Q, kinds = len(self.blocks), len(cfg.sites)
         self.visual_proj = nn.Linear(vision.width, cfg.embed)
         self.pos_embed = nn.Parameter(torch.empty(1, vision.tokens, cfg.embed))
         self.gen = nn.ModuleList(Generator(cfg, Q, llm.width) for _ in cfg.sites)
-        self.Bs = nn.Parameter(torch.empty(1, kinds * Q, llm.width * cfg.rank))  # W_s, site by site, each D x R
+        # W_s, site by site, each D x R
+        self.Bs = nn.Parameter(torch.empty(1, kinds * Q, llm.width * cfg.rank))
         self.reset_parameters()
 
     def reset_parameters(self):
         """As in the code. (The paper: W_s is zero, everything else is random.)
 
-        Queries and positions keep unit variance, since the code's initialiser skips bare parameters. W_v
-        starts about fifty times as large as LoRA's A, so W_s learns faster than its learning rate says.
-        The std of 0.02 is the code's. Generators narrower than 512 take a larger one (ours), or the
-        features would be lost beside the positions.
+        Queries and positions keep unit variance, since the code's initialiser skips bare
+        parameters. W_v starts about fifty times as large as LoRA's A, so W_s learns faster than its
+        learning rate says. The std of 0.02 is the code's. Generators narrower than 512 take a
+        larger one (ours), or the features would be lost beside the positions.
         """
         std = 0.02 * max(1, 512 / self.visual_proj.out_features) ** 0.5
         for part in self.modules():
@@ -216,8 +227,8 @@ class PerceptualWeights(nn.Module):
 class DeltaLinear(nn.Linear):
     """q_proj, k_proj, v_proj or o_proj with a picture's change: x W + (x W_v) W_s (Eq. 6).
 
-    delta  (W_v float[B, D, R], W_s float[R, D]) of the pass in progress, set by VLoRA; None: no picture.
-           ΔW itself is never formed.
+    delta  (W_v float[B, D, R], W_s float[R, D]) of the pass in progress, set by VLoRA; None: no
+           picture. ΔW itself is never formed.
     """
     delta = None
 
@@ -273,8 +284,8 @@ class PictureCache(Cache):
 class VLoRA(VLM):
     """A CLIP tower, generators of perceptual weights, and a Llama that they change.
 
-    A forward pass first sets every `delta` (and the tag) on the modules that use it. They stay until
-    the next pass, because activation checkpointing runs blocks again in the backward pass.
+    A forward pass first sets every `delta` (and the tag) on the modules that use it. They stay
+    until the next pass, because activation checkpointing runs blocks again in the backward pass.
     """
 
     def __init__(self, cfg):
@@ -304,7 +315,8 @@ class VLoRA(VLM):
         self.llm.tag = tag if self.cfg.vlora.tag else None
 
     def forward(self, batch, cache=None):
-        """As VLM.forward; the pictures' weights come from `batch.visual`, or else from the cache."""
+        """As VLM.forward; the pictures' weights come from `batch.visual`, or else from the cache.
+        """
         deltas = tag = None
         if batch.visual is not None:
             deltas, tag = self.image_weights(batch.visual, batch.picture), batch.tag
@@ -326,19 +338,19 @@ def merged(layers, deltas):
 
     W + ΔW is computed in fp32. Yields the deltas that still run as branches, those of m: no matrix
     can hold a bypass around a non-linearity. (The paper merges it, the code merges nothing.)
-    It pays for one picture and long answers: forming a ΔW costs 2 D D R operations, the branch 4 D R
-    a token, so operations are saved after D/2 tokens. In bf16 a small ΔW loses bits to W.
-    At the end each layer has its own parameter back, unchanged.
+    It pays for one picture and long answers: forming a ΔW costs 2 D D R operations, the branch 4 D
+    R a token, so operations are saved after D/2 tokens. In bf16 a small ΔW loses bits to W. At the
+    end each layer has its own parameter back, unchanged.
 
     layers  the blocks of a Llama, not sharded
-    deltas  of one row, as `PerceptualWeights` returns them; the Llama may then run any number of rows
-            about that picture
+    deltas  of one row, as `PerceptualWeights` returns them; the Llama may then run any number of
+            rows about that picture
     """
     own = []
     try:
         for block, delta in zip(layers, deltas, strict=True):
             for site, (down, up) in delta.items():
-                assert len(down) == 1, f"cannot merge the weights of {len(down)} rows into one Llama"
+                assert len(down) == 1, f"cannot merge weights of {len(down)} rows into one Llama"
                 if site != "m":
                     linear = getattr(block.self_attn, f"{site}_proj")
                     own.append((linear, linear.weight))

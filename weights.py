@@ -1,6 +1,7 @@
 """Checkpoints: build, fill, save and load a model. The one door to checkpoints of every kind.
 
-    assemble(clip, llama, options)   a model of two pretrained parts, with a new projector and experts
+    assemble(clip, llama, options)   a model of two pretrained parts, with a new projector and
+                                     experts
     load(folder or hub name)         a checkpoint of ours, LLaVA-1.5 in either layout, or VLoRA's
     save(folder, ...)                write one of ours, whole or not at all
 
@@ -8,8 +9,8 @@ The model is built without storage and filled tensor by tensor from mapped files
 tensors of a foreign checkpoint (formats/name_rules.py). Each parameter is filled exactly once; each
 tensor is used once or skipped by a rule. Anything else is a UserError with the tensor and the file.
 
-A checkpoint of ours is a folder with config.json, tokenizer.json and model.safetensors (or shards and
-an index). After stage 1 it holds what was trained, and notes where the frozen rest came from.
+A checkpoint of ours is a folder with config.json, tokenizer.json and model.safetensors (or shards
+and an index). After stage 1 it holds what was trained, and notes where the frozen rest came from.
 Next: train.py.
 """
 import dataclasses
@@ -43,8 +44,10 @@ FORMAT, VERSION = "hyperllava", 1
 
 
 def pick_device(wanted=None):
-    """`wanted`, or the first of cuda, mps and cpu that exists; UserError if it does not exist here."""
-    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    """`wanted`, or the first of cuda, mps and cpu that exists; UserError if it does not exist here.
+    """
+    exists = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = [device for device in exists if exists[device]]
     if wanted is not None and wanted not in found:
         raise UserError(f"--device {wanted}: this machine has {', '.join(found)}")
     return wanted or found[0]
@@ -84,14 +87,16 @@ class SavedConfig(VLMConfig):
 def saved_config(cfg):
     """The SavedConfig of a model's config."""
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(VLMConfig)}
-    return SavedConfig(**fields, weight_source=weight_source(cfg), vlora=getattr(cfg, "vlora", None))
+    vlora = getattr(cfg, "vlora", None)
+    return SavedConfig(**fields, weight_source=weight_source(cfg), vlora=vlora)
 
 
 MODELS = {VLMConfig: VLM, BaselineConfig: BaselineVLM, VLoRAConfig: VLoRA}
 
 
 class SkipInit(TorchFunctionMode):
-    """Skip the first values of parameters: on the meta device they cost a second and mean nothing."""
+    """Skip the first values of parameters: on the meta device they cost a second and mean nothing.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -116,7 +121,7 @@ def names_of(cfg):
 def check_fit(target, tensor, shape, label):
     """UserError unless the tensor has the shape and kind of the parameter `target`."""
     if tensor.shape != shape:
-        raise UserError(f"{label} is {list(tensor.shape)}, but the model's {target} is {list(shape)}")
+        raise UserError(f"{label} is {list(tensor.shape)}, but {target} in the model is {list(shape)}")
     if not tensor.is_floating_point():
         raise UserError(f"{label} has dtype {tensor.dtype}, expected a floating type: "
                         f"quantised weights are not supported")
@@ -232,7 +237,8 @@ class Checkpoint:
 def source_entry(name, checkpoint):
     """What config.json in the folder `checkpoint` notes of a model that it needs.
 
-    name  a folder or a hub name. A folder is noted relative to the checkpoint, so both may move together
+    name  a folder or a hub name. A folder is noted relative to the checkpoint, so both may move
+          together
     """
     local = os.path.exists(name)
     path = os.path.relpath(os.path.realpath(name), os.path.realpath(checkpoint)) if local else name
@@ -257,7 +263,8 @@ def save(folder, model_config, state, tokenizer, preprocess, system, *, stage, s
     """Write a checkpoint of ours, whole or not at all (see `atomic_folder`).
 
     state     {name in the model: plain CPU tensor}; after stage 1 only what was trained
-    sources   {"vision": source_entry(...), "llm": source_entry(...)}, where the frozen rest is; {}: in `state`
+    sources   {"vision": source_entry(...), "llm": source_entry(...)}, where the frozen rest is; {}:
+              in `state`
     training  dict of the options that made it
     Raises OSError or UserError if it cannot be written; an older checkpoint is then still there.
     """
@@ -281,7 +288,8 @@ def read_config(values, label):
 
 
 def check_method(cfg, wanted, label):
-    """UserError unless `cfg` is the method that was asked for: a GeneratorConfig, or None for no VLoRA.
+    """UserError unless `cfg` is the method that was asked for: a GeneratorConfig, or None for no
+    VLoRA.
 
     The published checkpoint's way to count positions (`tag`) is its own and always kept.
     """
@@ -343,9 +351,10 @@ def load_ours(folder, config, *, dtype, **how):
         rules = {"vision": clip_rules(cfg.vision.depth), "llm": llama_rules(cfg.llm.tied)}
         sources += [(source_folder(entry, folder), rules[part])
                     for part, entry in config["sources"].items()]
-        dtype = dtype or next(tensors(folder))[1].dtype  # the frozen parts take that of the trained one
+        dtype = dtype or next(tensors(folder))[1].dtype  # of the trained part
     model = build_and_fill(cfg, sources, path, dtype=dtype, **how)
-    return Checkpoint(model, Tokenizer.load(folder), preprocess, config["template"]["system"], config)
+    system = config["template"]["system"]
+    return Checkpoint(model, Tokenizer.load(folder), preprocess, system, config)
 
 
 # ---- LLaVA-1.5 and VLoRA, in their authors' layout or in that of transformers
@@ -369,18 +378,21 @@ def load_llava(folder, config, *, dtype, **how):
 
 # By "format" in our config.json, or "model_type" in foreign ones. LLaVA's authors say llava in old
 # files, llava_llama in new ones.
-LOADERS = {FORMAT: load_ours, "llava": load_llava, "llava_llama": load_llava, VLORA_TYPE: load_llava}
+LOADERS = {FORMAT: load_ours, "llava": load_llava, "llava_llama": load_llava,
+           VLORA_TYPE: load_llava}
 
 
 def load(name, dtype=None, experts=None, seed=0, cast=True):
-    """The `Checkpoint` in a folder or under a hub name: ours, LLaVA-1.5 in either layout, or VLoRA's.
+    """The `Checkpoint` in a folder or under a hub name: ours, LLaVA-1.5 in either layout, or
+    VLoRA's.
 
     dtype    of all parameters; None: as stored
     experts  options of `make_config`, to add the experts that the checkpoint lacks
     seed     of the added experts
     cast     False: `dtype` is that of the added experts; the folder's tensors keep theirs, mapped
-    Falls back to `name`.old if a save was killed. Raises UserError: no checkpoint, another format, an
-    unknown key, a tensor that is missing, left over or mis-shaped, a frozen part that has changed.
+    Falls back to `name`.old if a save was killed. Raises UserError: no checkpoint, another format,
+    an unknown key, a tensor that is missing, left over or mis-shaped, a frozen part that has
+    changed.
     """
     folder = locate(name)
     if not os.path.isdir(folder):

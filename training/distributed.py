@@ -1,7 +1,7 @@
 """Ranks: how they start, agree, and end. One code path for one process and for many.
 
-Errors across ranks: if one fails, all must stop, or the rest hang in the next collective. So anything
-that may fail on one rank runs inside `raise_on_all_ranks`.
+Errors across ranks: if one fails, all must stop, or the rest hang in the next collective. So
+anything that may fail on one rank runs inside `raise_on_all_ranks`.
 """
 import os
 import signal
@@ -21,10 +21,11 @@ class DistributedUserError(UserError):
 
 
 def start_world(device, replicate=1):
-    """Join torchrun's processes, or be a world of one; returns the mesh that parameters are sharded over.
+    """Join torchrun's processes, or be a world of one; returns the mesh that parameters are sharded
+    over.
 
-    replicate  copies of the sharded state. torchrun numbers ranks node by node, so with one copy a node,
-               parameters travel inside a node, and only summed gradients between nodes.
+    replicate  copies of the sharded state. torchrun numbers ranks node by node, so with one copy a
+               node, parameters travel inside a node, and only summed gradients between nodes.
     Raises DistributedUserError if the ranks cannot be split into that many copies.
     """
     # Large pages for tensors in CPU memory: steps of the toy take a tenth less time.
@@ -40,7 +41,8 @@ def start_world(device, replicate=1):
     if replicate == 1:
         return init_device_mesh(device, (ranks,))
     if ranks % replicate:
-        raise DistributedUserError(f"--replicate {replicate}: expected a divisor of the {ranks} ranks")
+        raise DistributedUserError(f"--replicate {replicate}: expected a divisor of "
+                                   f"the {ranks} ranks")
     return init_device_mesh(device, (replicate, ranks // replicate),
                             mesh_dim_names=("replicate", "shard"))
 
@@ -61,7 +63,9 @@ def all_gather(value):
 
 
 def raise_on_all_ranks(work):
-    """work() on this rank; if it raises a user's error on any, all raise DistributedUserError with the first."""
+    """work() on this rank; if it raises a user's error on any, all raise DistributedUserError with
+    the first.
+    """
     result = error = None
     try:
         result = work()
@@ -74,10 +78,11 @@ def raise_on_all_ranks(work):
 
 
 class Signals:
-    """Notes SIGTERM and Ctrl-C in `got` while it is entered; the loop looks at it between two steps.
+    """Notes SIGTERM and Ctrl-C in `got` while it is entered; the loop looks at it between two
+    steps.
 
-    torchrun sends on a signal that the terminal has already sent. So a second Ctrl-C ends the process
-    at once only if it comes more than two seconds later.
+    torchrun sends on a signal that the terminal has already sent. So a second Ctrl-C ends the
+    process at once only if it comes more than two seconds later.
     """
 
     def __enter__(self):
@@ -99,7 +104,8 @@ class Signals:
 def ignore_signals(worker):
     """For worker processes of a data loader: only the parent shuts them down.
 
-    A terminal and torchrun signal all processes of a group, but workers are needed until the state is saved.
+    A terminal and torchrun signal all processes of a group, but workers are needed until the state
+    is saved.
     """
     numbers = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -113,7 +119,8 @@ def ignore_signals(worker):
 
 
 def flush_and_exit(code):
-    """End the process without Python's exit handlers: gloo's threads may abort them (torch 2.13)."""
+    """End the process without Python's exit handlers: gloo's threads may abort them (torch 2.13).
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -122,7 +129,8 @@ def flush_and_exit(code):
 def main_distributed(work):
     """Do the work of this process and end it, with the exit code of cli.main.
 
-    An error that all ranks share is printed by rank 0 only. A rank that fails does not wait for the others.
+    An error that all ranks share is printed by rank 0 only. A rank that fails does not wait for the
+    others.
     """
     try:
         main(work)
@@ -138,8 +146,8 @@ def main_distributed(work):
         broken = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
         if not (broken or "/gloo/" in str(error)):
             raise
-        print(f"error: rank {os.environ['RANK']} stops because another rank is gone; the messages of "
-              f"that rank or of torchrun say why. --resume goes on from the last saved state",
+        print(f"error: rank {os.environ['RANK']} stops because another rank is gone; the messages "
+              f"of that rank or of torchrun say why. --resume goes on from the last saved state",
               file=sys.stderr)
         flush_and_exit(1)
     dist.barrier()

@@ -1,7 +1,7 @@
 """From a data set to the micro-batches of each rank.
 
-The order of the data is f(seed, epoch, step) and nothing else. A resumed run, on any number of ranks, sees
-the same samples in the same steps.
+The order of the data is f(seed, epoch, step) and nothing else. A resumed run, on any number of
+ranks, sees the same samples in the same steps.
 """
 import functools
 import json
@@ -31,17 +31,20 @@ def padding_share(lengths, batches, multiple=MULTIPLE):
 
 
 class BatchSampler:
-    """Which samples make which step: a function of seed and step only, the same for any number of ranks.
+    """Which samples make which step: a function of seed and step only, the same for any number of
+    ranks.
 
     The permutations of the epochs follow one another and are cut into steps of `batch_size`.
 
-    lengths    int64[n], any measure: samples of similar length share a step, so that less is padded.
-               Runs of GROUP steps are sorted by length; then the steps of the epoch are shuffled
+    lengths    int64[n], any measure: samples of similar length share a step, so that less is
+               padded. Runs of GROUP steps are sorted by length; then the steps of the epoch are
+               shuffled
     has_image  bool[n]: samples with and without a picture are grouped apart, since their lengths
                cannot be compared; only the remainders of both share a step
 
-    LLaVA's --group_by_modality_length sorts only within a step, to give the ranks similar sums, so its
-    batches mix long and short samples. Sorting more steps at once makes batches of similar lengths.
+    LLaVA's --group_by_modality_length sorts only within a step, to give the ranks similar sums, so
+    its batches mix long and short samples. Sorting more steps at once makes batches of similar
+    lengths.
     """
     GROUP = 32
 
@@ -56,12 +59,12 @@ class BatchSampler:
         order = rng.permutation(self.n)
         if self.lengths is None:
             return order
-        first = min(-epoch * self.n % self.batch_size, self.n)  # they complete the last epoch's last step
+        first = min(-epoch * self.n % self.batch_size, self.n)  # the rest of a step
         last = first + (self.n - first) // self.batch_size * self.batch_size
         body, size = order[first:last], self.batch_size
         kinds = [body[self.has_image[body] == kind] for kind in (True, False)]
         whole = [kind[:len(kind) // size * size] for kind in kinds]
-        left = np.concatenate([kind[len(part):] for kind, part in zip(kinds, whole)])  # a mixed step
+        left = np.concatenate([kind[len(part):] for kind, part in zip(kinds, whole)])
         run = self.GROUP * size
         runs = [part[i:i + run] for part in (*whole, left) for i in range(0, len(part), run)]
         runs = [r[np.lexsort((self.lengths[r], self.has_image[r]))] for r in runs]
@@ -79,8 +82,8 @@ class TrainDataset(Dataset):
     k // accumulation.
 
     A step has the same samples on any number of ranks: its micro-batch j goes to rank j % ranks.
-    An item is (batch, messages about skipped pictures). If a batch cannot be built, a UserError stands
-    in its place: raised in a worker, it would arrive inside a traceback.
+    An item is (batch, messages about skipped pictures). If a batch cannot be built, a UserError
+    stands in its place: raised in a worker, it would arrive inside a traceback.
     """
 
     def __init__(self, data, o):
@@ -104,7 +107,9 @@ class TrainDataset(Dataset):
 
 
 def make_loader(dataset, start, o):
-    """An iterator over the items of a TrainDataset from step `start` on, prepared by --workers processes."""
+    """An iterator over the items of a TrainDataset from step `start` on, prepared by --workers
+    processes.
+    """
     items = range(start * dataset.accumulation, len(dataset))
     return iter(DataLoader(dataset, batch_size=None, sampler=items, num_workers=o.workers,
                            multiprocessing_context="fork" if o.workers else None,
@@ -122,8 +127,8 @@ def describe_records(batches, failed=False):
 def split_across_ranks(cuts, make_batch):
     """Batches of this rank's share of `cuts`, [rows, ...]; as many as on the other ranks.
 
-    Where one is missing, a batch without supervised tokens stands in, so that all ranks run the model
-    equally often.
+    Where one is missing, a batch without supervised tokens stands in, so that all ranks run the
+    model equally often.
     """
     ranks = dist.get_world_size()
     batches = [make_batch(rows) for rows in cuts[dist.get_rank()::ranks]]
@@ -142,7 +147,8 @@ def is_readable(path):
 
 
 class Pictures:
-    """The pictures of samples: pixels float[3, S, S], or CLIP's features float[N, C] if they were cached.
+    """The pictures of samples: pixels float[3, S, S], or CLIP's features float[N, C] if they were
+    cached.
 
     Called with a Sample; raises UserError if its picture cannot be read.
     """
@@ -222,13 +228,16 @@ class VLMData:
         return messages
 
     def batch(self, rows):
-        """The Batch of the samples with these indices. Raises UserError if a picture cannot be read."""
+        """The Batch of the samples with these indices. Raises UserError if a picture cannot be
+        read.
+        """
         pairs = [self.with_picture(i) for i in rows]
         visual = [picture for _, picture in pairs if picture is not None]
         return collate([sample for sample, _ in pairs], visual, self.blank, multiple=MULTIPLE)
 
     def with_picture(self, i):
-        """(sample i, its picture or None). With `skip`, the next readable record stands in for a bad one.
+        """(sample i, its picture or None). With `skip`, the next readable record stands in for a
+        bad one.
 
         The rule depends on the data only, so that a resumed run makes the same replacement.
         """
@@ -256,8 +265,8 @@ class VLMData:
     def question(self):
         """A Question about the first picture that can be read; None if there is none.
 
-        The first question of its record must be about the picture, and the context must not have cut
-        its answer.
+        The first question of its record must be about the picture, and the context must not have
+        cut its answer.
         """
         data = self.conversations
         for i in range(len(self)):
@@ -267,8 +276,8 @@ class VLMData:
                 continue
             if self.skip and not is_readable(sample.image):
                 continue
-            prompt = encode_prompt([], turns[0][0], data.tokenizer, data.prompt_format, sample.image,
-                                   sample.record)
+            prompt = encode_prompt([], turns[0][0], data.tokenizer, data.prompt_format,
+                                   sample.image, sample.record)
             batch = collate([prompt], [self.load_picture(sample)])
             plain = data.prompt_format.template == "plain"
             text = "" if plain else turns[0][0].replace(TAG, "").strip()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from training.costs import peak_rate
-from training.options import title
+from training.options import stage_folder, title
 from training.plan import GB, peak
 
 
@@ -44,7 +44,8 @@ def log_row(result, step, lr, times, o):
 def log_line(row, o):
     """One aligned line for the screen, at most 100 columns without an answer."""
     parts = [f"{title(o)}  {row['step']:>{len(str(o.steps))}}/{o.steps}", f"loss {row['loss']:.4f}",
-             f"lr {row['lr']:.1e}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s"]
+             f"lr {row['lr']:.1e}", f"grad {row['grad_norm']:.2f}",
+             f"{row['tokens_per_s']:.0f} tok/s"]
     if row["mfu"] is not None:
         parts.append(f"MFU {row['mfu']:.1%}")
     if row["data_wait"] > 0.05:
@@ -56,25 +57,29 @@ def log_line(row, o):
         parts.append(f"|E_L|/|FFN| {row['expert_share']:.4f}")
     line = "  ".join(parts)
     if "answer" in row:
-        line += f"\n    answer {json.dumps(row['answer'], ensure_ascii=False)} (truth {row['truth']})"
+        answer, truth = (json.dumps(row[key], ensure_ascii=False) for key in ("answer", "truth"))
+        line += f"\n    answer {answer} (truth {truth})"
     return line
 
 
-def open_log(out):
+def open_log(o):
     """log.jsonl of a stage's folder, opened to add lines on rank 0; None on the other ranks."""
     if dist.get_rank() > 0:
         return contextlib.nullcontext()
-    return open(os.path.join(out, "log.jsonl"), "a")
+    return open(os.path.join(stage_folder(o), "log.jsonl"), "a")
 
 
 def progress_bar(start, o, place):
-    """The bar over the steps to take, on line `place` of the terminal; in a file, a line every 15 s."""
+    """The bar over the steps to take, on line `place` of the terminal; in a file, a line every 15
+    s.
+    """
     return tqdm(range(start, o.steps), title(o), initial=start, total=o.steps, position=place,
                 disable=dist.get_rank() > 0, mininterval=1 if sys.stderr.isatty() else 15)
 
 
 def write_row(row, skipped, log, bar, o):
-    """Write a step's row to log.jsonl, and to the screen every --log_every steps and if it has news.
+    """Write a step's row to log.jsonl, and to the screen every --log_every steps and if it has
+    news.
 
     skipped  messages about this rank's pictures that could not be read
     """

@@ -66,8 +66,9 @@ def run_part(run_stage, given, stage, threads, place, lock):
 def run_parts_in_parallel(run_stage, runs, stage):
     """Run the parts of a stage at the same time, each in a process with its share of the cores.
 
-    The parts are independent, and small products gain little from a second core: two parts with a core
-    each take less time than one after the other on both. A signal, or the failure of a part, ends all.
+    The parts are independent, and small products gain little from a second core: two parts with a
+    core each take less time than one after the other on both. A signal, or the failure of a part,
+    ends all.
     """
     raise_on_all_ranks(lambda: [first_step(complete(given, stage)) for given in runs])  # errors once
     threads = max(1, torch.get_num_threads() // len(runs))

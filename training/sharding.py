@@ -1,4 +1,6 @@
-"""How a model is laid out for training: sharded with FSDP2, compiled, recomputed; and gathered again."""
+"""How a model is laid out for training: sharded with FSDP2, compiled, recomputed; and gathered
+again.
+"""
 import functools
 
 import torch
@@ -18,12 +20,12 @@ UNITS = (Block, VisionBlock, CLIP, HyperNetwork, MatrixNetwork, Generator)
 def shard(model, mesh, dtype):
     """FSDP2: the UNITS, then the root. Computes in `dtype`, reduces gradients in fp32.
 
-    A hypernetwork is called from many blocks, so it is a unit of its own. VLoRA's PerceptualWeights is
-    not one: it hands out its own parameters, which must still be there when the blocks use them.
+    A hypernetwork is called from many blocks, so it is a unit of its own. VLoRA's PerceptualWeights
+    is not one: it hands out its own parameters, which must still be there when the blocks use them.
 
     The units are made without storage. Then each rank gets its own rows of every parameter: fp32
-    masters of what trains, `dtype` for what is frozen. So a rank reads and casts only its own rows of
-    weights that are mapped from files.
+    masters of what trains, `dtype` for what is frozen. So a rank reads and casts only its own rows
+    of weights that are mapped from files.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     whole = {name: p.detach() for name, p in model.named_parameters()}
@@ -53,13 +55,16 @@ def write_out_kernels(model):
 
 
 def compile_blocks(model):
-    """Compile the forward passes of all blocks, the tower's too. Blocks of one shape share the code."""
+    """Compile the forward passes of all blocks, the tower's too. Blocks of one shape share the
+    code.
+    """
     for block in (m for m in model.modules() if isinstance(m, (Block, VisionBlock))):
         block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def recompute(model, which):
-    """Activation checkpointing: recompute each Llama block in the backward pass, or every second one.
+    """Activation checkpointing: recompute each Llama block in the backward pass, or every second
+    one.
 
     which  none|selective|full
     """
@@ -69,8 +74,8 @@ def recompute(model, which):
 
 
 def gather_tensors(model, prefixes, dtype):
-    """{name: plain CPU tensor in `dtype`} of the parameters whose names start with one of `prefixes`,
-    on rank 0; {} on the others.
+    """{name: plain CPU tensor in `dtype`} of the parameters whose names start with one of
+    `prefixes`, on rank 0; {} on the others.
 
     Parameters are gathered one at a time: together, in fp32, they may not fit beside the rest.
     """

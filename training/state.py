@@ -1,7 +1,7 @@
 """The saved state of a run: written whole or not at all, and read back on any number of ranks.
 
-A stage's folder has state/step_NNNNNN/ while it runs: the shards of torch.distributed.checkpoint and
-options.json.
+A stage's folder has state/step_NNNNNN/ while it runs: the shards of torch.distributed.checkpoint
+and options.json.
 """
 import dataclasses
 import json
@@ -31,8 +31,9 @@ def state_of(model, optimisers):
 def save_state(folder, step, model, optimisers, o):
     """Write folder/step_NNNNNN whole or not at all; then drop all but the newest --keep.
 
-    Returns "", or the reason why it could not be written. A full disk does not end the run, and leaves
-    the older states. A name that ends in .tmp is the rest of an interrupted write or removal.
+    Returns "", or the reason why it could not be written. A full disk does not end the run, and
+    leaves the older states. A name that ends in .tmp is the rest of an interrupted write or
+    removal.
     """
     path = os.path.join(folder, f"step_{step:06d}")
 
@@ -87,15 +88,15 @@ def saved_steps(folder):
 def first_step(o):
     """The number of steps already done: those of the newest saved state with --resume, else 0.
 
-    Raises UserError if there is nothing to resume, if the options differ from those of the saved run,
-    or if a saved run would be lost.
+    Raises UserError if there is nothing to resume, if the options differ from those of the saved
+    run, or if a saved run would be lost.
     """
     states = os.path.join(stage_folder(o), "state")
     saved = saved_steps(states)
     if not o.resume:
         if saved and not o.overwrite:
-            raise UserError(f"{states} holds a run that was stopped after step {saved[-1]}: --resume goes "
-                            f"on with it, --stage {o.stage} --overwrite starts anew")
+            raise UserError(f"{states} holds a run that was stopped after step {saved[-1]}: "
+                            f"--resume goes on with it, --stage {o.stage} --overwrite starts anew")
         return 0
     if not saved:
         raise UserError(f"--resume: no saved state in {states}")
@@ -105,7 +106,8 @@ def first_step(o):
         if name not in CHANGEABLE and before.get(name, value) != value:
             raise UserError(f"--resume: the run had --{name} {before[name]}, not {value}")
     if o.steps and saved[-1] > o.steps:
-        raise UserError(f"--resume: the run has taken {saved[-1]} steps, more than --steps {o.steps}")
+        raise UserError(f"--resume: the run has taken {saved[-1]} steps, "
+                        f"more than --steps {o.steps}")
     return saved[-1]
 
 
