@@ -21,7 +21,7 @@ class Options:
     model: str = "out/toy/stage2"     # folder of the checkpoint
     task: Literal["toy"] = "toy"      # benchmark to run
     data: str | None = None           # folder of the task's data; default: world/ beside the model
-    out: str | None = None            # folder for the results; default: the one that holds the model
+    out: str | None = None            # folder for the results; default: the model's parent
 
 
 def run():

@@ -8,6 +8,7 @@ Next: ablation.py takes the experts away; toy/files.py makes the questions.
 """
 import collections
 import dataclasses
+import math
 import os
 import shlex
 import time
@@ -27,13 +28,9 @@ from weights import load
 
 BATCH = 128  # questions answered at once
 ROWS = {  # key in scores.json: name in the table
-    "heldout": "held-out pictures",
-    "combination": "unseen colour-shape pairs",
-    "shuffled": "pictures exchanged",
-    "majority": "constant answer",
-    "experts_off": "experts off",
-    "experts_swapped": "experts swapped",
-}
+    "heldout": "held-out pictures", "combination": "unseen colour-shape pairs",
+    "shuffled": "pictures exchanged", "majority": "constant answer",
+    "experts_off": "experts off", "experts_swapped": "experts swapped"}
 
 
 @dataclass
@@ -48,12 +45,10 @@ class PictureQuestion:
 
 def load_questions(folder, split):
     """The `PictureQuestion`s of folder/SPLIT.json."""
-    questions = []
-    for row in load_records(os.path.join(folder, f"{split}.json")):
-        question, answer = (message["value"] for message in row["conversations"])
-        image = os.path.join(folder, "images", row["image"])
-        questions.append(PictureQuestion(row["family"], row["template"], question, answer, image))
-    return questions
+    rows = load_records(os.path.join(folder, f"{split}.json"))
+    return [PictureQuestion(row["family"], row["template"],
+                            *(message["value"] for message in row["conversations"]),
+                            os.path.join(folder, "images", row["image"])) for row in rows]
 
 
 # ---- Answers
@@ -101,8 +96,8 @@ def exact(questions, answers):
     right = collections.defaultdict(list)
     for q, a in zip(questions, answers):
         right[q.family].append(a == q.answer)
-    order = dict.fromkeys((*FAMILIES, *right))
-    families = {f: sum(right[f]) / len(right[f]) for f in order if right[f]}
+    order = [f for f in dict.fromkeys((*FAMILIES, *right)) if f in right]
+    families = {f: sum(right[f]) / len(right[f]) for f in order}
     mean = sum(families.values()) / len(families)
     return {"n": len(questions), "mean": mean, "families": families}
 
@@ -145,11 +140,10 @@ def score(model, folder, out, began):
     checkpoint = load(model)
     os.makedirs(out, exist_ok=True)
     answerer = Answerer(checkpoint)
-    everything = load_questions(folder, "heldout")
+    everything, splits = load_questions(folder, "heldout"), {}
     captions = [q for q in everything if q.family == "caption"]
     held_out = [q for q in everything if q.family != "caption"]
     unseen = [q for q in load_questions(folder, "combination") if q.family != "caption"]
-    splits = {}
 
     def ask(key, questions):
         answers = answerer(questions, ROWS[key])
@@ -159,8 +153,7 @@ def score(model, folder, out, began):
     answers = ask("heldout", held_out)
     ask("combination", unseen)
     ask("shuffled", exchanged(held_out))
-    constant = majority(held_out, load_questions(folder, "validation"))
-    splits["majority"] = exact(held_out, constant)
+    splits["majority"] = exact(held_out, majority(held_out, load_questions(folder, "validation")))
     with experts_off(checkpoint.model):
         ask("experts_off", held_out)
     with experts_swapped(checkpoint.model):
@@ -178,7 +171,7 @@ def table(scores):
     heads = "".join(f"{family:>8s}" for family in FAMILIES)
     lines = [f"{'right answers, %':25s}{heads}{'mean':>6s}{'n':>5s}"]
     for key, row in scores["splits"].items():
-        cells = "".join(f"{100 * row['families'].get(f, float('nan')):8.1f}" for f in FAMILIES)
+        cells = "".join(f"{100 * row['families'].get(f, math.nan):8.1f}" for f in FAMILIES)
         lines.append(f"{ROWS[key]:25s}{cells}{100 * row['mean']:6.1f}{row['n']:5d}")
     f1 = 100 * scores["captions"]["object_f1"]
     lines.append(f"captions: object F1 {f1:.1f} %    total time: {scores['seconds']:.0f} s")
@@ -236,7 +229,6 @@ def gallery(questions, answers, path, *, columns=4, rows=3, scale=4):
 def write_turn(pen, font, place, question, answer, truth):
     """Write a question at `place`, (x, y) in pixels, and the answer below it."""
     x, y = place
-    right = answer == truth
+    text, colour = (answer, "green") if answer == truth else (f"{answer}   (truth: {truth})", "red")
     pen.text((x, y), question, "black", font)
-    pen.text((x, y + 15), answer if right else f"{answer}   (truth: {truth})",
-             "green" if right else "red", font)
+    pen.text((x, y + 15), text, colour, font)

@@ -10,7 +10,6 @@
 
 For training runs and the experiments. Next: stand_ins.py.
 """
-import collections.abc
 import hashlib
 import itertools
 import json
@@ -77,20 +76,16 @@ def write_atomically(path, value):
 
     A killed run leaves the old file or none, never a part of one.
     """
-    path = pathlib.Path(path)
-    if isinstance(value, list):
-        text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]\n"
-    else:
-        text = json.dumps(value, indent=1)
-    partial = path.with_name(path.name + ".tmp")
+    rows = ",\n".join(map(json.dumps, value)) if isinstance(value, list) else None
+    text = json.dumps(value, indent=1) if rows is None else f"[\n{rows}\n]\n"
+    partial = pathlib.Path(f"{path}.tmp")
     partial.write_text(text)
     os.replace(partial, path)
 
 
 def progress(items, label, total=None):
     """`items` with a progress bar on standard error; what takes under a second shows none."""
-    interval = 1 if sys.stderr.isatty() else 15  # seconds
-    return tqdm(items, label, total, delay=1, mininterval=interval)
+    return tqdm(items, label, total, delay=1, mininterval=1 if sys.stderr.isatty() else 15)
 
 
 class Picture(typing.NamedTuple):
@@ -98,7 +93,7 @@ class Picture(typing.NamedTuple):
     path: pathlib.Path
     scene: Scene
     side: int
-    background: collections.abc.Callable = plain_background
+    background: typing.Callable = plain_background  # or checkerboard
 
     def save(self):
         """Draw it. The scene's seed decides its look, so order and process do not matter."""
@@ -124,18 +119,16 @@ def write_training(folder, rng, pictures, side):
     return todo
 
 
-def unseen_scenes(rng, split, seen):
-    """Yield scenes of `split` without end, those in `seen` left out."""
-    while True:
-        scene = sample_scene(rng, split)
-        if scene not in seen:
-            yield scene
+def write_texts(path, rng, split, texts, seen=()):
+    """Write `texts` conversations in which a description of a scene stands for its picture.
 
-
-def write_texts(path, rng, scenes, texts):
-    """Write `texts` conversations in which a description of a scene stands for its picture."""
+    The scenes belong to `split` and are not in `seen`.
+    """
     rows = []
-    for i, scene in enumerate(progress(itertools.islice(scenes, texts), "texts", texts)):
+    for i in progress(range(texts), "texts"):
+        scene = sample_scene(rng, split)
+        while scene in seen:
+            scene = sample_scene(rng, split)
         turns = turns_of(training_questions(scene, rng, 1 / 2))
         rows.append(record(f"text_{i:06d}", None, turns, describe(scene, rng) + "\n"))
     write_atomically(path, rows)
@@ -167,30 +160,11 @@ def write_test(folder, rng, split, pictures, *, side, name=None, background=plai
 def write_unseen(folder, seed=0, side=56, pictures=100):
     """Add test sets to a world: `grounds`, on checkerboards, and `numbers`, of 6 or 7 things."""
     folder = pathlib.Path(folder)
-    rng = np.random.default_rng([seed, 5])
-    todo = write_test(folder, rng, "heldout", pictures, side=side, name="grounds",
-                      background=checkerboard)
-    rng = np.random.default_rng([seed, 6])
-    todo += write_test(folder, rng, "heldout", pictures, side=side, name="numbers",
-                       fewest=6, most=7)
-    for picture in todo:
-        picture.save()
-
-
-def dialect_rows(captions, rng, single):
-    """Records that ask each of STEPS about every picture with a letter; one each if `single`."""
-    rows = []
-    for row in captions:
-        letter = re.search("the letter ([A-Z])", row["conversations"][1]["value"])
-        if letter is None:
-            continue
-        questions = [shift_question(letter[1], steps, rng) for steps in shuffled(rng, STEPS)]
-        id = f"{pathlib.Path(row['image']).stem}_dialect"
-        if single:
-            rows += [question_record(f"{id}_{i}", row["image"], q) for i, q in enumerate(questions)]
-        else:
-            rows.append(record(id, row["image"], turns_of(questions)))
-    return rows
+    sets = {"grounds": dict(background=checkerboard), "numbers": dict(fewest=6, most=7)}
+    for i, (name, how) in enumerate(sets.items(), 5):
+        rng = np.random.default_rng([seed, i])
+        for picture in write_test(folder, rng, "heldout", pictures, side=side, name=name, **how):
+            picture.save()
 
 
 def write_dialect(folder, seed=0):
@@ -200,8 +174,17 @@ def write_dialect(folder, seed=0):
     """
     folder, rng = pathlib.Path(folder), np.random.default_rng([seed, 7])
     for prefix in ("", "heldout_"):
-        captions = json.loads((folder / f"{prefix}captions.json").read_text())
-        rows = dialect_rows(captions, rng, single=bool(prefix))
+        rows = []
+        for row in json.loads((folder / f"{prefix}captions.json").read_text()):
+            letter = re.search("the letter ([A-Z])", row["conversations"][1]["value"])
+            if letter is None:
+                continue
+            asked = [shift_question(letter[1], steps, rng) for steps in shuffled(rng, STEPS)]
+            id, image = f"{pathlib.Path(row['image']).stem}_dialect", row["image"]
+            if prefix:
+                rows += [question_record(f"{id}_{i}", image, q) for i, q in enumerate(asked)]
+            else:
+                rows.append(record(id, image, turns_of(asked)))
         write_atomically(folder / f"{prefix}dialect.json", rows)
 
 
@@ -239,9 +222,8 @@ def write_world(folder, pictures=16000, seed=0, side=56, texts=16000, test_pictu
         todo = write_training(folder, train, pictures, side)
         drawn = [pool.imap_unordered(Picture.save, todo, 64)]  # starts at once, beside the texts
         seen = {picture.scene for picture in todo}
-        write_texts(folder / "text.json", text, unseen_scenes(text, "train", seen), texts)
-        write_texts(folder / "validation_text.json", text, unseen_scenes(text, "validation", ()),
-                    test_pictures)
+        write_texts(folder / "text.json", text, "train", texts, seen)
+        write_texts(folder / "validation_text.json", text, "validation", test_pictures)
         for rng, split in zip(tests, SPLITS[1:]):
             test = write_test(folder, rng, split, test_pictures, side=side)
             drawn.append(pool.imap_unordered(Picture.save, test, 64))

@@ -10,8 +10,8 @@ import collections
 import dataclasses
 import re
 
-from toy.world import (COLOURS, FAMILIES, HELD_OUT, LETTERS, PAIRS, pick, PLACES, SHAPES, shuffled,
-    SIZES, unique_name)
+from toy.world import (COLOURS, FAMILIES, HELD_OUT, LETTERS, PAIRS, pick, PLACES, Scene, SHAPES,
+    shuffled, SIZES, unique_name)
 
 PREPOSITIONS = {"left": "on the left", "right": "on the right", "centre": "in the centre"}
 AT = tuple(PREPOSITIONS.get(place, f"at the {place}") for place in PLACES)
@@ -21,8 +21,7 @@ COUNT_WEIGHTS = (1.0, 1.3, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0)  # few scenes offer
 
 
 # How often training asks each family. "tell", a description of one thing, is for training only.
-SHARES = {"colour": 0.8, "shape": 1.1, "count": 2.7, "exist": 1.1, "spatial": 1.1, "where": 0.7,
-          "compare": 0.9, "read": 0.4, "tell": 1.2}
+SHARES = dict(colour=0.8, shape=1.1, count=2.7, exist=1.1, spatial=1.1, where=0.7, compare=0.9, read=0.4, tell=1.2)
 
 
 # The truth of "A is left of B" depends on two things together: the relation in the question and the
@@ -33,9 +32,8 @@ SHARES = {"colour": 0.8, "shape": 1.1, "count": 2.7, "exist": 1.1, "spatial": 1.
 RARE, TURNED = ("right of", "below", "smaller"), 0.7
 
 
-CAPTION_REQUESTS = ("Describe the image.", "What is in the picture?",
-                    "List everything you can see.", "Give a description of the picture.",
-                    "What does the image show?")
+CAPTION_REQUESTS = ("Describe the image.", "What is in the picture?", "List everything you can see.",
+                    "Give a description of the picture.", "What does the image show?")
 
 
 TEMPLATES = {
@@ -45,27 +43,22 @@ TEMPLATES = {
     "shape": ("What shape is the {colour} thing?", "Which shape does the {colour} thing have?",
               "Name the shape of the {colour} thing.", "What shape is the thing {place}?",
               "Which shape does the thing {place} have?"),
-    "count": ("How many things are there?", "How many {colour} things are there?",
-              "How many {shapes} are there?", "What is the number of {colour} things?",
-              "What is the number of {shapes}?"),
+    "count": ("How many things are there?", "How many {colour} things are there?", "How many {shapes} are there?",
+              "What is the number of {colour} things?", "What is the number of {shapes}?"),
     "exist": ("Is there {a_thing}?", "Can you see {a_thing}?", "Does the picture show {a_thing}?",
               "Is {a_thing} in the picture?"),
-    "spatial": ("Is the {first} {relation} the {second}?",
-                "Does the {first} lie {relation} the {second}?",
+    "spatial": ("Is the {first} {relation} the {second}?", "Does the {first} lie {relation} the {second}?",
                 "Is it true that the {first} is {relation} the {second}?",
                 "Would you say that the {first} is {relation} the {second}?"),
     "where": ("Where is the {thing}?", "Where can you see the {thing}?",
-              "In which part of the picture is the {thing}?",
-              "What is the position of the {thing}?"),
-    "compare": ("Is the {first} {larger} than the {second}?",
-                "Does the {first} look {larger} than the {second}?",
+              "In which part of the picture is the {thing}?", "What is the position of the {thing}?"),
+    "compare": ("Is the {first} {larger} than the {second}?", "Does the {first} look {larger} than the {second}?",
                 "Is it true that the {first} is {larger} than the {second}?",
                 "Would you say that the {first} is {larger} than the {second}?"),
-    "read": ("Which letter is written here?", "What letter can you see?",
-             "Read the letter in the picture.", "Which letter does the picture show?"),
-    "tell": ("Describe the {thing}.", "Tell me about the {thing}.",
-             "What can you say about the {thing}?", "What is {place}?", "What can you see {place}?",
-             "Describe the thing {place}."),
+    "read": ("Which letter is written here?", "What letter can you see?", "Read the letter in the picture.",
+             "Which letter does the picture show?"),
+    "tell": ("Describe the {thing}.", "Tell me about the {thing}.", "What can you say about the {thing}?",
+             "What is {place}?", "What can you see {place}?", "Describe the thing {place}."),
 }
 # Only for experiments/: questions that change how the letter is mapped to the answer
 SHIFTS = tuple(question + " Go on by {steps}." for question in TEMPLATES["read"])
@@ -84,17 +77,12 @@ class Question:
 # ---- Captions
 
 
-def phrase(thing):
-    """The part of a caption that describes one thing."""
-    return f"a {thing.size} {thing.colour} {thing.shape} {AT[thing.cell]}"
-
-
-def phrases(scene):
+def phrases(scene, a="a ", the="the ", places=AT):
     """One phrase for each thing and for the letter, in raster order of their cells."""
-    placed = [(t.cell, phrase(t)) for t in scene.things]
+    cells = {t.cell: f"{a}{t.size} {t.colour} {t.shape}" for t in scene.things}
     if scene.letter:
-        placed.append((scene.letter_cell, f"the letter {scene.letter} {AT[scene.letter_cell]}"))
-    return [text for _, text in sorted(placed)]
+        cells[scene.letter_cell] = f"{the}letter {scene.letter}"
+    return [f"{cells[cell]} {places[cell]}" for cell in sorted(cells)]
 
 
 def caption(scene):
@@ -105,10 +93,7 @@ def caption(scene):
 
 def describe(scene, rng):
     """The scene in few words, for a model without pictures; half of the time in random order."""
-    placed = [(t.cell, f"{t.size} {t.colour} {t.shape} {PLACES[t.cell]}") for t in scene.things]
-    if scene.letter:
-        placed.append((scene.letter_cell, f"letter {scene.letter} {PLACES[scene.letter_cell]}"))
-    parts = [text for _, text in sorted(placed)]
+    parts = phrases(scene, a="", the="", places=PLACES)
     return ", ".join(shuffled(rng, parts) if rng.random() < 0.5 else parts) + "."
 
 
@@ -260,7 +245,8 @@ def tell_question(scene, rng, split):
     thing = pick(rng, subjects(scene, split))
     name = unique_name(scene, thing)
     template = pick(rng, [t for t in TEMPLATES["tell"] if name or "{place}" in t])
-    return template, {"thing": name, "place": AT[thing.cell]}, phrase(thing)
+    answer, = phrases(Scene((thing,), None, None, 0))
+    return template, {"thing": name, "place": AT[thing.cell]}, answer
 
 
 def read_question(scene, rng, split):

@@ -7,12 +7,13 @@ import sys
 import time
 
 from benchmarks.toy import score
-from data import PromptFormat
+from data import Conversations, PromptFormat
 from formats.tokenizer import train_tokenizer
 from toy.files import write_world
-from toy.stand_ins import (Captions, LLAMA, StandInCLIP, StandInLlama, Texts, VISION, words,
-    write_clip, write_llm)
+from toy.stand_ins import (Captions, LLAMA, StandInCLIP, StandInLlama, VISION, words, write_clip,
+    write_llm)
 from training.curves import plot, read_runs
+from training.feed import VLMData
 
 
 def make_world(out, pictures):
@@ -37,7 +38,8 @@ def stage_0(part, world, out, system):
         return StandInCLIP(), *data, lambda tensors: write_clip(tensors, out)
     layout = PromptFormat("v1", system, VISION.tokens, LLAMA.context)
     files = [os.path.join(world, file) for file in ("text.json", "validation_text.json")]
-    data = [Texts(file, world, tokenizer, layout) for file in files]
+    conversations = [Conversations(file, world, tokenizer, layout) for file in files]
+    data = [VLMData(part, load_picture=None, blank=None) for part in conversations]
     return StandInLlama(), *data, lambda tensors: write_llm(tensors, tokenizer, out)
 
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (collate, Conversations, load_records, MULTIPLE, open_image, pad_right, pieces,
-    pixels, Preprocess, PromptFormat, turns_of_record)
+from data import (load_records, open_image, pad_right, pieces, pixels, Preprocess, PromptFormat,
+    turns_of_record)
 from formats.export import write_llama, write_vision
 from model import Batch, CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
 
@@ -105,8 +105,8 @@ class StandInCLIP(nn.Module):
         2111.07783). So each patch learns what it shows, and patches are what LLaVA reads.
         """
         patches = self.post_layernorm(self.vision(batch.pixels)[:, 1:])          # (M, N, C)
-        text = Batch(batch.phrases, batch.ends)
-        states = self.caption(self.caption.embed_tokens(batch.phrases), text)    # (Q, T, width)
+        text = Batch(batch.phrases, batch.ends % batch.phrases.shape[1] + 1)
+        states = self.caption(self.caption.embed_tokens(text.ids), text)         # (Q, T, width)
         phrases = self.caption_projection(states.flatten(0, 1)[batch.ends])      # (Q, C)
         patches, phrases = F.normalize(patches, dim=-1), F.normalize(phrases, dim=-1)
         scores = patches @ (phrases * self.logit_scale.exp()).mT                 # (M, N, Q)
@@ -213,21 +213,6 @@ class Captions:
         lengths = torch.full((len(pictures),), VISION.tokens + 1)
         records = [f"picture {j}" for j in pictures]
         return CaptionBatch(self.pixels[pictures].float(), ids, ends, own, lengths, records)
-
-
-class Texts(Conversations):
-    """The data of the stand-in for the Llama: conversations without pictures."""
-
-    def sample(self, i):
-        return self[i]
-
-    def batch(self, rows):
-        """The batch of the conversations with these indices."""
-        return collate([self[i] for i in rows], [], multiple=MULTIPLE)
-
-    def take_skipped(self):
-        """See `Captions`."""
-        return []
 
 
 def words(folder):

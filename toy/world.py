@@ -24,8 +24,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 SIZES = ("large", "small")
 LETTERS = tuple("EHKLMOSTXZ")  # not A: in lower case it would be the article
-PLACES = ("top left", "top", "top right", "left", "centre", "right",
-          "bottom left", "bottom", "bottom right")
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 FAMILIES = ("colour", "shape", "count", "exist", "spatial", "where", "compare", "read")
 SPLITS = ("train", "validation", "heldout", "combination")
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
@@ -129,8 +128,7 @@ def split_of(scene):
 
 def palette(rng, split):
     """(ordinary pairs, held-out pairs) for a scene: all, or those of two colours and/or shapes."""
-    pairs = sorted(HELD_OUT) if split == "combination" else PAIRS
-    colour, shape = pick(rng, pairs)
+    colour, shape = pick(rng, sorted(HELD_OUT) if split == "combination" else PAIRS)
     colours, shapes = COLOURS, SHAPES
     if rng.random() < 0.45:
         colours = (colour, pick(rng, [c for c in COLOURS if c != colour]))
