@@ -101,9 +101,9 @@ def load(o, name):
 def make_batch(samples, visual, model):
     """The `Batch` on the model's device; without pictures, the vision tower does not run."""
     weight = model.llm.embed_tokens.weight
-    batch = collate(samples, visual, (0,))
+    batch = collate(samples, visual).to(weight.device)
     batch.visual = batch.visual.to(weight.dtype) if visual else None
-    return batch.to(weight.device)
+    return batch
 
 
 def answer(checkpoint, samples, visual, max_new_tokens, *, temperature=0.0, top_p=1.0,
@@ -176,12 +176,13 @@ class Chat:
         """
         if re.search("[\ud800-\udfff]", question):
             raise UserError("the prompt is not valid Unicode")
-        layout, image = self.checkpoint.prompt_format(), None if self.image is None else "the picture"
+        prompt_format = self.checkpoint.prompt_format()
         if not self.ids:
-            sample = encode_prompt([], question, self.tokenizer, layout, image)
+            image = None if self.image is None else "the picture"
+            sample = encode_prompt([], question, self.tokenizer, prompt_format, image)
         else:  # pieces of text are encoded one by one: only <s> differs from the whole conversation
-            layout = dataclasses.replace(layout, system="")
-            sample = encode_prompt([], question, self.tokenizer, layout)
+            prompt_format = dataclasses.replace(prompt_format, system="")
+            sample = encode_prompt([], question, self.tokenizer, prompt_format)
             names = ("ids", "labels", "pool_id", "use_id")
             sample = dataclasses.replace(sample, **{n: getattr(sample, n)[1:] for n in names})
         before = self.cached + len(self.uncached())
@@ -305,18 +306,18 @@ def answer_rows(checkpoint, rows, images, o, seed):
 
     Raises UserError with the row's label if its picture or prompt cannot be used.
     """
-    layout, samples, visual = checkpoint.prompt_format(), [], []
+    tokenizer, samples, visual = checkpoint.tokenizer, [], []
+    prompt_format = checkpoint.prompt_format()
     for label, row in rows:
         image = row.get("image")
         if image is not None:
             picture = open_image(image_path(images, image, label), f"{label}: {image}")
             visual.append(pixels(picture, checkpoint.preprocess))
-        samples.append(encode_prompt([], row["prompt"], checkpoint.tokenizer, layout, image, label))
-    limits = [min(o.max_new_tokens, free_positions(s, 0, layout.context)) for s in samples]
+        samples.append(encode_prompt([], row["prompt"], tokenizer, prompt_format, image, label))
+    limits = [min(o.max_new_tokens, free_positions(s, 0, prompt_format.context)) for s in samples]
     answers = answer(checkpoint, samples, visual, max(limits), temperature=o.temperature,
                      top_p=o.top_p, generator=make_generator(checkpoint.model, seed))
-    decode = checkpoint.tokenizer.decode
-    return [(decode(ids[:n]), len(ids) >= n) for ids, n in zip(answers, limits)]
+    return [(tokenizer.decode(ids[:n]), len(ids) >= n) for ids, n in zip(answers, limits)]
 
 
 def answer_file(o):

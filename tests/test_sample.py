@@ -26,9 +26,9 @@ import formats.answers
 import model
 import sample
 import weights
-from data import collate, encode, encode_prompt, pad_right, Preprocess
+from data import collate, encode, encode_prompt, IMAGE, pad_right, Preprocess
 from formats.runs import choose_checkpoint
-from model import Cache, end_turn, generate, IMAGE, stream, VLM
+from model import end_turn, generate, stream, VLM
 from sample import Chat, Options
 from test_model import (batch_of, close, EVERY, KINDS, LAYOUT, logits_of, pictures, segments,
     TOKENIZER, trained, TURNS)
@@ -144,8 +144,9 @@ def test_a_chat_equals_the_whole_conversation_and_a_turn_costs_its_own_tokens_on
              "the last turn's weights for all": (batch.pool_id, torch.full_like(batch.use_id, 2))}
     wrong["the end of an answer in the next turn"][1][0, a0.stop - 1] = 1
     for pool_id, use_id in wrong.values():
-        other = checkpoint.model(batch.ids, batch.visual if image is not None else None, pool_id,
-                                 use_id, 3)[0]
+        other = logits_of(checkpoint.model, dataclasses.replace(
+            batch, visual=batch.visual if image is not None else None, pool_id=pool_id,
+            use_id=use_id, turns=3))[0]
         assert close(other, full, 1e-5) == (kind.get("language_expert") == "none")
 
 
@@ -164,7 +165,7 @@ def test_rows_of_a_batch_go_on_from_their_own_ends_in_one_cache(kind):
                       batch_of([s], look[:1] if s is samples[0] else look[1:] if s.image else [],
                                       torch.float32))[0] for s in samples]
     spans, eos = [list(segments(s)) for s in samples], TOKENIZER.eos
-    cache, tails, cut, early = Cache(model.cfg.llm, 3, 0, "cpu", torch.float32), None, 0, 0
+    cache, tails, cut, early = model.new_cache(3, "cpu", torch.float32), None, 0, 0
     for turn in range(3):
         prompts = [SimpleNamespace(**{n: getattr(s, n)[own[turn][0]]
                                       for n in ("ids", "labels", "pool_id", "use_id")},
@@ -763,8 +764,8 @@ def small(tmp_path_factory):
     model = trained(torch.float32, seed=3)
     model.llm.lm_head.weight.data[:259] = 0  # no bytes: they may not form whole characters
     state = {name: p.detach() for name, p in model.named_parameters()}
-    weights.save(str(folder / "model"), model.cfg, state, TOKENIZER, Preprocess(28), "A chat.", 2,
-                 {}, {})
+    weights.save(str(folder / "model"), model.cfg, state, TOKENIZER, Preprocess(28), "A chat.",
+                 stage=2, sources={}, training={})
     noise = torch.randint(0, 256, (40, 30, 3),
                           generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     Image.fromarray(noise.numpy()).save(folder / "x.png")
@@ -829,7 +830,7 @@ COMMAND_MISTAKES = {
     "truncated": (dict(image="half.png"), "unreadable picture"),
     "a folder as picture": (dict(image="bare"), "unreadable picture"),
     "empty prompt": (dict(prompt=" "), "empty"),
-    "long prompt": (dict(prompt="How many? " * 200), "the context holds 200"),
+    "long prompt": (dict(prompt="How many? " * 200), "the context has 200"),
     "no config": (dict(model="bare"), "config.json: file not found"),
     "no folder": (dict(model="nowhere"), "no such folder"),
     "unknown flag": (dict(max_new_token="3"), "did you mean --max_new_tokens?"),
