@@ -35,7 +35,8 @@ C, D, E, R = toy.stand_ins.VISION.width, toy.stand_ins.LLAMA.width, 16, 16
 
 def config(options):
     """The VLMConfig that train.py makes of a row's options in stage 2 of the toy."""
-    given = {**training.options.TOY_RECIPE, **(training.options.VLORA_TOY if options.get("method") == "vlora" else {}), **options, "stage": 2}
+    method = training.options.Options(method=options.get("method", "hyperllava"))
+    given = {**training.options.preset_options(method, 2), **options, "stage": 2}
     return VLMConfig(toy.stand_ins.VISION, toy.stand_ins.LLAMA, **train.model_options(training.options.Options(**given)))
 
 

@@ -497,7 +497,7 @@ SIZES = {
         dict(stage=2, tune="peft", dtype="bfloat16", micro_batch_size=4, batch_size=4, checkpointing="selective")),
     "the projector": (
         LlamaConfig(width=1024, depth=20, heads=8, kv_heads=8, hidden=2816, vocab=8000),
-        dict(stage=1, dtype="float32", micro_batch_size=4, batch_size=4, checkpointing="full", kernels="plain")),
+        dict(stage=1, dtype="float32", micro_batch_size=4, batch_size=4, checkpointing="full", kernels="eager")),
 }
 
 
@@ -720,12 +720,46 @@ def test_mistakes_on_the_command_line_end_in_one_line(run, tmp_path, monkeypatch
         (["--stage", "1", "--out", run, "--overwrite", "--resume", "--pictures", "40"], "--resume: no saved state"),
         (["--preset", "9b"], "expected one of toy, 7b, 13b, 1b"),
         (["--stage", "1", "--out", run, "--overwrite", "--data", "no.json", "--pictures", "40"], "no.json"),
-        (["--stage", "1", "--out", run, "--overwrite", "--images", "nowhere", "--pictures", "40"], "--images nowhere: there is no such"),
+        (["--stage", "1", "--out", run, "--overwrite", "--images", "nowhere", "--pictures", "40"], "--images nowhere: folder not found"),
+        (["--data", "no.json"], "--data no.json: file not found"),
+        (["--out", str(tmp_path), "--resume"], "--resume: no saved state and no finished stage in"),
+        (["--stage", "1", "--preset", "7b"], "stage 1 with preset 7b needs --vision, --llm, --data, --images"),
     ]:
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
         monkeypatch.setattr(train, "start_world", lambda device, replicate: init_device_mesh("cpu", (1,)))
         with pytest.raises(UserError, match=expected):
             train.run()
+
+
+@pytest.mark.parametrize("name, value, expected", [
+    ("lr", 0.0, "more than 0"), ("lr", float("nan"), "more than 0"), ("muon_lr", float("inf"), "more than 0"),
+    ("clip", -1.0, "more than 0"), ("warmup", 1.5, "0 to 1"), ("cooldown", -0.1, "0 to 1"),
+    ("val_every", 0, "more than 0"), ("workers", -1, "0 or more"), ("guidance_after", -1, "0 or more"),
+    ("context", 0, "more than 0"), ("vlora_rank", -4, "more than 0"), ("expert_embed", 0, "more than 0"),
+    ("stage", -1, "1 or 2; the toy also has 0")])
+def test_a_number_out_of_range_is_refused_by_name(name, value, expected):
+    with pytest.raises(UserError, match=f"^--{name} {value}: expected {expected}$"):
+        training.options.Options(**{name: value})
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+    training.options.Options(lr=1e-12, warmup=0.0, cooldown=1.0, workers=0, seed=0, guidance_after=0, steps=1)
+
+
+def test_out_follows_the_preset():
+    for preset in training.options.PRESETS:
+        assert training.options.Options(preset=preset).out == os.path.join("out", preset)
+    assert training.options.Options(preset="7b", out="runs/a").out == "runs/a"
+
+
+def test_the_help_names_the_values_of_every_preset_in_80_columns():
+    lines = training.options.Options.help_epilog().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    for tables in (training.options.PRESETS, training.options.VLORA_PRESETS):
+        for stages in tables.values():
+            for values in stages.values():
+                assert ", ".join(f"{name}={value!r}" for name, value in values.items()) in text
 
 
 def llava_batches(lengths, pictured, size, ranks, rng):
@@ -967,7 +1001,7 @@ def test_twenty_kills_at_random_times_in_all_stages_lose_nothing(tmp_path):
         return 40 if os.path.exists(out / unit / "config.json") else max(training.state.saved_steps(out / unit / "state"), default=0)
 
     for unit in (unit for unit in UNITS for _ in range(5)):
-        process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *words_of(given | {"out": out, "resume": True})],
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *words_of(given | {"out": out, "resume": out.exists()})],
                                    stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         due, began = kept(unit) + rng.choice([1, 2, 3]), time.time()
         while process.poll() is None and kept(unit) < min(due, 40) and time.time() - began < 200:

@@ -1,6 +1,14 @@
-"""TODO"""
+"""The options of train.py: their names, meaning, ranges and presets.
+
+`Options` is what a user can set. `complete` makes the options of one stage: what the user gave,
+then the preset's, then the defaults, checked against each other. The functions between the two
+tell where a stage writes and whether it is finished. Next: train.py.
+"""
+import dataclasses
+import math
 import os
 import shutil
+import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,145 +20,214 @@ from data import SYSTEM
 from formats.llava import projector_file
 from weights import fast_dtype, pick_device
 
+PARTS = ("clip", "llm")  # of stage 0; they do not depend on each other
 
-# The options that are fields of VLMConfig
-EXPERT_OPTIONS = ("visual_expert", "language_expert", "guidance_after", "expert_embed", "expert_rank", "weight_source")
+# Options that are fields of the model's config
+EXPERT_OPTIONS = ("visual_expert", "language_expert", "guidance_after", "expert_embed",
+                  "expert_rank", "weight_source")
+
+# Options that may change on --resume. With any other changed it would be a different run.
+CHANGEABLE = {
+    "out", "resume", "overwrite", "steps", "epochs", "log_every", "val_every", "save_every", "keep",
+    "workers", "device", "micro_batch_size", "skip_bad_images", "allow_random_llm", "checkpointing",
+    "compile", "replicate"}
 
 
-# What may differ between a run and its continuation. All else would make another run of it, see `first_step`.
-CHANGEABLE = {"out", "resume", "overwrite", "steps", "epochs", "log_every", "val_every", "save_every", "keep", "workers", "device",
-        "micro_batch_size", "skip_bad_images", "allow_random_llm", "checkpointing", "compile", "replicate"}
+# ---- Presets: {stage, or part of stage 0: {option: value}}; "all" is for every stage
 
-
-# LLaVA-1.5's recipe, which HyperLLaVA §4 keeps: scripts/v1_5/pretrain.sh and finetune.sh, for 8 GPUs. Their other numbers are the
-# defaults below: --lr_scheduler_type cosine, --warmup_ratio 0.03, --weight_decay 0, transformers' AdamW (0.9, 0.999, 1e-8), no
-# clipping (zero2.json and zero3.json name none), --model_max_length 2048, --bf16.
-LLAVA_RECIPE = {
-    1: dict(template="plain",          # --version plain
-            aspect="crop",             # no --image_aspect_ratio: CLIP's processor crops
-            batch_size=256, micro_batch_size=32,  # --per_device_train_batch_size 32, --gradient_accumulation_steps 1
-            lr=1e-3, epochs=1,         # --learning_rate, --num_train_epochs
-            checkpointing="full",      # --gradient_checkpointing
-            workers=4),                # --dataloader_num_workers
+# LLaVA-1.5's recipe for 8 GPUs, which HyperLLaVA §4 keeps: scripts/v1_5/pretrain.sh and
+# finetune.sh. The comments name their flags. Our defaults agree with the others:
+# --lr_scheduler_type cosine, --warmup_ratio 0.03, --weight_decay 0, AdamW of transformers
+# (0.9, 0.999, 1e-8), no clipping (zero2.json and zero3.json set none), --model_max_length 2048,
+# --bf16.
+LLAVA = {
+    "all": dict(epochs=1, checkpointing="full", workers=4),  # --num_train_epochs,
+                                   # --gradient_checkpointing, --dataloader_num_workers
+    1: dict(template="plain",      # --version plain
+            aspect="crop",         # no --image_aspect_ratio: CLIP's processor crops
+            batch_size=256, micro_batch_size=32,  # --per_device_train_batch_size 32,
+            lr=1e-3),              # --gradient_accumulation_steps 1, --learning_rate
     2: dict(template="v1", aspect="pad",          # --version v1, --image_aspect_ratio pad
-            batch_size=128, micro_batch_size=16,  # --per_device_train_batch_size 16, --gradient_accumulation_steps 1
-            lr=2e-5, epochs=1,
-            group_by_length=True,      # --group_by_modality_length; here by length alone
-            checkpointing="full", workers=4),
+            batch_size=128, micro_batch_size=16, lr=2e-5,
+            group_by_length=True)  # --group_by_modality_length
 }
 
+# TinyLlama and CLIP-L on one GPU of 24 GB: the same recipe with smaller micro-batches
+ONE_GPU = LLAVA | {1: LLAVA[1] | dict(micro_batch_size=16), 2: LLAVA[2] | dict(micro_batch_size=4)}
 
-# TinyLlama and CLIP-L on one card of 24 GB: the same recipe, in bites that fit, by stage.
-SMALL_GPU = {1: dict(micro_batch_size=16), 2: dict(micro_batch_size=4)}
-PARTS = ("clip", "llm")  # of stage 0, which need nothing of one another
-
-
-PRESETS = {
-    "7b": LLAVA_RECIPE,
-    "13b": LLAVA_RECIPE,
-    "1b": LLAVA_RECIPE,
-    "toy": {
-        "clip": dict(batch_size=64, lr=2e-3, muon_lr=15e-3, steps=450, schedule="wsd", clip=1.0),  # of pairs of pictures
-        "llm": dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=500, schedule="wsd", clip=1.0),
-        1: dict(template="plain", batch_size=32, lr=3e-3, steps=200, schedule="wsd", clip=1.0),
-        2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=780, schedule="wsd", clip=1.0,
-                cache_features=True),  # stage 1 sees less than half of the pictures, and each of them once
-    },
+TOY = {
+    "all": dict(system="", schedule="wsd", clip=1.0, expert_embed=16, group_by_length=True,
+                kernels="eager", log_every=20, val_every=300, save_every=200),
+    "clip": dict(batch_size=64, lr=2e-3, muon_lr=15e-3, steps=450),  # 64 pairs of pictures
+    "llm": dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=500),
+    1: dict(template="plain", batch_size=32, lr=3e-3, steps=200),
+    2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=4e-3, steps=780,
+            cache_features=True),  # stage 1 would gain nothing: it reads each picture at most once
 }
 
+PRESETS = {"toy": TOY, "7b": LLAVA, "13b": LLAVA, "1b": ONE_GPU}
 
-# Where VLoRA's recipe differs: its paper's §4.1, and the authors' pretrain.sh and finetune.sh, for 8 GPUs
-VLORA_RECIPE = {
-    1: dict(batch_size=768, micro_batch_size=96,  # --per_device_train_batch_size 96; §4.1 the same, for 40,000 steps on 30 M pairs
-            lr=5e-5),                             # of CapsFusion: --steps 40000. The script has one epoch of all 113 M
-    2: dict(lr=2e-5,                              # the script's; the paper says 5e-5. Batch 128 in both
-            workers=32),                          # --dataloader_num_workers
+# What --method vlora changes: VLoRA §4.1 and the authors' pretrain.sh and finetune.sh, for 8 GPUs
+VLORA = {
+    1: dict(batch_size=768, micro_batch_size=96,  # --per_device_train_batch_size 96; §4.1 has the
+            lr=5e-5),     # same, for 40,000 steps on 30 M pairs of CapsFusion (--steps 40000). The
+                          # script takes one epoch of all 113 M
+    2: dict(lr=2e-5,      # the script's; §4.1 has 5e-5. The batch is 128 in both
+            workers=32),  # --dataloader_num_workers
 }
-VLORA_TOY = dict(lr=1e-3, vlora_every=1, vlora_rank=16, vlora_embed=128, vlora_depth=2, vlora_heads=4)  # at 3e-3 stage 1 jumps
-VLORA_STEPS = {1: 300, 2: 1000}  # of the toy: it learns more slowly
+VLORA_TOY = dict(lr=1e-3,           # at 3e-3 the loss of stage 1 jumps
+                 vlora_every=1, vlora_rank=16, vlora_embed=128, vlora_depth=2, vlora_heads=4)
+
+VLORA_PRESETS = {
+    "toy": {1: dict(VLORA_TOY, steps=300), 2: dict(VLORA_TOY, steps=1000)},  # it learns more slowly
+    "7b": VLORA, "13b": VLORA, "1b": VLORA | {1: VLORA[1] | dict(micro_batch_size=16)}}
 
 
-TOY_RECIPE = dict(vision="stage0/clip", llm="stage0/llm", system="", aspect="pad", expert_embed=16, group_by_length=True,
-           kernels="eager", log_every=20, val_every=300, save_every=200)
+def preset_options(o, stage):
+    """{option: value} that the preset and the method of `o` set in a stage."""
+    table, unit = PRESETS[o.preset], o.part or stage
+    values = table.get("all", {}) | table.get(unit, {})
+    return values | VLORA_PRESETS[o.preset].get(unit, {}) if o.method == "vlora" else values
+
+
+def preset_lines(tables):
+    """Lines of --help with what each preset sets, by stage."""
+    for table in {id(table): table for table in tables.values()}.values():
+        yield "  " + ", ".join(name for name in tables if tables[name] is table)
+        for unit, values in table.items():
+            label = f"stage {unit}" if isinstance(unit, int) else unit
+            text = ", ".join(f"{name}={value!r}" for name, value in values.items())
+            yield textwrap.fill(f"    {label}: {text}", 80, subsequent_indent=" " * 8)
+
+
+# ---- Options
+
+# Allowed values of numeric options: (least, most, in words)
+POSITIVE = (math.ulp(0.0), math.inf, "more than 0")  # from the smallest positive float
+RANGES = {  # all others: POSITIVE
+    "stage": (0, 2, "1 or 2; the toy also has 0"), "seed": (0, 2**63 - 1, "0 to 2**63 - 1"),
+    "warmup": (0, 1, "0 to 1"), "cooldown": (0, 1, "0 to 1"),
+    "guidance_after": (0, math.inf, "0 or more"), "workers": (0, math.inf, "0 or more")}
 
 
 @dataclass
 class Options:
-    """Train HyperLLaVA, or VLoRA. Without --stage: the toy from nothing to its scores. Options left out are the preset's."""
-    stage: int | None = None         # 0: the toy's stand-ins; 1: align the projector; 2: instruction tuning
-    part: Literal["clip", "llm"] | None = None  # stage 0: which of the stand-ins; none: both
-    method: Literal["hyperllava", "vlora"] = "hyperllava"  # pictures as tokens, beside experts; or as weights of the Llama
-    preset: Literal["toy", "7b", "13b", "1b"] = "toy"  # recipe: batch, learning rate, steps, template
-    vision: str | None = None        # stage 1, or an mm_projector.bin: folder or hub name of a CLIP
-    llm: str | None = None           # the same of a Llama
-    data: str | None = None          # LLaVA's JSON file
-    images: str | None = None        # folder that its pictures' paths start from
-    val: str | None = None           # JSON file for the held-out loss, pictures in the same folder
-    out: str = "out/toy"             # a run's folder; stage N writes OUT/stageN
-    init: str | None = None          # stage 2: checkpoint to start from (OUT/stage1), a LLaVA-1.5, or its mm_projector.bin
-    resume: bool = False             # go on from the newest saved state of this stage
-    overwrite: bool = False          # train a finished stage anew
-    pictures: int = 16000            # the toy's training pictures, and as many texts
-    seed: int = 0                    # of new weights and of the order of the data
-    steps: int | None = None         # optimiser steps; from epochs if not given
-    epochs: float | None = None      # passes over the data
-    batch_size: int | None = None    # samples per optimiser step, over all ranks
-    micro_batch_size: int | None = None  # samples a rank takes at once; the rest is accumulated
-    lr: float | None = None          # peak learning rate of AdamW
-    muon_lr: float | None = None     # peak learning rate of Muon for the matrices in blocks; none: AdamW for all
-    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up: a cosine to 0, or constant with a linear end
-    warmup: float = 0.03             # share of the steps in which the rate rises
-    cooldown: float = 0.4            # share of the steps in which wsd falls to 0
-    clip: float | None = None        # largest gradient norm; none: not clipped, as LLaVA's
-    tune: Literal["full", "peft"] = "full"  # stage 2: the Llama too, or experts and projector alone
-    visual_expert: Literal["none", "1", "2", "both"] = "1"  # layers of the projector with an expert (Table 2)
-    language_expert: Literal["none", "anterior", "posterior", "all"] = "posterior"  # blocks with one, from stage 2 on (Table 3)
-    guidance_after: int | None = None  # blocks before language guidance is taken; none: half of them (Figure 3)
-    guidance_pool: Literal["instruction", "prompt"] = "instruction"  # what it is averaged over: a turn's own text, or all of its prompt
-    expert_embed: int = 64           # width of the guidance's embedding (Figure 4a)
-    expert_rank: int = 16            # width of an expert's bottleneck (Figure 4b)
-    weight_source: Literal["hyper", "static", "latent", "mlp", "lora"] = "hyper"  # where experts' weights come from (Tables 5, 6)
-    vlora_sites: str = "qkvom"       # which weights VLoRA's pictures change: of attention, and m, the FFN (its Table 3)
-    vlora_every: int = 4             # of so many blocks, they change the last
-    vlora_rank: int = 64             # rank of a change (Table 4)
-    vlora_embed: int = 512           # width of the generators
-    vlora_depth: int = 8             # blocks of a generator (Table 5)
-    vlora_heads: int = 16            # heads of its attention
-    template: Literal["plain", "v1"] = "v1"  # plain: picture and caption; v1: Vicuna's conversations
+    """Train HyperLLaVA or VLoRA. Without --stage: train all stages of the toy, then score it."""
+    # most important
+    stage: int | None = None         # 0: the toy's own CLIP and Llama; 1: align the projector;
+                                     # 2: instruction tuning (default: all stages of the toy)
+    preset: Literal["toy", "7b", "13b", "1b"] = "toy"  # sets the options listed at
+                                     # the end. toy: a small model, drawn pictures; 7b, 13b:
+                                     # LLaVA-1.5's recipe, 8 GPUs; 1b: TinyLlama and CLIP-L, one GPU
+                                     # of 24 GB
+    vision: str | None = None        # CLIP: a folder or a name on the Hugging Face hub (stage 1;
+                                     # stage 2 if --init is an mm_projector.bin)
+    llm: str | None = None           # Llama, in the same way
+    data: str | None = None          # training data: a JSON file in LLaVA's format
+    images: str | None = None        # folder that the image paths in the data start from
+    out: str | None = None           # folder of the run; stage N writes OUT/stageN (default:
+                                     # out/PRESET)
+    init: str | None = None          # start of stage 2: a checkpoint of stage 1, a LLaVA-1.5, or
+                                     # LLaVA's mm_projector.bin (default: OUT/stage1)
+    resume: bool = False             # continue from the newest saved state
+    steps: int | None = None         # optimiser steps (default: the preset's, or from --epochs)
+    batch_size: int | None = None    # samples per optimiser step, over all processes (default: the
+                                     # preset's)
+    lr: float | None = None          # peak learning rate of AdamW (default: the preset's)
+    tune: Literal["full", "peft"] = "full"  # what stage 2 trains. full: projector, experts and
+                                     # Llama; peft: projector and experts only
+    # data
+    val: str | None = None           # JSON file for the held-out loss, with the same --images
+    pictures: int = 16000            # training pictures of the toy, and as many texts for its Llama
+    template: Literal["plain", "v1"] = "v1"  # plain: picture, caption; v1: Vicuna's conversations
     system: str = SYSTEM             # text before the first turn of v1
     aspect: Literal["pad", "crop"] = "pad"  # make pictures square by padding or by cropping
-    context: int | None = None       # longest sequence, image tokens included; none: the Llama's, 2048 at most
-    group_by_length: bool = False    # samples of like length share a step, so that less is padded
-    cache_features: bool = False     # run the frozen tower once per picture, before training; kept in memory
-    kernels: Literal["fused", "eager"] = "fused"  # attention and RMS norms; eager is faster in bf16 on a CPU
-    checkpointing: Literal["none", "selective", "full"] = "none"  # recompute every second block, or each, in the backward pass
-    compile: bool = False            # let torch.compile make the blocks faster: minutes at the start, and a C++ compiler
-    replicate: int = 1               # copies of the sharded state, a divisor of the ranks: with one a node, each shards within itself
-    dtype: Literal["bfloat16", "float32"] | None = None  # of the computation; none: bf16 where it is fast
-    device: Literal["cuda", "cpu"] | None = None  # none: cuda if there is one
-    workers: int = 0                 # processes that prepare batches
-    skip_bad_images: bool = False    # a record whose picture cannot be read gives its place to the next one in the file
-    allow_random_llm: bool = False   # stage 1 with a Llama that knows no language, to rehearse
-    log_every: int = 1               # steps between printed lines; log.jsonl gets every step
-    val_every: int = 100             # steps between held-out losses, and answers to one held-out question
+    context: int | None = None       # longest sequence in tokens, with image tokens (default: the
+                                     # Llama's, but at most 2048)
+    group_by_length: bool = False    # put samples of similar length into one step, for less padding
+    cache_features: bool = False     # run the frozen CLIP once per picture, before training, and
+                                     # keep its features in memory
+    skip_bad_images: bool = False    # replace a record whose picture is unreadable by the next one
+    # model
+    method: Literal["hyperllava", "vlora"] = "hyperllava"  # hyperllava: image tokens and experts;
+                                     # vlora: pictures as weights of the Llama
+    visual_expert: Literal["none", "1", "2", "both"] = "1"  # layers of the projector that have an
+                                     # expert (Table 2)
+    language_expert: Literal["none", "anterior", "posterior", "all"] = "posterior"  # blocks of the
+                                     # Llama that have an expert, from stage 2 on (Table 3)
+    guidance_after: int | None = None  # guidance is the output of this many blocks
+                                     # (Figure 3; default: half, or 0 if block 0 has an expert)
+    guidance_pool: Literal["instruction", "prompt"] = "instruction"  # guidance is the mean
+                                     # over the turn's instruction, or over the whole prompt
+    expert_embed: int = 64           # width of the guidance's embedding (Figure 4a)
+    expert_rank: int = 16            # width of an expert's bottleneck (Figure 4b)
+    weight_source: Literal["hyper", "static", "latent", "mlp", "lora"] = "hyper"  # where
+                                     # experts get their weights; all but hyper are baselines
+                                     # (Tables 5, 6)
+    # optimisation
+    epochs: float | None = None      # passes over the data; used if --steps is not given
+    muon_lr: float | None = None     # peak learning rate of Muon, which then trains the matrices in
+                                     # blocks (default: the preset's, or AdamW for everything)
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up. cosine: a cosine to 0; wsd:
+                                     # constant, then linear to 0
+    warmup: float = 0.03             # share of the steps in which the learning rate rises
+    cooldown: float = 0.4            # share of the steps in which wsd falls to 0
+    clip: float | None = None        # largest gradient norm (default: the preset's, or no clipping)
+    # run
+    part: Literal["clip", "llm"] | None = None  # train only this part of stage 0 (default: both)
+    overwrite: bool = False          # train a finished stage again
+    seed: int = 0                    # for new weights and the order of the data
+    log_every: int = 1               # steps between printed lines; log.jsonl has every step
+    val_every: int = 100             # steps between held-out losses, each with a sample answer
     save_every: int = 1000           # steps between saved states
     keep: int = 1                    # saved states to keep, the newest ones
+    allow_random_llm: bool = False   # let stage 1 start with an untrained Llama, to try things out
+    # hardware
+    device: Literal["cuda", "cpu"] | None = None  # default: cuda if available
+    dtype: Literal["bfloat16", "float32"] | None = None  # of the computation (default:
+                                     # bfloat16 if the device has fast bfloat16)
+    micro_batch_size: int | None = None  # samples per process in one forward pass; gradients
+                                     # add up to --batch_size (default: the preset's, or all)
+    workers: int = 0                 # processes that prepare batches
+    checkpointing: Literal["none", "selective", "full"] = "none"  # recompute activations in
+                                     # the backward pass, to save memory: every second block, or all
+    kernels: Literal["fused", "eager"] = "fused"  # of attention and RMS norms; eager is
+                                     # faster in bfloat16 on a CPU
+    compile: bool = False            # torch.compile the blocks: faster steps, but the first ones
+                                     # take minutes; needs a C++ compiler
+    replicate: int = 1               # copies of the sharded state; must divide the number of
+                                     # processes. One copy per node keeps sharding inside nodes
+    # VLoRA, with --method vlora
+    vlora_sites: str = "qkvom"       # matrices that pictures change: q, k, v, o of attention, and
+                                     # m, the MLP (VLoRA's Table 3)
+    vlora_every: int = 4             # change the last block of every N
+    vlora_rank: int = 64             # rank of a change (VLoRA's Table 4)
+    vlora_embed: int = 512           # width of the weight generators
+    vlora_depth: int = 8             # blocks of a generator (VLoRA's Table 5)
+    vlora_heads: int = 16            # attention heads of a generator
 
     def __post_init__(self):
-        for name in ("steps", "epochs", "batch_size", "micro_batch_size", "pictures", "log_every", "val_every",
-                     "save_every", "keep", "replicate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name} {value}: expected more than 0")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed {self.seed}: expected 0 to 2**63")
+        self.out = self.out or os.path.join("out", self.preset)
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                least, most, words = RANGES.get(name, POSITIVE)
+                if not (least <= value <= most and math.isfinite(value)):
+                    raise UserError(f"--{name} {value}: expected {words}")
+
+    @classmethod
+    def help_epilog(cls):
+        """The text below the options in --help: the values of the presets."""
+        return "\n".join([
+            "presets: they replace the defaults above; options that you give replace both",
+            *preset_lines(PRESETS), "presets with --method vlora: these values change",
+            *preset_lines(VLORA_PRESETS)])
 
 
-# ---- The stages
+# ---- Where a stage writes
 
 
 def folder_of(out, stage, part=None):
-    """Where a stage, or a part of stage 0, writes."""
+    """The folder of a stage, or of a part of stage 0."""
     return os.path.join(out, f"stage{stage}", *([part] if part else []))
 
 
@@ -159,69 +236,122 @@ def stage_folder(o):
 
 
 def title(o):
-    """What a stage, or a part of one, is called in all that is printed."""
+    """The name of a stage, or of a part of stage 0, in all printed text."""
     return f"stage {o.stage} {o.part}" if o.part else f"stage {o.stage}"
 
 
 def parts_of(o, stage):
-    """The parts of a stage that are to be trained: of stage 0 those asked for, None of the others, which have none."""
-    return [None] if stage else [o.part] if o.part else list(PARTS)
+    """The parts of a stage to train: for stage 0 --part or both; [None] for the others."""
+    if stage > 0:
+        return [None]
+    return [o.part] if o.part else list(PARTS)
 
 
 def finished(out, stage, part=None):
-    """Whether a stage's checkpoint, or that of a part, is there, be it set aside because the save of its successor was killed.
+    """Whether a stage, or a part of stage 0, has its checkpoint. Stage 0 needs those of both parts.
 
-    Without a `part`, stage 0 is finished if all of its parts are.
+    FOLDER.old counts as well: a save that was killed left it there.
     """
     if stage == 0 and part is None:
         return all(finished(out, stage, part) for part in PARTS)
     folder = folder_of(out, stage, part)
-    return any(os.path.exists(os.path.join(place, "config.json")) for place in (folder, f"{folder}.old"))
+    return any(os.path.exists(os.path.join(f, "config.json")) for f in (folder, f"{folder}.old"))
+
+
+def toy_files(out, stage):
+    """{option: path} of the toy's data and of its own CLIP and Llama, for a stage."""
+    world = os.path.join(out, "world")
+    files = {"vision": folder_of(out, 0, "clip"), "llm": folder_of(out, 0, "llm"),
+             "images": os.path.join(world, "images")}
+    if stage > 0:
+        data = "captions" if stage == 1 else "instruct"
+        val = "validation_captions" if stage == 1 else "validation"
+        files["data"] = os.path.join(world, f"{data}.json")
+        files["val"] = os.path.join(world, f"{val}.json")
+    return files
+
+
+# ---- The options of one stage
 
 
 def device_of(o):
-    """cuda or cpu, as asked for; by default cuda if there is one."""
+    """The device to train on: --device, or cuda if available, else cpu.
+
+    UserError if this machine does not have it.
+    """
     return pick_device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def complete(given, stage):
-    """The options of one stage: what the user gave, then the preset's, then the defaults; UserError if they do not fit."""
-    o = Options(**given)
-    others = {*EXPERT_OPTIONS, "guidance_pool"} if o.method == "vlora" else {name for name in given if name.startswith("vlora_")}
-    if given.keys() & others:
-        raise UserError(f"--{min(given.keys() & others)} is no option of --method {o.method}")
-    preset = dict(PRESETS[o.preset].get(o.part or stage, {})) | (TOY_RECIPE if o.preset == "toy" else {})
-    if o.method == "vlora" and stage > 0:  # the stand-ins are the same for both
-        preset |= VLORA_TOY | {"steps": VLORA_STEPS[stage]} if o.preset == "toy" else VLORA_RECIPE[stage]
-    if o.preset == "1b":
-        preset |= SMALL_GPU[stage]
-    if o.preset == "toy":
-        folder = os.path.join(o.out, "world")
-        preset |= {"images": os.path.join(folder, "images")}
-        preset |= {k: os.path.join(o.out, preset[k]) for k in ("vision", "llm")}
-        if stage > 0:
-            preset |= {"data": os.path.join(folder, "captions.json" if stage == 1 else "instruct.json"),
-                       "val": os.path.join(folder, "validation_captions.json" if stage == 1 else "validation.json")}
-    if stage == 2:
-        preset |= {"init": os.path.join(o.out, "stage1")}
-        if "init" not in given and not finished(o.out, 1):
-            raise UserError(f"stage 2 starts from {preset['init']}, which is not there: "
-                            f"run --stage 1 first, or name a checkpoint with --init")
-    if "epochs" in given and "steps" not in given:
-        preset.pop("steps", None)
-    o = Options(**{**preset, **given, "stage": stage})
-    needed = {0: (), 1: ("vision", "llm", "data", "images"), 2: ("init", "data", "images")}[stage]
-    needed += ("vision", "llm") if stage == 2 and projector_file(o.init) else ()
+def check_method(given, method):
+    """UserError if an option belongs to the other method."""
+    experts = {name for name in given if name in (*EXPERT_OPTIONS, "guidance_pool")}
+    vlora = {name for name in given if name.startswith("vlora_")}
+    if wrong := experts if method == "vlora" else vlora:
+        raise UserError(f"--{min(wrong)} is no option of --method {method}")
+
+
+def check_paths(given):
+    """UserError if a file or folder of data that the user named does not exist."""
+    for name in ("data", "val", "images"):
+        kind, exists = ("folder", os.path.isdir) if name == "images" else ("file", os.path.isfile)
+        if given.get(name) and not exists(given[name]):
+            raise UserError(f"--{name} {given[name]}: {kind} not found")
+
+
+def check_needed(o, given):
+    """UserError that names the options a stage cannot do without and does not have."""
+    if o.stage == 2 and "init" not in given and not finished(o.out, 1):
+        raise UserError(f"stage 2 starts from {o.init}, which is not there: run --stage 1 first, "
+                        f"or name a checkpoint with --init")
+    needed = {0: (), 1: ("vision", "llm", "data", "images"), 2: ("init", "data", "images")}[o.stage]
+    if o.stage == 2 and projector_file(o.init):
+        needed += ("vision", "llm")
     missing = [f"--{name}" for name in needed if getattr(o, name) is None]
     if missing:
-        raise UserError(f"stage {stage} with preset {o.preset} needs {', '.join(missing)}")
+        raise UserError(f"stage {o.stage} with preset {o.preset} needs {', '.join(missing)}")
+
+
+def check_compiler(device):
+    """UserError if there is no compiler for torch.compile."""
+    names = [os.environ.get("CC", "gcc"), "clang"]
+    if device == "cpu":
+        names = [os.environ.get("CXX", "g++")]
+    if not any(map(shutil.which, names)):
+        raise UserError(f"--compile needs a compiler, and {' or '.join(names)} is not there: "
+                        f"install one, or leave it out")
+
+
+def split_batch(o):
+    """The micro-batch size on this number of ranks; UserError if the batch does not divide."""
+    ranks = dist.get_world_size()
+    size = min(o.micro_batch_size or o.batch_size, max(1, o.batch_size // ranks))
+    if o.batch_size % (size * ranks):
+        raise UserError(f"batch_size {o.batch_size} is not a multiple of "
+                        f"micro_batch_size {size} x {ranks} ranks")
+    return size
+
+
+def complete(given, stage):
+    """The options of one stage: what the user gave, then the preset's, then the defaults.
+
+    given    {option: value} of the command line
+    returns  Options with device, dtype and micro_batch_size set; steps may be None if epochs is set
+    Raises UserError if an option is missing or does not fit the others.
+    """
+    o = Options(**given)
+    check_method(given, o.method)
+    preset = preset_options(o, stage)
+    if o.preset == "toy":
+        preset |= toy_files(o.out, stage)
+    if stage == 2:
+        preset["init"] = folder_of(o.out, 1)
+    if "epochs" in given and "steps" not in given:
+        preset.pop("steps", None)
+    o = dataclasses.replace(o, **{**preset, **given, "stage": stage})
+    check_needed(o, given)
     o.device = device_of(o)
     o.dtype = o.dtype or fast_dtype(o.device)
-    compilers = [os.environ.get("CXX", "g++")] if o.device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    if o.compile and not any(map(shutil.which, compilers)):
-        raise UserError(f"--compile needs a compiler, and {' or '.join(compilers)} is not there: install one, or leave it out")
-    ranks = dist.get_world_size()
-    o.micro_batch_size = min(o.micro_batch_size or o.batch_size, max(1, o.batch_size // ranks))
-    if o.batch_size % (o.micro_batch_size * ranks):
-        raise UserError(f"batch_size {o.batch_size} is not a multiple of micro_batch_size {o.micro_batch_size} x {ranks} ranks")
+    if o.compile:
+        check_compiler(o.device)
+    o.micro_batch_size = split_batch(o)
     return o

@@ -12,8 +12,15 @@ from tqdm import tqdm
 
 from cli import UserError
 from training.distributed import main_distributed, raise_on_all_ranks, Signals, start_world
-from training.options import complete, finished, folder_of, Options, parts_of
+from training.options import check_paths, complete, finished, folder_of, Options, PARTS, parts_of
 from training.state import first_step, saved_steps
+
+
+def begun(out):
+    """Whether a run of all stages can go on in `out`: it left a checkpoint or a saved state there."""
+    units = [(0, part) for part in PARTS] + [(1, None), (2, None)]
+    return any(finished(out, *unit) or saved_steps(os.path.join(folder_of(out, *unit), "state"))
+               for unit in units)
 
 
 def check_options(given):
@@ -23,13 +30,19 @@ def check_options(given):
         raise UserError(f"--stage {o.stage} with preset {o.preset}: expected 1 or 2; the toy also has 0, or none for all")
     if o.part and o.stage != 0:
         raise UserError(f"--part {o.part}: only stage 0 has parts, say --stage 0")
-    if o.stage is not None and finished(o.out, o.stage, o.part) and not o.overwrite:
-        raise UserError(f"{folder_of(o.out, o.stage, o.part)} is finished: --overwrite trains it anew")
     if o.stage is None and o.overwrite:
         raise UserError("--overwrite goes with --stage; to train all anew, name another folder with --out")
+    check_paths(given)
+    if o.stage is None and o.resume and not begun(o.out):
+        raise UserError(f"--resume: no saved state and no finished stage in {o.out}")
     if o.stage is not None:
-        left = [part for part in parts_of(o, o.stage) if o.overwrite or not finished(o.out, o.stage, part)]
-        first_step(complete(given | {"part": left[0]}, o.stage))
+        parts = parts_of(o, o.stage)
+        left = [part for part in parts if o.overwrite or not finished(o.out, o.stage, part)]
+        stage_options = complete(given | {"part": (left or parts)[0]}, o.stage)
+        if not left:  # after `complete`, which names missing options
+            raise UserError(f"{folder_of(o.out, o.stage, o.part)} is finished: "
+                            f"--overwrite trains it anew")
+        first_step(stage_options)
 
 
 def unfinished(given, stage):
