@@ -327,17 +327,17 @@ def word_count(record):
     return sum(len(message["value"].split()) for message in record["conversations"])
 
 
-def llava_order(sizes, pictured, ranks, micro, rng):
+def llava_order(sizes, has_image, ranks, micro, rng):
     """LLaVA's --group_by_modality_length (llava/train/llava_trainer.py); its megabatch is a step.
 
     Records with and without a picture are grouped apart: shuffled, cut into steps, each sorted and
     dealt to the ranks so that their sums are similar. The last step of each kind, full or not,
     comes at the end.
-    sizes int64[n], pictured bool[n]; returns int64[n]
+    sizes int64[n], has_image bool[n]; returns int64[n]
     """
     steps, left = [], []
     for kind in (True, False):
-        order = rng.permutation(np.flatnonzero(pictured == kind))
+        order = rng.permutation(np.flatnonzero(has_image == kind))
         cuts = [order[i:i + ranks * micro] for i in range(0, len(order), ranks * micro)]
         for cut in cuts[:-1]:
             chunks = [[] for _ in range(ranks)]
@@ -357,13 +357,13 @@ def compare_padding(o):
     data = Conversations(o.padding, "", tokenizer, layout)
     n, size = len(data), o.ranks * o.micro_batch_size
     lengths = np.array([len(data[i].ids) for i in tqdm(range(n), "records", mininterval=5)])
-    rng, ours = np.random.default_rng(0), BatchSampler(n, 0, size, data.lengths, data.pictured)
+    rng, ours = np.random.default_rng(0), BatchSampler(n, 0, size, data.lengths, data.has_image)
     if n < size:
         raise UserError(f"--padding {o.padding}: {n} records, "
                         f"a step of {o.ranks} x {o.micro_batch_size} wants more")
     sizes = np.array([word_count(data.record(i)) for i in range(n)])
     orders = {"random": rng.permutation(n),
-              "llava": llava_order(sizes, data.pictured, o.ranks, o.micro_batch_size, rng),
+              "llava": llava_order(sizes, data.has_image, o.ranks, o.micro_batch_size, rng),
               "ours": ours.epoch(0)}
     found = {"records": n, "ranks": o.ranks, "micro_batch_size": o.micro_batch_size,
              "mean_length": lengths.mean()}
