@@ -1,1 +1,10 @@
-"""Why is it built so? The papers' tables in miniature, measurements of speed, pictures drawn by other code."""
+"""Why is it built so? The papers' tables in miniature, speed, and pictures drawn by other code.
+
+    ablate.py      trains the rows of a table and compares them; starts the others
+    tables.py      what the rows are
+    report.py      scores, costs, Markdown and plots
+    embeddings.py  what the guidance's embeddings tell about the question
+    bench.py       speed of training and loading, share of padding
+    outsider.py    scores on pictures drawn by other code
+    processes.py   programs in processes of their own
+"""

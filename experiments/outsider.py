@@ -1,8 +1,9 @@
-"""Does what the toy learnt carry over to pictures that others draw? `python outsider.py --model out/toy/stage2`
+"""Can a toy checkpoint answer about pictures drawn by other code? `python -m experiments.outsider`
 
-Pictures in the style of the toy world by code that shares nothing with world.py: flat ground, 200 to 800 px, not square, Pillow's
-own named colours, saved as JPEG of quality 75. As in that world, things lie in different ninths of the picture; with --scattered,
-which it never shows, they lie anywhere. Asks for colours, shapes and counts.
+The pictures look like the toy world's, but share no code with toy/world.py: flat ground, 200 to
+800 px, not square, Pillow's named colours, saved as JPEG of quality 75. Each thing lies in another
+ninth of the picture, as in that world; with --scattered things lie anywhere, which training never
+shows. The questions are about colours, shapes and counts.
 """
 import io
 import math
@@ -16,12 +17,11 @@ from benchmarks.toy import Answerer, PictureQuestion
 from cli import main, parse
 from weights import load
 
-NAMED = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
+COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
 KINDS = ["circle", "square", "triangle", "star", "cross", "ring"]
-
-
-NEVER = {("red", "triangle"), ("orange", "square"), ("yellow", "circle"), ("green", "ring"), ("cyan", "cross"), ("blue", "star"),
-         ("purple", "triangle"), ("pink", "square")}  # the pairs that no training picture shows
+NEVER = {("red", "triangle"), ("orange", "square"), ("yellow", "circle"), ("green", "ring"),
+         ("cyan", "cross"), ("blue", "star"), ("purple", "triangle"),
+         ("pink", "square")}  # pairs that no training picture shows
 GROUNDS = ["white", "lightgray", "gray", "dimgray", "black", "whitesmoke", "darkgray"]
 
 
@@ -29,14 +29,14 @@ GROUNDS = ["white", "lightgray", "gray", "dimgray", "black", "whitesmoke", "dark
 class Options:
     """Score a toy checkpoint on pictures drawn by other code."""
     model: str = "out/toy/stage2"  # checkpoint
-    pictures: int = 20             # how many to draw
-    seed: int = 0                  # of the drawing
-    scattered: bool = False        # things anywhere, across the borders of ninths too
-    out: str | None = None         # folder to keep the pictures in; none: they are not kept
+    pictures: int = 20             # number of pictures
+    seed: int = 0                  # of the pictures
+    scattered: bool = False        # things lie anywhere, also across the borders of ninths
+    out: str | None = None         # folder for the pictures; none: they are not saved
 
 
-def shape(pen, kind, x, y, r, colour):
-    """One thing of radius r around (x, y)."""
+def draw_thing(pen, kind, x, y, r, colour):
+    """Draw one thing of radius r around (x, y)."""
     if kind == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     elif kind == "ring":
@@ -53,26 +53,31 @@ def shape(pen, kind, x, y, r, colour):
         pen.polygon([(x + d * math.sin(a), y - d * math.cos(a)) for d, a in tips], fill=colour)
 
 
-def spot(chance, r, wide, high, ninth):
-    """A centre for a thing of radius r within a ninth of the picture, or anywhere if that is None."""
-    left, top, w, h = (0, 0, wide, high) if ninth is None else (ninth % 3 * wide / 3, ninth // 3 * high / 3, wide / 3, high / 3)
-    return chance.uniform(left + r, left + w - r), chance.uniform(top + r, top + h - r)
+def random_centre(rng, r, width, height, ninth):
+    """A centre for a thing of radius r in a ninth of the picture, or anywhere if it is None."""
+    left = top = 0
+    if ninth is not None:
+        width, height = width / 3, height / 3
+        left, top = ninth % 3 * width, ninth // 3 * height
+    return rng.uniform(left + r, left + width - r), rng.uniform(top + r, top + height - r)
 
 
-def picture(chance, scattered=False):
-    """(JPEG as PIL image, [(colour, kind), ...]) of 2 to 5 things that do not touch."""
-    wide, high = chance.randint(200, 800), chance.randint(200, 800)
-    while not 0.66 < wide / high < 1.5 or wide == high:
-        wide, high = chance.randint(200, 800), chance.randint(200, 800)
-    image = Image.new("RGB", (wide, high), chance.choice(GROUNDS))
+def random_picture(rng, scattered=False):
+    """(PIL image, [(colour, kind), ...]) of 2 to 5 things that do not touch."""
+    width = height = 0
+    while width == height or not 0.66 < width / height < 1.5:
+        width, height = rng.randint(200, 800), rng.randint(200, 800)
+    image = Image.new("RGB", (width, height), rng.choice(GROUNDS))
     pen, placed, things = ImageDraw.Draw(image), [], []
-    wanted, ninths = chance.randint(2, 5), chance.sample(range(9), 9)
+    wanted, ninths = rng.randint(2, 5), rng.sample(range(9), 9)
     while len(things) < wanted:
-        r = min(wide, high) / 3 * chance.choice([0.27, 0.44])
-        x, y = spot(chance, r, wide, high, None if scattered else ninths[len(things)])
-        thing = chance.choice(NAMED), chance.choice(KINDS)
-        if thing not in NEVER and (not scattered or all(math.dist((x, y), p[:2]) > 1.15 * (r + p[2]) for p in placed)):
-            shape(pen, thing[1], x, y, r, thing[0])
+        r = min(width, height) / 3 * rng.choice([0.27, 0.44])
+        ninth = None if scattered else ninths[len(things)]
+        x, y = random_centre(rng, r, width, height, ninth)
+        thing = rng.choice(COLOURS), rng.choice(KINDS)
+        apart = all(math.dist((x, y), p[:2]) > 1.15 * (r + p[2]) for p in placed)
+        if thing not in NEVER and (apart or not scattered):
+            draw_thing(pen, thing[1], x, y, r, thing[0])
             placed.append((x, y, r))
             things.append(thing)
     file = io.BytesIO()
@@ -81,34 +86,35 @@ def picture(chance, scattered=False):
 
 
 def questions(things, name):
-    """Colours of unique kinds, kinds of unique colours, and counts."""
+    """Questions about kinds and colours that occur once, and about counts."""
     colours, kinds = zip(*things)
-    found = [("colour", f"What colour is the {k}?", c) for c, k in things if kinds.count(k) == 1]
-    found += [("shape", f"What shape is the {c} thing?", k) for c, k in things if colours.count(c) == 1]
-    found += [("count", "How many things are there?", str(len(things)))]
-    found += [("count", f"How many {c} things are there?", str(colours.count(c))) for c in sorted(set(colours))]
-    return [PictureQuestion(family, family, text, answer, name) for family, text, answer in found]
+    asked = [("colour", f"What colour is the {k}?", c) for c, k in things if kinds.count(k) == 1]
+    asked += [("shape", f"What shape is the {c} thing?", k)
+              for c, k in things if colours.count(c) == 1]
+    asked += [("count", "How many things are there?", str(len(things)))]
+    asked += [("count", f"How many {c} things are there?", str(colours.count(c)))
+              for c in sorted(set(colours))]
+    return [PictureQuestion(family, family, text, answer, name) for family, text, answer in asked]
 
 
 def run():
     o = Options(**parse(Options))
     if o.out:
         os.makedirs(o.out, exist_ok=True)
-    answer, chance = Answerer(load(o.model)), random.Random(o.seed)
+    answer, rng = Answerer(load(o.model)), random.Random(o.seed)
     asked = []
     for i in range(o.pictures):
-        image, things = picture(chance, o.scattered)
+        image, things = random_picture(rng, o.scattered)
         name = f"{i:03d}"
         answer.add_picture(name, image)
         asked += questions(things, name)
         if o.out:
             image.save(f"{o.out}/{name}.png")
-    said = answer(asked, "outsider")
-    for family in ("colour", "shape", "count"):
-        right = [a == q.answer for q, a in zip(asked, said) if q.family == family]
-        print(f"{family:8s} {100 * sum(right) / len(right):5.1f} %  of {len(right)}")
-    right = [a == q.answer for q, a in zip(asked, said)]
-    print(f"{'all':8s} {100 * sum(right) / len(right):5.1f} %  of {len(right)}")
+    right = [(q.family, a == q.answer) for q, a in zip(asked, answer(asked, "outsider"))]
+    right += [("all", hit) for _, hit in right]
+    for family in ("colour", "shape", "count", "all"):
+        hits = [hit for name, hit in right if name == family]
+        print(f"{family:8s} {100 * sum(hits) / len(hits):5.1f} %  of {len(hits)}")
 
 
 if __name__ == "__main__":
