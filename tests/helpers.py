@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch.nn.attention import sdpa_kernel, SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 import formats.tokenizer
 import model
@@ -217,6 +219,39 @@ def counted(vlm):
     yield count
     for handle in handles:
         handle.remove()
+
+
+# ---- Counting operations
+
+
+TOWER = VisionConfig(image_size=56, patch=14, width=24, depth=2, heads=2, hidden=72)
+GROUPED = LlamaConfig(width=64, depth=4, heads=4, kv_heads=2, hidden=80, vocab=50)
+EVEN = LlamaConfig(width=32, depth=3, heads=2, kv_heads=2, hidden=100, vocab=70, tied=True)
+
+
+def row_of_text(cfg, text, rows=1, turns=1, at=None):
+    """A Batch of `rows` rows, each with a picture of TOWER's size and so many tokens of text.
+
+    at  number of positions with logits in all; None: all positions
+    """
+    T = cfg.image_tokens + text
+    ids, turn = torch.ones(rows, T, dtype=torch.int64), torch.zeros(rows, T, dtype=torch.int64)
+    image_at = torch.arange(rows * T).view(rows, T)[:, :cfg.image_tokens].flatten()
+    return Batch(ids, torch.full((rows,), T), turn, turn, turns, torch.randn(rows, 3, 56, 56),
+                 image_at, None if at is None else torch.arange(at), picture=torch.arange(rows),
+                 tag=torch.full((rows,), -1))
+
+
+def count_flops(run, *parts):
+    """torch's count of the operations of run(): {module: {operation: FLOPs}}; "Global" is the whole.
+
+    parts  the models that it runs
+    """
+    for part in parts:  # the counter fails on views of parameters that require gradients
+        part.requires_grad_(False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_flop_counts()
 
 
 # ---- transformers' models
