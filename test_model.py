@@ -9,90 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import formats.tokenizer
 import weights
-from data import IMAGE, check_causal, collate, encode, encode_prompt, IGNORE, PromptFormat
+from data import check_causal, encode, encode_prompt, IGNORE
 from hypernet import Expert, HyperNetwork, pool, rms
-from model import (attend, Attention, Batch, CLIP, generate, LlamaConfig, RMSNorm,
-    sample_token, stream, VisionConfig, VLM, VLMConfig)
+from model import (attend, Attention, CLIP, generate, RMSNorm, sample_token, stream, VisionConfig,
+    VLM, VLMConfig)
 from projector import Projector
+from tests.helpers import (batch_of, by_steps, close, config, conversations, EVERY, KINDS, LAYOUT,
+    LLAMA, logits_of, new_weights, pictures, PROMPTS, prompts, segments, size, static, TOKENIZER,
+    trained, TURNS, VISION, whole_batch)
 
-torch.set_num_threads(1)  # tiny matrices: more only get in each other's way
-
-
-TURNS = [("<image>\nWhat colour is the circle?", "a red one."), ("Is there a square?", "yes, two of them."),
-         ("How many?", "three.")]
-TEXTS = [f"USER: {q} ASSISTANT: {a}" for q, a in TURNS] * 2
-TOKENIZER = formats.tokenizer.train_tokenizer(TEXTS, 400)
-LAYOUT = PromptFormat(system="A chat.", image_tokens=4, context=200)
-VISION = VisionConfig(image_size=28, patch=14, width=16, depth=2, heads=2, hidden=24)
-LLAMA = LlamaConfig(width=32, depth=4, heads=4, kv_heads=2, hidden=48, vocab=TOKENIZER.vocab, context=200)
-EVERY = dict(visual_expert="both", language_expert="all")
-
-
-KINDS = {  # the fields of VLMConfig that say where experts sit and where guidance is taken
-    "posterior": dict(visual_expert="1"), "posterior, block 1": dict(visual_expert="both", guidance_after=1),
-    "posterior, block 3": dict(visual_expert="2", guidance_after=3), "posterior, embeddings": dict(guidance_after=0),
-    "all": EVERY, "anterior": dict(visual_expert="none", language_expert="anterior"),
-}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-
-
-def config(**kind):
-    return VLMConfig(VISION, LLAMA, **{"expert_embed": 8, "expert_rank": 4, **kind})
-
-
-def trained(dtype=torch.float64, seed=0, **kind):
-    """A random VLM in which every part matters: attention looks about, experts add as much as the FFN does."""
-    torch.manual_seed(seed)
-    model = VLM(config(**kind)).to(dtype).eval()
-    for block in [*model.vision.layers, *model.llm.layers]:
-        for part in block.self_attn.children():
-            torch.nn.init.normal_(part.weight, std=(2 / part.in_features) ** 0.5)
-    for part in model.modules():
-        if isinstance(part, (HyperNetwork, Expert)):
-            up = part.up.weight if isinstance(part, HyperNetwork) else part.up
-            torch.nn.init.normal_(up, std=1.0 if isinstance(part, HyperNetwork) else 0.5)
-    return model
-
-
-def pictures(n, dtype=torch.float64, seed=1):
-    return list(torch.randn(n, 3, 28, 28, generator=torch.Generator().manual_seed(seed)).to(dtype))
-
-
-def conversations(layout=LAYOUT):
-    """Three turns about a picture, two turns of text alone, one turn about another picture."""
-    text = [("How many?", "two."), ("What colour is there?", "a red one, a circle.")]
-    return [encode(TURNS, TOKENIZER, layout, "three turns", "a.png"), encode(text, TOKENIZER, layout, "text"),
-            encode([("<image>\nIs there a circle?", "yes.")], TOKENIZER, layout, "one turn", "b.png")]
-
-
-def batch_of(samples, visual, dtype=torch.float64):
-    batch = collate(samples, visual, (3, 28, 28))
-    batch.visual = batch.visual.to(dtype)
-    return batch
-
-
-def whole_batch(**layout):
-    return batch_of(conversations(dataclasses.replace(LAYOUT, **layout)), pictures(2))
-
-
-def logits_of(model, batch):
-    return model(dataclasses.replace(batch, at=None))
-
-
-def close(a, b, tolerance=1e-6):
-    """Within a fraction of the range of b. Guidance is pooled in fp32 in any model, so 1e-6 is what fp64 can give."""
-    return a.shape == b.shape and (a - b).abs().max() <= tolerance * (b.max() - b.min())
-
-
-def new_weights(model):
-    """{name: parameter} of all that experts add to LLaVA."""
-    return {n: p for n, p in model.named_parameters() if "expert" in n or "hypernet" in n or "guidance" in n}
-
-
-def size(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 # ---- hypernet.py
@@ -439,45 +366,6 @@ def test_the_derivative_of_a_trained_position_by_any_later_input_is_exactly_zero
     assert all(grad[b, i + 1].any() for b, i, grad in gradients(model, batch))
 
 
-def segments(found):
-    """(prompt, answer) slices of each turn of a Sample."""
-    for turn in range(found.turns):
-        own = (found.use_id == turn).nonzero()[0]
-        first = own[found.labels[own] != IGNORE][0]
-        yield slice(int(own[0]), int(first)), slice(int(first), int(own[-1]) + 1)
-
-
-def by_steps(model, samples, visual, length):
-    """Logits of samples of equally many turns as generation meets them, row by row float[T_b, V].
-
-    Turn by turn in one cache: a prefill of the prompts, padded on the right, then single tokens, the end token
-    among them; a row whose answer is over waits for the others.
-    """
-    cache = model.new_cache(len(samples), "cpu", torch.float64)
-    cache.reserve(length)
-    logits = [[] for _ in samples]
-    for turn, spans in enumerate(zip(*map(segments, samples))):
-        prompts = [torch.from_numpy(s.ids[prompt]) for s, (prompt, _) in zip(samples, spans)]
-        pooled = [torch.from_numpy((s.pool_id[prompt] == turn) - 1) for s, (prompt, _) in zip(samples, spans)]
-        used = [torch.zeros_like(prompt) for prompt in prompts]
-        ids, pool_id, use_id = (torch.nn.utils.rnn.pad_sequence(rows, True, fill)
-                                for rows, fill in ((prompts, 0), (pooled, -1), (used, -1)))
-        new = torch.tensor([len(p) for p in prompts])
-        image_at = (ids == IMAGE).flatten().nonzero()[:, 0]
-        out = model(Batch(ids.clamp(min=0), new, pool_id, use_id, image_at=image_at,
-                          visual=visual if len(image_at) else None), cache)
-        for row, found, n in zip(logits, out, new):
-            row += found[:n]
-        texts = [torch.from_numpy(s.ids[answer]) for s, (_, answer) in zip(samples, spans)]
-        for step in range(max(map(len, texts))):
-            new = torch.tensor([int(step < len(text)) for text in texts])
-            ids = torch.stack([text[min(step, len(text) - 1)] for text in texts])[:, None]
-            out = model(Batch(ids, new), cache)
-            for row, found, n in zip(logits, out, new):
-                row += found[:n]
-    return [torch.stack(row) for row in logits]
-
-
 @kinds
 @torch.no_grad()
 def test_a_dialogue_of_three_turns_decoded_with_a_cache_gives_the_logits_of_teacher_forcing(kind):
@@ -537,14 +425,6 @@ def test_a_prompt_ends_where_training_starts_to_predict_the_answer():
 # ---- The start
 
 
-def static(model):
-    """LLaVA with the weights of `model` and no experts."""
-    plain = VLM(config(visual_expert="none", language_expert="none")).to(model.llm.norm.weight.dtype)
-    state = model.state_dict()
-    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
-    return plain.eval()
-
-
 @pytest.mark.parametrize("where", ["posterior", "anterior", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
@@ -575,16 +455,6 @@ def test_the_first_step_moves_the_up_projections_alone_and_the_second_every_part
 
 
 # ---- Generation
-
-PROMPTS = [([], TURNS[0][0], "a.png"), ([], "How many?", None), (TURNS[:2], "What colour is the square?", "b.png"),
-           ([], "Is there?", "c.png"), ([("How many?", "two.")], "Is there a red square?", None)]
-
-
-def prompts(chosen=range(len(PROMPTS))):
-    """The generation batch of some of PROMPTS, fp32."""
-    look = dict(zip(("a.png", "b.png", "c.png"), pictures(3, torch.float32)))
-    samples = [encode_prompt(*PROMPTS[i][:2], TOKENIZER, LAYOUT, PROMPTS[i][2]) for i in chosen]
-    return batch_of(samples, [look[s.image] for s in samples if s.image], torch.float32)
 
 
 def talker(**kind):

@@ -1,6 +1,6 @@
-"""What vlora.py and flops.py claim, one test per sentence. CPU, no network.
+"""What vlora.py claims, one test per sentence. CPU, no network.
 
-W_s starts at zero, where a wrong product, a leak and a mixed-up row all go unseen: `drawn` makes it random.
+W_s starts at zero, which hides a wrong product, a leak and a mixed-up row: `random_up` makes it random.
 """
 import contextlib
 import dataclasses
@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.attention import sdpa_kernel, SDPBackend
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig as TheirConfig, LlamaForCausalLM
+from transformers import LlamaConfig as HFLlamaConfig, LlamaForCausalLM
 
 import benchmarks.ablation
 import data
@@ -26,44 +24,48 @@ import formats.export
 import formats.name_rules
 import formats.weight_files
 import sample
-import tests.test_sample
 import train
 import training.costs
 import training.options
 import training.plan
 import weights
 from cli import UserError
-from data import encode, encode_prompt, IGNORE, Preprocess, PromptFormat
+from data import encode, encode_prompt, IGNORE, IMAGE, Preprocess, PromptFormat
 from formats.name_rules import vlora_rules
-from model import Cache, generate, IMAGE, Llama, LlamaConfig, stream, VisionConfig, VLM, VLMConfig
+from model import Batch, generate, LlamaConfig, stream, VisionConfig, VLM, VLMConfig
 from sample import Chat
-from test_model import batch_of, conversations, pictures, segments, TOKENIZER, TURNS
-from tests.test_sample import ask_dictated, look, noise
-from tests.test_weights import hf_clip, hf_llama
+from tests.helpers import (ask_dictated, batch_of, conversations, count_flops, counted, EVEN, GROUPED,
+    hf_clip, hf_llama, logits_of, look, noise, pictures, row_of_text, segments, size, TOKENIZER, TOWER,
+    TURNS)
 from training.costs import forward_flops, paper_flops, token_flops
-from vlora import add_delta, Decoder, merged, PerceptualWeights, SITES, skip_tag, VLoRAConfig
+from vlora import (add_delta, Decoder, DeltaLinear, GeneratorConfig, merged, PerceptualWeights, SITES,
+    skip_tag, VLoRA, VLoRAConfig)
 
-torch.set_num_threads(1)
 VISION = VisionConfig(image_size=28, patch=14, width=12, depth=1, heads=2, hidden=20)
 LLAMA = LlamaConfig(width=32, depth=5, heads=4, kv_heads=4, hidden=48, vocab=64, context=64)
-SMALL = VLoRAConfig(every=2, rank=3, embed=16, depth=2, heads=4)
+SMALL = GeneratorConfig(every=2, rank=3, embed=16, depth=2, heads=4)
 
 
 # ---- Small models
 
 
-def plain_llama(cfg=LLAMA, dtype=torch.float64):
+def small_vlora(cfg=SMALL, dtype=torch.float64):
+    """A VLoRA in which attention is far from uniform; its generators are as at the start."""
     torch.manual_seed(0)
-    llama = Llama(cfg, VLMConfig(VISION, cfg, "none", "none")).to(dtype)
-    for block in llama.layers:
+    model = VLoRA(VLoRAConfig(VISION, LLAMA, vlora=cfg)).to(dtype)
+    for block in model.llm.layers:
         for part in block.self_attn.children():
             nn.init.normal_(part.weight, std=(2 / part.in_features) ** 0.5)
-    return llama
+    return model
 
 
-def logits_of(llama, x, deltas=None, tag=None, cache=None, lengths=None):
-    """Logits of states x; deltas None: those that the cache holds, or none."""
-    return llama.head(llama(x, cache=cache, lengths=lengths, seen=deltas and (deltas, tag)))
+def run(model, x, deltas=None, tag=None):
+    """Logits float[B, T, V] of the Llama of a VLoRA on embeddings x, with these deltas; None: plain."""
+    B, T, _ = x.shape
+    assert deltas is None or {n for n, delta in enumerate(deltas) if delta} <= set(model.cfg.vlora.blocks(model.cfg.llm))
+    model.set_deltas(deltas, tag)
+    ids = torch.zeros(B, T, dtype=torch.int64)  # only their shape matters
+    return model.llm.head(model.llm(x, Batch(ids, torch.full((B,), T))))
 
 
 def generators(cfg=SMALL, dtype=torch.float64, llm=LLAMA):
@@ -71,8 +73,8 @@ def generators(cfg=SMALL, dtype=torch.float64, llm=LLAMA):
     return PerceptualWeights(cfg, VISION, llm).to(dtype)
 
 
-def drawn(part):
-    """The same with W_s at random: branches add as much as the weights they stand beside."""
+def random_up(part):
+    """The same with a random W_s: branches add as much as the weights beside them."""
     torch.manual_seed(2)
     nn.init.normal_(part.Bs, std=0.2)
     return part
@@ -82,17 +84,15 @@ def features(n, dtype=torch.float64, seed=3):
     return torch.randn(n, VISION.tokens, VISION.width, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def prompts(llama, rows, T=9, same=False):
-    ids = torch.randint(0, LLAMA.vocab, (1 if same else rows, T), generator=torch.Generator().manual_seed(4))
-    return llama.embed_tokens(ids.expand(rows, -1)).detach()
+def prompts(model, rows, T=9, same=False):
+    """Embeddings float[rows, T, D] of random tokens; `same`: the same ones in all rows."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, LLAMA.vocab, (1 if same else rows, T), generator=generator)
+    return model.llm.embed_tokens(ids.expand(rows, -1)).detach()
 
 
 def close(a, b, tolerance):
     return a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max()
-
-
-def size(part):
-    return sum(p.numel() for p in part.parameters())
 
 
 # ---- The authors' modules, as far as names, shapes and order of operations go; a reference for ours
@@ -165,8 +165,8 @@ def loaded(state, folder):
 
 def test_each_of_the_749_published_tensors_has_its_place_and_no_place_is_left():
     with torch.device("meta"):
-        theirs = published(Theirs(VLoRAConfig(), VisionConfig(), LlamaConfig()))
-        ours = in_a_model(PerceptualWeights(VLoRAConfig(), VisionConfig(), LlamaConfig())).state_dict()
+        theirs = published(Theirs(GeneratorConfig(), VisionConfig(), LlamaConfig()))
+        ours = in_a_model(PerceptualWeights(GeneratorConfig(), VisionConfig(), LlamaConfig())).state_dict()
     norms, attention = ["weight", "bias"], ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
     block = [f"{a}.{p}" for a in ("self_attn", "multihead_attn") for p in attention]
     block += [f"{m}.{p}" for m in ("linear1", "linear2", "norm1", "norm2", "norm3") for p in norms]
@@ -222,15 +222,15 @@ def test_loading_is_strict(tmp_path):
 
 def test_the_full_generator_has_as_many_parameters_as_the_authors():
     with torch.device("meta"):
-        part = PerceptualWeights(VLoRAConfig(), VisionConfig(), LlamaConfig())
-        decoder = Decoder(VLoRAConfig())
+        part = PerceptualWeights(GeneratorConfig(), VisionConfig(), LlamaConfig())
+        decoder = Decoder(GeneratorConfig())
     assert size(decoder) == 4_204_032 and size(part) == 851_891_712
     assert size(part.gen[0]) == 168_117_248 and size(part.gen[0].weights_head) == 134_479_872
     assert size(part.visual_proj) + part.pos_embed.numel() == 819_712 and part.Bs.numel() == 10_485_760
     assert list(part.blocks) == [3, 7, 11, 15, 19, 23, 27, 31]
 
 
-@pytest.mark.parametrize("cfg", [SMALL, VLoRAConfig("qkm", 1, 2, 8, 3, 2), VLoRAConfig("o", 5, 7, 24, 1, 8)],
+@pytest.mark.parametrize("cfg", [SMALL, GeneratorConfig("qkm", 1, 2, 8, 3, 2), GeneratorConfig("o", 5, 7, 24, 1, 8)],
                          ids=lambda c: c.sites)
 def test_the_number_of_parameters_follows_from_the_choices(cfg):
     E, Q, D, R, F_ = cfg.embed, 5 // cfg.every, 32, cfg.rank, 4 * cfg.embed
@@ -251,7 +251,7 @@ def test_every_parameter_is_given_its_first_value():
 
 @pytest.mark.parametrize("embed, std", [(512, 0.02), (128, 0.04), (1024, 0.02)])
 def test_first_values_are_the_authors_at_their_widths_and_as_large_in_effect_at_smaller_ones(embed, std):
-    part = generators(VLoRAConfig("m", every=5, rank=8, embed=embed, depth=1, heads=16), torch.float32)
+    part = generators(GeneratorConfig("m", every=5, rank=8, embed=embed, depth=1, heads=16), torch.float32)
     g = part.gen[0]
     block = g.decoders[0]
     for linear in (part.visual_proj, g.weights_head, block.linear1, block.multihead_attn.out_proj):
@@ -289,46 +289,46 @@ def test_a_grouped_query_llama_is_refused_with_the_reason():
 ])
 def test_a_choice_that_makes_no_sense_is_refused(bad, says):
     with pytest.raises(UserError, match=says):
-        VLoRAConfig(**bad)
+        GeneratorConfig(**bad)
 
 
 def test_a_llama_with_too_few_blocks_is_refused():
     with pytest.raises(UserError, match="only 5 blocks"):
-        PerceptualWeights(VLoRAConfig(every=6, embed=16), VISION, LLAMA)
+        PerceptualWeights(GeneratorConfig(every=6, embed=16), VISION, LLAMA)
 
 
 @pytest.mark.parametrize("every, depth, blocks", [(4, 32, [3, 7, 11, 15, 19, 23, 27, 31]), (4, 6, [3]), (2, 5, [1, 3]),
                                                   (1, 3, [0, 1, 2]), (3, 3, [2])])
 def test_the_last_of_every_so_many_blocks_is_changed(every, depth, blocks):
-    assert list(VLoRAConfig(every=every).blocks(LlamaConfig(depth=depth))) == blocks
+    assert list(GeneratorConfig(every=every).blocks(LlamaConfig(depth=depth))) == blocks
 
 
 # ---- The start
 
 
 def test_at_the_start_the_model_is_the_plain_llama_bit_for_bit():
-    llama, f = plain_llama(dtype=torch.float32), features(2, torch.float32)
-    x = prompts(llama, 3)
-    expected = llama.head(llama(x))
+    model, f = small_vlora(dtype=torch.float32), features(2, torch.float32)
+    x = prompts(model, 3)
+    expected = run(model, x)
     deltas = generators(dtype=torch.float32)(f, torch.tensor([0, 1, -1]))
     assert deltas[1]["q"][0].any()
-    assert torch.equal(logits_of(llama, x, deltas), expected)
+    assert torch.equal(run(model, x, deltas), expected)
 
 
-def gradients(part, llama):
+def gradients(part, model):
     part.zero_grad()
-    logits = logits_of(llama, prompts(llama, 2), part(features(2), torch.arange(2)))
+    logits = run(model, prompts(model, 2), part(features(2), torch.arange(2)))
     F.cross_entropy(logits.flatten(0, 1), torch.arange(logits.shape[0] * logits.shape[1]) % LLAMA.vocab).backward()
     return {name: p.grad.abs().max().item() for name, p in part.named_parameters()}
 
 
 def test_at_the_start_only_W_s_learns_and_one_step_later_all_of_the_generator_does():
-    part, llama = generators(), plain_llama()
-    first = gradients(part, llama)
+    part, model = generators(), small_vlora()
+    first = gradients(part, model)
     assert first.pop("Bs") > 0 and not any(first.values())
     assert (part.Bs.grad.view(5, 2, -1).abs().amax(-1) > 0).all()  # of each site in each block
     torch.optim.SGD(part.parameters(), lr=1.0).step()
-    then = gradients(part, llama)
+    then = gradients(part, model)
     assert len(then) == len(dict(part.named_parameters())) and min(then.values()) > 0
     for generator in part.gen:  # in_proj holds three matrices; a bias of keys shifts all scores alike, to no effect
         for block in generator.decoders:
@@ -337,11 +337,11 @@ def test_at_the_start_only_W_s_learns_and_one_step_later_all_of_the_generator_do
 
 
 def test_a_frozen_llama_learns_to_say_which_picture_it_is_shown():
-    llama = plain_llama(dtype=torch.float32).requires_grad_(False)
+    model = small_vlora(dtype=torch.float32).requires_grad_(False)
     part, f, picture = generators(dtype=torch.float32), features(6, torch.float32), torch.arange(6)
-    x, optimiser = prompts(llama, 6, same=True), torch.optim.AdamW(part.parameters(), lr=5e-3)
+    x, optimiser = prompts(model, 6, same=True), torch.optim.AdamW(part.parameters(), lr=5e-3)
     for _ in range(25):
-        logits = logits_of(llama, x, part(f, picture))[:, -1]
+        logits = run(model, x, part(f, picture))[:, -1]
         optimiser.zero_grad()
         F.cross_entropy(logits, picture).backward()
         optimiser.step()
@@ -352,93 +352,97 @@ def test_a_frozen_llama_learns_to_say_which_picture_it_is_shown():
 
 
 def test_a_branch_is_the_explicit_product_with_W_plus_the_change():
-    part = drawn(generators(dtype=torch.float32))
+    part = random_up(generators(dtype=torch.float32))
     deltas = part(features(3, torch.float32), torch.tensor([2, 0, -1, 2]))
-    linear, x = nn.Linear(32, 32, bias=False), torch.randn(4, 7, 32)
+    linear, x = DeltaLinear(32, 32, bias=False), torch.randn(4, 7, 32)
+    plain = linear(x)
     for n in (1, 3):
         for site in SITES:
-            down, up = deltas[n][site]
+            down, up = linear.delta = deltas[n][site]
             change = torch.stack([w @ up for w in down])  # ΔW, D x D for each row
-            explicit = linear(x) + torch.stack([row @ w for row, w in zip(x, change)])
-            assert close(add_delta(linear, x, deltas[n], site), explicit, 1e-5)
-            assert not close(linear(x), explicit, 1e-2)
+            explicit = plain + torch.stack([row @ w for row, w in zip(x, change)])
+            assert close(linear(x), explicit, 1e-5) and torch.equal(linear(x), add_delta(plain, x, down, up))
+            assert not close(plain, explicit, 1e-2)
             assert all(torch.linalg.matrix_rank(w) == 3 for w in change[[0, 1, 3]]) and not change[2].any()
             assert not close(x @ change.mT, x @ change, 1e-2)  # nor would its transpose do
 
 
 def test_a_site_that_is_not_chosen_is_left_alone():
-    deltas = drawn(generators(VLoRAConfig("qm", 2, 3, 16, 2, 4)))(features(1), torch.tensor([0]))
-    linear, x = nn.Linear(32, 32).double(), torch.randn(1, 7, 32).double()
+    cfg = GeneratorConfig("qm", 2, 3, 16, 2, 4)
+    deltas = random_up(generators(cfg))(features(1), torch.tensor([0]))
+    model, x = small_vlora(cfg), torch.randn(1, 7, 32).double()
     assert [sorted(d) for d in deltas] == [[], ["m", "q"], [], ["m", "q"], []]
-    assert torch.equal(add_delta(linear, x, deltas[1], "k"), linear(x))
-    assert torch.equal(add_delta(linear, x, deltas[0], "q"), linear(x))
+    model.set_deltas(deltas, None)
+    for n, name, same in ((1, "k_proj", True), (0, "q_proj", True), (1, "q_proj", False)):
+        linear = getattr(model.llm.layers[n].self_attn, name)
+        assert torch.equal(linear(x), F.linear(x, linear.weight)) == same
 
 
 def test_the_ffns_change_leads_around_the_whole_ffn():
-    llama = plain_llama()
-    cfg = VLoRAConfig("m", 5, 3, 16, 1, 4)  # in the last block alone
-    deltas, x = drawn(generators(cfg))(features(1), torch.tensor([0])), prompts(llama, 1)
+    cfg = GeneratorConfig("m", 5, 3, 16, 1, 4)  # only in the last block
+    model = small_vlora(cfg)
+    deltas, x = random_up(generators(cfg))(features(1), torch.tensor([0])), prompts(model, 1)
     seen = {}
-    last = llama.layers[-1]
+    last = model.llm.layers[-1]
     hook = last.post_attention_layernorm.register_forward_hook(lambda module, args, out: seen.update(y=out, h=args[0]))
-    llama(x)
+    run(model, x)
     hook.remove()
     y, (down, up) = seen["y"], deltas[4]["m"]
     state = seen["h"] + last.mlp.down_proj(F.silu(last.mlp.gate_proj(y)) * last.mlp.up_proj(y)) + y @ down[0] @ up
-    assert close(logits_of(llama, x, deltas), llama.head(llama.norm(state)), 1e-12)
+    assert close(run(model, x, deltas), model.llm.head(model.llm.norm(state)), 1e-12)
 
 
 # ---- Rows
 
 
 def test_a_row_of_text_alone_is_the_plain_llamas_bit_for_bit():
-    llama, part = plain_llama(dtype=torch.float32), drawn(generators(dtype=torch.float32))
-    x, f = prompts(llama, 3), features(1, torch.float32)
-    expected = logits_of(llama, x)
+    model, part = small_vlora(dtype=torch.float32), random_up(generators(dtype=torch.float32))
+    x, f = prompts(model, 3), features(1, torch.float32)
+    expected = run(model, x)
     deltas = part(f, torch.tensor([-1, 0, -1]))
-    found = logits_of(llama, x, deltas)
+    found = run(model, x, deltas)
     assert torch.equal(found[[0, 2]], expected[[0, 2]]) and not close(found[1], expected[1], 1e-2)
     found[[0, 2]].sum().backward()
     assert not any(p.grad is not None and p.grad.any() for p in part.parameters())
 
 
 def test_a_batch_of_text_alone_touches_every_parameter_and_moves_none():
-    llama, part = plain_llama(), drawn(generators())
-    logits_of(llama, prompts(llama, 2), part(torch.zeros_like(features(1)), torch.tensor([-1, -1]))).sum().backward()
+    model, part = small_vlora(), random_up(generators())
+    run(model, prompts(model, 2), part(torch.zeros_like(features(1)), torch.tensor([-1, -1]))).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in part.parameters())
 
 
 def test_other_pictures_make_other_weights_and_other_answers():
-    llama, part = plain_llama(), drawn(generators())
+    model, part = small_vlora(), random_up(generators())
     deltas = part(features(2), torch.arange(2))
     for n in (1, 3):
         for site in SITES:
             assert not close(deltas[n][site][0][0], deltas[n][site][0][1], 1e-2)
     factors = torch.stack([deltas[n][site][0][0] for n in (1, 3) for site in SITES])
     assert torch.pdist(factors.flatten(1)).min() > 0.1  # nor are those of two sites or blocks alike
-    logits = logits_of(llama, prompts(llama, 2, same=True), deltas)
+    logits = run(model, prompts(model, 2, same=True), deltas)
     assert not close(logits[0], logits[1], 1e-2)
 
 
 def test_a_row_does_not_know_its_batch_mates():
-    llama, part = plain_llama(), drawn(generators())
-    f, x, picture = features(3), prompts(llama, 5), torch.tensor([1, -1, 0, 2, 1])
-    logits = logits_of(llama, x, part(f, picture))
+    model, part = small_vlora(), random_up(generators())
+    f, x, picture = features(3), prompts(model, 5), torch.tensor([1, -1, 0, 2, 1])
+    logits = run(model, x, part(f, picture))
     order = torch.tensor([3, 0, 4, 2, 1])
-    assert close(logits_of(llama, x[order], part(f, picture[order])), logits[order], 1e-12)
+    assert close(run(model, x[order], part(f, picture[order])), logits[order], 1e-12)
     shuffled = torch.tensor([2, 0, 1])  # f[shuffled][i] is picture shuffled[i]
     where = torch.cat([shuffled.argsort(), torch.tensor([-1])])
-    assert close(logits_of(llama, x, part(f[shuffled], where[picture])), logits, 1e-12)
+    assert close(run(model, x, part(f[shuffled], where[picture])), logits, 1e-12)
     for b, m in enumerate(picture.tolist()):
         alone = part(f[[max(m, 0)]], torch.tensor([min(m, 0)]))
-        assert close(logits_of(llama, x[[b]], alone), logits[[b]], 1e-12)
+        assert close(run(model, x[[b]], alone), logits[[b]], 1e-12)
 
 
 def test_no_position_knows_what_comes_after_it():
-    llama, deltas = plain_llama(), drawn(generators())(features(2), torch.arange(2))
-    x = prompts(llama, 2).requires_grad_()
+    model, deltas = small_vlora(), random_up(generators())(features(2), torch.arange(2))
+    x = prompts(model, 2).requires_grad_()
     for i in range(x.shape[1]):
-        gradient, = torch.autograd.grad(logits_of(llama, x, deltas)[:, i].sum(), x)
+        gradient, = torch.autograd.grad(run(model, x, deltas)[:, i].sum(), x)
         assert not gradient[:, i + 1:].any() and gradient[:, :i + 1].abs().amax(-1).min() > 0
 
 
@@ -447,44 +451,44 @@ def test_no_position_knows_what_comes_after_it():
 
 @pytest.mark.parametrize("sites", [SITES, "qkvo", "qko", "m"])
 def test_merged_weights_answer_as_branches_do(sites):
-    llama = plain_llama(dtype=torch.float32)
-    part = drawn(generators(VLoRAConfig(sites, 2, 3, 16, 2, 4), torch.float32))
-    x, f = prompts(llama, 3), features(1, torch.float32)
+    model = small_vlora(dtype=torch.float32)
+    part = random_up(generators(GeneratorConfig(sites, 2, 3, 16, 2, 4), torch.float32))
+    x, f = prompts(model, 3), features(1, torch.float32)
     with torch.no_grad():
-        plain = logits_of(llama, x)
-        branches = logits_of(llama, x, part(f, torch.zeros(3, dtype=torch.int64)))
-        with merged(llama.layers, part(f, torch.tensor([0]))) as rest:
+        plain = run(model, x)
+        branches = run(model, x, part(f, torch.zeros(3, dtype=torch.int64)))
+        with merged(model.llm.layers, part(f, torch.tensor([0]))) as rest:
             assert all(set(delta) <= {"m"} for delta in rest)
-            found = logits_of(llama, x, rest)
+            found = run(model, x, rest)
     assert close(found, branches, 1e-5) and not close(plain, branches, 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_after_merging_the_llama_is_what_it_was_bit_for_bit_even_after_an_error(dtype):
-    llama, deltas = plain_llama(dtype=dtype), drawn(generators(dtype=dtype))(features(1, dtype), torch.tensor([0]))
-    before = dict(llama.named_parameters())
+    model, deltas = small_vlora(dtype=dtype), random_up(generators(dtype=dtype))(features(1, dtype), torch.tensor([0]))
+    before = dict(model.llm.named_parameters())
     bits = {name: p.detach().clone() for name, p in before.items()}
-    with pytest.raises(KeyboardInterrupt), merged(llama.layers, deltas):
-        changed = {name for name, p in llama.named_parameters() if not torch.equal(p, bits[name])}
+    with pytest.raises(KeyboardInterrupt), merged(model.llm.layers, deltas):
+        changed = {name for name, p in model.llm.named_parameters() if not torch.equal(p, bits[name])}
         assert changed == {f"layers.{n}.self_attn.{site}_proj.weight" for n in (1, 3) for site in "qkvo"}
-        assert all(p.dtype == dtype for p in llama.parameters())
+        assert all(p.dtype == dtype for p in model.llm.parameters())
         raise KeyboardInterrupt
-    after = dict(llama.named_parameters())
+    after = dict(model.llm.named_parameters())
     assert all(after[name] is p and torch.equal(p, bits[name]) and p.requires_grad for name, p in before.items())
 
 
 def test_a_change_is_added_in_fp32_and_rounded_once():
-    llama, part = plain_llama(dtype=torch.bfloat16), drawn(generators(dtype=torch.bfloat16))
+    model, part = small_vlora(dtype=torch.bfloat16), random_up(generators(dtype=torch.bfloat16))
     deltas = part(features(1, torch.bfloat16), torch.tensor([0]))
-    own, (down, up) = llama.layers[1].self_attn.v_proj.weight.detach(), deltas[1]["v"]
+    own, (down, up) = model.llm.layers[1].self_attn.v_proj.weight.detach(), deltas[1]["v"]
     exact = own.double() + (down[0].double() @ up.double()).T
-    with merged(llama.layers, deltas):
-        assert torch.equal(llama.layers[1].self_attn.v_proj.weight, exact.float().bfloat16())
+    with merged(model.llm.layers, deltas):
+        assert torch.equal(model.llm.layers[1].self_attn.v_proj.weight, exact.float().bfloat16())
 
 
 def test_the_pictures_of_two_rows_are_not_merged_into_one_llama():
-    llama, deltas = plain_llama(), drawn(generators())(features(2), torch.arange(2))
-    with pytest.raises(AssertionError, match="2 rows"), merged(llama.layers, deltas):
+    model, deltas = small_vlora(), random_up(generators())(features(2), torch.arange(2))
+    with pytest.raises(AssertionError, match="2 rows"), merged(model.llm.layers, deltas):
         pass
 
 
@@ -493,20 +497,26 @@ def test_the_pictures_of_two_rows_are_not_merged_into_one_llama():
 
 @pytest.mark.parametrize("tag", [None, torch.tensor([1, -1, 3])], ids=["ours", "published"])
 def test_cached_decoding_equals_one_pass(tag):
-    llama, part = plain_llama(), drawn(generators())
-    x, deltas = prompts(llama, 3), part(features(2), torch.tensor([1, -1, 0]))
-    whole, cache = logits_of(llama, x, deltas, tag), Cache(LLAMA, 3, 9, "cpu", torch.float64)
-    steps = [logits_of(llama, x[:, a:b], None if a else deltas, tag, cache, torch.full((3,), b - a))
+    model = small_vlora(dataclasses.replace(SMALL, tag=True))
+    random_up(model.perceptual)
+    ids = torch.randint(0, LLAMA.vocab, (3, 9), generator=torch.Generator().manual_seed(4))
+    seen = dict(visual=features(2), picture=torch.tensor([1, -1, 0]), tag=tag)
+    whole = model(Batch(ids, torch.full((3,), 9), **seen))
+    cache = model.new_cache(3, "cpu", torch.float64)
+    cache.reserve(9)
+    steps = [model(Batch(ids[:, a:b], torch.full((3,), b - a), **({} if a else seen)), cache)
              for a, b in [(0, 5), (5, 6), (6, 9)]]  # later ones take what the cache holds
     assert close(torch.cat(steps, dim=1), whole, 1e-12)
+    plain = without_pictures(model, Batch(ids, torch.full((3,), 9)))
+    assert close(whole[1], plain[1], 1e-12) and not close(whole[[0, 2]], plain[[0, 2]], 1e-2)
 
 
 def test_without_the_hidden_token_the_others_keep_the_positions_they_were_trained_with():
-    llama = plain_llama()
-    theirs = LlamaForCausalLM(TheirConfig(
+    model = small_vlora(dataclasses.replace(SMALL, tag=True))
+    theirs = LlamaForCausalLM(HFLlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
         rms_norm_eps=LLAMA.eps, attn_implementation="eager")).double().eval()
-    names = {k if k == "lm_head.weight" else f"model.{k}": v for k, v in llama.state_dict().items()}
+    names = {k if k == "lm_head.weight" else f"model.{k}": v for k, v in model.llm.state_dict().items()}
     theirs.load_state_dict(names)
     ids = torch.randint(1, 64, (2, 10), generator=torch.Generator().manual_seed(5))
     tags, mask = torch.tensor([1, 6]), torch.ones(2, 10, dtype=torch.int64)
@@ -514,9 +524,9 @@ def test_without_the_hidden_token_the_others_keep_the_positions_they_were_traine
     with torch.no_grad():
         expected = theirs(ids, attention_mask=mask, position_ids=torch.arange(10)[None].expand(2, -1)).logits
         there = mask.bool()
-        x = llama.embed_tokens(ids[there].view(2, 9))
-        assert close(logits_of(llama, x, [{}] * 5, tags), expected[there].view(2, 9, -1), 1e-6)
-        assert not close(logits_of(llama, x, [{}] * 5), expected[there].view(2, 9, -1), 1e-3)
+        x = model.llm.embed_tokens(ids[there].view(2, 9))
+        assert close(run(model, x, [{}] * 5, tags), expected[there].view(2, 9, -1), 1e-6)
+        assert not close(run(model, x, [{}] * 5), expected[there].view(2, 9, -1), 1e-3)
 
 
 def test_skip_tag_moves_what_follows_the_tag_by_one():
@@ -526,7 +536,7 @@ def test_skip_tag_moves_what_follows_the_tag_by_one():
     assert skip_tag(torch.tensor([[7], [1]]), torch.tensor([2, 2])).tolist() == [[8], [1]]
 
 
-# ---- flops.py
+# ---- costs.py
 
 
 def test_the_papers_figures():
@@ -537,19 +547,8 @@ def test_the_papers_figures():
 
 
 def test_a_generator_at_full_size_costs_38_gflops_a_picture():
-    count = forward_flops(VLMConfig(visual_expert="none", language_expert="none", vlora=VLoRAConfig()), 32)
+    count = forward_flops(VLoRAConfig(), 32)
     assert round(count["generator"] / 1e9, 1) == 38.2 and round(count["branches"] / 32e6, 1) == 41.9
-
-
-def counted(run, *parts):
-    for part in parts:  # the counter's names for modules trip over views of parameters that want gradients
-        part.requires_grad_(False)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_flop_counts()
-GROUPED = LlamaConfig(width=64, depth=4, heads=4, kv_heads=2, hidden=80, vocab=50)
-EVEN = LlamaConfig(width=32, depth=3, heads=2, kv_heads=2, hidden=100, vocab=70, tied=True)
-TOWER = VisionConfig(image_size=56, patch=14, width=24, depth=2, heads=2, hidden=72)
 
 
 @pytest.mark.parametrize("llm, experts, turns, at", [
@@ -562,10 +561,8 @@ TOWER = VisionConfig(image_size=56, patch=14, width=24, depth=2, heads=2, hidden
 def test_the_count_for_llava_and_hyperllava_is_what_torch_counts(llm, experts, turns, at):
     cfg = VLMConfig(TOWER, llm, **{"expert_embed": 12, "expert_rank": 5, **experts})
     vlm, text, B = VLM(cfg), 9, 2
-    ids = torch.cat([torch.full((B, TOWER.tokens), IMAGE), torch.ones(B, text, dtype=torch.int64)], dim=1)
-    turn = torch.zeros_like(ids)
-    where = None if at is None else torch.arange(at * B)
-    found = counted(lambda: vlm(ids, torch.randn(B, 3, 56, 56), turn, turn, turns, where), vlm)
+    batch = row_of_text(cfg, text, B, turns, None if at is None else at * B)
+    found = count_flops(lambda: vlm(batch), vlm)
     parts = forward_flops(cfg, text, turns, at)
     assert sum(found["Global"].values()) == B * sum(parts.values())
     assert sum(found["VLM.vision"].values()) == B * parts["vision"]
@@ -573,15 +570,15 @@ def test_the_count_for_llava_and_hyperllava_is_what_torch_counts(llm, experts, t
         assert sum(found["VLM.projector"].values()) == B * parts["projector"] and not parts["experts"]
 
 
-@pytest.mark.parametrize("vlora", [SMALL, VLoRAConfig("qkm", 1, 8, 32, 3, 2), VLoRAConfig("o", 3, 2, 48, 1, 8)],
+@pytest.mark.parametrize("vlora", [SMALL, GeneratorConfig("qkm", 1, 8, 32, 3, 2), GeneratorConfig("o", 3, 2, 48, 1, 8)],
                          ids=lambda v: v.sites)
 def test_the_count_for_vlora_is_what_torch_counts(vlora):
-    cfg, text, B = VLMConfig(TOWER, EVEN, "none", "none", vlora=vlora), 9, 2
-    vlm, ids = VLM(cfg), torch.ones(B, text, dtype=torch.int64)
-    found = counted(lambda: vlm(ids, torch.randn(B, 3, 56, 56), ids, ids, 1, picture=torch.arange(B)), vlm)
+    cfg, text, B = VLoRAConfig(TOWER, EVEN, vlora=vlora), 9, 2
+    model, batch = VLoRA(cfg), row_of_text(cfg, text, B)
+    found = count_flops(lambda: model(batch), model)
     parts = forward_flops(cfg, text)
     assert sum(found["Global"].values()) == B * sum(parts.values())
-    assert sum(found["VLM.perceptual"].values()) == B * parts["generator"]
+    assert sum(found["VLoRA.perceptual"].values()) == B * parts["generator"]
 
 
 @pytest.mark.parametrize("llm, options", [
@@ -590,13 +587,15 @@ def test_the_count_for_vlora_is_what_torch_counts(vlora):
     (GROUPED, dict(visual_expert="none", weight_source="lora")), (EVEN, dict(visual_expert="none", language_expert="none", vlora=SMALL)),
 ], ids=["LLaVA", "paper's", "all", "static", "latent", "mlp", "lora", "VLoRA"])
 def test_the_count_of_a_further_token_is_what_torch_counts(llm, options):
-    cfg = VLMConfig(TOWER, llm, **{"expert_embed": 12, "expert_rank": 5, **options})
-    vlm, ids = VLM(cfg), np.array([IMAGE] * cfg.image_tokens + [1] * 9)
-    batch = sample.make_batch([data.Sample(ids, ids, 0 * ids, 0 * ids, 1, "picture", "record", 0)], [torch.randn(TOWER.tokens, TOWER.width)], vlm)
+    cfg = weights.make_config(TOWER, llm, **{"expert_embed": 12, "expert_rank": 5, **options})
+    model, ids = weights.MODELS[type(cfg)](cfg), np.array([IMAGE] * cfg.image_tokens + [1] * 9)
+    prompt = data.Sample(ids, ids, 0 * ids, 0 * ids, 1, "picture", "record", 0)
+    batch = sample.make_batch([prompt], [torch.randn(TOWER.tokens, TOWER.width)], model)
     found, length = [], len(ids) + 2
     for tokens in (1, 2):
-        cache = Cache(llm, 1, length, "cpu", torch.float32)
-        found.append(counted(lambda: list(stream(vlm, batch, tokens, -1, cache=cache)), vlm))
+        cache = model.new_cache(1, "cpu", torch.float32)
+        cache.reserve(length)
+        found.append(count_flops(lambda: list(stream(model, batch, tokens, -1, cache=cache)), model))
     one, two = (sum(counts["Global"].values()) for counts in found)
     assert two - one == token_flops(cfg, length)
 
@@ -608,22 +607,21 @@ PLACES = PromptFormat(system="A chat.", image_tokens=0, context=200)
 
 
 def vlm(dtype=torch.float64, start=False, **changes):
-    """A VLoRA in which attention looks about and pictures matter; with `start` they do not yet."""
+    """A VLoRA in which attention is far from uniform and pictures matter; with `start` not yet."""
     torch.manual_seed(0)
-    whole = VLM(VLMConfig(VISION, TEXT, "none", "none", vlora=dataclasses.replace(SMALL, **changes))).to(dtype).eval()
+    whole = VLoRA(VLoRAConfig(VISION, TEXT, vlora=dataclasses.replace(SMALL, **changes))).to(dtype).eval()
     for block in [*whole.vision.layers, *whole.llm.layers]:
         for part in block.self_attn.children():
             nn.init.normal_(part.weight, std=(2 / part.in_features) ** 0.5)
     nn.init.normal_(whole.perceptual.visual_proj.weight, std=1.0)
     if not start:
-        drawn(whole.perceptual)
+        random_up(whole.perceptual)
     return whole
 
 
 def answer(whole, batch, **changes):
     """Logits float[B, T, V] of a batch, as training runs it."""
-    seen = dict(picture=batch.picture, tag=batch.tag) | changes
-    return whole(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, **seen)
+    return logits_of(whole, dataclasses.replace(batch, **changes))
 
 
 def talked(dtype=torch.float64):
@@ -632,8 +630,9 @@ def talked(dtype=torch.float64):
 
 
 def without_pictures(whole, batch):
-    """Logits of the Llama alone."""
-    return whole.llm.head(whole.llm(whole.llm.embed_tokens(batch.ids)))
+    """Logits of its Llama without any change."""
+    whole.set_deltas(None, None)
+    return whole.llm.head(whole.llm(whole.llm.embed_tokens(batch.ids), batch))
 
 
 def test_a_picture_takes_no_position_and_each_row_knows_its_own():
@@ -668,7 +667,7 @@ def test_the_first_step_of_stage_1_moves_W_s_alone_and_the_second_all_of_the_gen
     moving = []
     for _ in range(2):
         whole.zero_grad()
-        train.vlm_loss(whole, batch).backward()
+        whole.loss(batch).backward()
         moving.append({name for name, p in whole.named_parameters() if p.grad is not None and p.grad.any()})
         torch.optim.SGD(whole.perceptual.parameters(), lr=0.1).step()
     assert moving[0] == {"perceptual.Bs"} and moving[1] == {f"perceptual.{n}" for n, _ in whole.perceptual.named_parameters()}
@@ -697,8 +696,8 @@ def test_a_row_of_a_vlora_depends_neither_on_its_batch_mates_nor_on_their_order(
 def test_no_trained_position_knows_what_comes_after_it():
     whole, batch = vlm(), talked()
     x = whole.llm.embed_tokens(batch.ids).detach().requires_grad_()
-    seen = whole.perceive(batch.visual, batch.picture, batch.tag)
-    logits = whole.llm.head(whole.llm(x, seen=seen))
+    whole.set_deltas(whole.image_weights(batch.visual, batch.picture), batch.tag)
+    logits = whole.llm.head(whole.llm(x, batch))
     for p in batch.at[::5].tolist():
         b, i = divmod(p, batch.ids.shape[1])
         gradient, = torch.autograd.grad(logits[b, i].sum(), x, retain_graph=True)
@@ -717,10 +716,10 @@ def test_a_chat_equals_the_whole_conversation_turn_by_turn(merge, tag):
     before = {name: p.clone() for name, p in checkpoint.model.named_parameters()}
     chat, found, costs = Chat(checkpoint, image, sample.Options(merge=merge)), [], []
     for turn, (question, said) in enumerate(TURNS):
-        with tests.test_sample.counted(checkpoint.model) as count:
+        with counted(checkpoint.model) as count:
             found.append(ask_dictated(chat, question, TOKENIZER.encode(said), cut=turn == 1))
         costs.append(dict(count))
-    whole = encode(TURNS, TOKENIZER, checkpoint.layout(), "whole", "x.png")
+    whole = encode(TURNS, TOKENIZER, checkpoint.prompt_format(), "whole", "x.png")
     batch = batch_of([whole], [look(image)], torch.float32)
     full = answer(checkpoint.model, batch)[0]
     assert chat.ids == whole.ids.tolist() and (whole.ids >= 0).all()
@@ -740,7 +739,7 @@ def test_a_batch_answers_as_each_of_its_rows_does_alone_and_as_a_merged_chat_doe
     checkpoint = checkpoint_of(vlm(torch.float32))
     o, images = sample.Options(max_new_tokens=12), [noise(0), None, noise(1)]
     asked = ["How many?", "Is there a square?", "How many?"]
-    samples = [encode_prompt([], q, TOKENIZER, checkpoint.layout(), i and "x") for q, i in zip(asked, images)]
+    samples = [encode_prompt([], q, TOKENIZER, checkpoint.prompt_format(), i and "x") for q, i in zip(asked, images)]
     visual = [look(i) for i in images if i]
     batch = sample.make_batch(samples, visual, checkpoint.model)
     texts = [TOKENIZER.decode(ids) for ids in generate(checkpoint.model, batch, 12, TOKENIZER.eos)]
@@ -799,10 +798,10 @@ def test_without_its_generated_weights_a_vlora_is_blind_and_with_anothers_it_see
 def test_a_llama_with_grouped_queries_and_experts_beside_a_vlora_are_refused():
     grouped = dataclasses.replace(TEXT, kv_heads=2)
     with pytest.raises(UserError, match="keys and values are as wide as its states; this one has kv_heads 2, heads 4"):
-        VLMConfig(VISION, grouped, "none", "none", vlora=SMALL)
+        VLoRAConfig(VISION, grouped, vlora=SMALL)
     for experts in (("1", "none"), ("none", "posterior")):
-        with pytest.raises(UserError, match="VLoRA has neither, both must be none"):
-            VLMConfig(VISION, TEXT, *experts, vlora=SMALL)
+        with pytest.raises(UserError, match="VLoRA has no experts, both must be none"):
+            VLoRAConfig(VISION, TEXT, *experts, vlora=SMALL)
 
 
 # ---- Checkpoints of ours
@@ -818,7 +817,7 @@ def saved(whole, folder, **more):
 def test_a_saved_vlora_loads_with_the_same_logits(tmp_path):
     whole, batch = vlm(torch.float32, tag=True), talked(torch.float32)
     found = weights.load(saved(whole, tmp_path / "x"))
-    assert found.model.cfg == whole.cfg and found.layout().image_tokens == 0
+    assert found.model.cfg == whole.cfg and found.prompt_format().image_tokens == 0
     assert torch.equal(answer(found.model, batch), answer(whole, batch))
 
 
@@ -864,7 +863,7 @@ def test_neither_method_goes_on_with_the_others_checkpoint_nor_does_a_vlora_pass
 
 # ---- The published checkpoint's layout, in small shapes: the generator as above, transformers' CLIP and Llama
 
-GEN = VLoRAConfig(every=2, rank=3, embed=32, depth=2, tag=True)  # 16 heads, which are in the authors' code alone
+GEN = GeneratorConfig(every=2, rank=3, embed=32, depth=2, tag=True)  # 16 heads, which are in the authors' code alone
 
 
 CONFIG = {"model_type": "llava_vlora", "mm_vision_tower": "clip", "mm_projector_type": "vlora", "mm_hidden_size": 32,
@@ -880,7 +879,8 @@ class Published:
     def __init__(self, root, inside):
         self.folder = root / "vlora"
         self.clip, self.llama = hf_clip(), hf_llama(num_hidden_layers=4, vocab_size=TOKENIZER.vocab)
-        cfg = VLMConfig(VisionConfig(28, 14, 32, 2, 2, 48), dataclasses.replace(TEXT, eps=1e-6), "none", "none", vlora=GEN)
+        llm = dataclasses.replace(TEXT, eps=1e-6)
+        cfg = VLoRAConfig(VisionConfig(28, 14, 32, 2, 2, 48), llm, vlora=GEN)
         torch.manual_seed(5)
         self.theirs = Theirs(GEN, cfg.vision, cfg.llm)
         for p in self.theirs.parameters():
@@ -930,8 +930,8 @@ def theirs(request, tmp_path):
 def test_the_published_layout_opens_with_the_logits_of_the_authors_modules(theirs):
     point = weights.load(str(theirs.folder))
     assert point.model.cfg == dataclasses.replace(theirs.cfg, llm=dataclasses.replace(theirs.cfg.llm, context=128))
-    assert point.system == data.SYSTEM and point.layout().image_tokens == 0 and point.preprocess.aspect == "pad"
-    conversation = encode(TURNS, TOKENIZER, dataclasses.replace(point.layout(), system="A chat."), "r", "x")
+    assert point.system == data.SYSTEM and point.prompt_format().image_tokens == 0 and point.preprocess.aspect == "pad"
+    conversation = encode(TURNS, TOKENIZER, dataclasses.replace(point.prompt_format(), system="A chat."), "r", "x")
     batch = batch_of([conversation], pictures(1, torch.float32), torch.float32)
     expected = theirs.logits(conversation.ids.tolist(), conversation.tag, batch.visual[0])
     assert close(answer(point.model, batch)[0], expected, 1e-4)
@@ -1035,10 +1035,10 @@ def test_a_stage_of_vlora_moves_exactly_what_it_names(given, aligned, mesh, tmp_
     options = (tuning(given, aligned, tmp_path) if stage == 2 else given | {"out": str(tmp_path)}) | {"tune": tune}
     o = training.options.complete(options, stage)
     os.makedirs(training.options.stage_folder(o))
-    job, after = train.stage_1_or_2(o), {}
-    before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
-    job.finish, job.keeps = after.update, ("",)
-    train.train(job, o, mesh)
+    stage, after = train.vlm_stage(o), {}
+    before = {n: p.detach().clone() for n, p in stage.model.named_parameters()}
+    stage.write, stage.keeps = after.update, ("",)
+    train.train(stage, o, mesh)
     assert before.keys() == after.keys()
     assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if n.startswith(moves)}
 
@@ -1047,14 +1047,13 @@ def test_stage_1_keeps_the_generator_alone_and_stage_2_goes_on_from_its_very_los
     names = {name for name, _, _ in formats.weight_files.tensors(f"{aligned}/stage1")}
     assert names and all(name.startswith("perceptual.") for name in names)
     point = weights.load(f"{aligned}/stage1")
-    assert point.model.cfg.vlora == VLoRAConfig("qkvom", 2, 3, 32, 2, 4) and point.model.perceptual.Bs.any()
+    assert point.model.cfg.vlora == GeneratorConfig("qkvom", 2, 3, 32, 2, 4) and point.model.perceptual.Bs.any()
     train.run_stage(tuning(given, aligned, tmp_path, batch_size=12, micro_batch_size=12), 2, mesh)
     o = training.options.complete(tuning(given, aligned, tmp_path, batch_size=12), 2)
-    job = train.stage_1_or_2(o)
-    batch = job.batch(range(12))
+    batch = train.vlm_stage(o).data.batch(range(12))
     assert batch.picture.tolist() == [*range(8), -1, -1, -1, -1] and (batch.ids >= 0).all()
     with torch.no_grad():
-        first = train.vlm_loss(point.model, batch).item() / batch.trained
+        first = point.model.loss(batch).item() / batch.trained
     assert log_of(tmp_path, 2)[0]["loss"] == pytest.approx(first, rel=1e-6)
     assert weights.load(str(tmp_path / "stage2")).model.cfg == point.model.cfg
 
@@ -1080,11 +1079,11 @@ def test_a_stopped_run_of_vlora_goes_on_bit_for_bit(given, aligned, mesh, tmp_pa
     train.run_stage(tuning(given, aligned, tmp_path / "whole"), 2, mesh)
     step, taken = train.train_step, []
 
-    def stopping(*args):
+    def stopping(*args, **more):
         taken.append(1)
         if len(taken) == 4:
             raise KeyboardInterrupt
-        return step(*args)
+        return step(*args, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "train_step", stopping)
@@ -1100,7 +1099,7 @@ def test_the_presets_are_the_papers_and_the_scripts(given, mesh, tmp_path):
     one, two = training.options.complete(bare, 1), training.options.complete(bare | {"init": str(tmp_path)}, 2)
     assert (one.batch_size, one.lr, one.template, one.aspect, one.epochs) == (768, 5e-5, "plain", "crop", 1)
     assert (two.batch_size, two.lr, two.template, two.aspect, two.group_by_length) == (128, 2e-5, "v1", "pad", True)
-    assert train.model_options(one)["vlora"] == VLoRAConfig() == train.model_options(two)["vlora"]
+    assert train.model_options(one)["vlora"] == GeneratorConfig() == train.model_options(two)["vlora"]
     assert one.micro_batch_size == 96 and training.options.complete(bare | {"preset": "1b"}, 1).micro_batch_size == 16  # of one small card
 
 
@@ -1112,24 +1111,23 @@ def test_the_presets_are_the_papers_and_the_scripts(given, mesh, tmp_path):
     ({"vlora_embed": 30}, "embed 30 does not divide by heads 4")])
 def test_flags_that_do_not_fit_are_refused(given, tmp_path, more, words):
     with pytest.raises(UserError, match=words):
-        train.stage_1_or_2(training.options.complete(given | {"out": str(tmp_path)} | more, 1))
+        train.vlm_stage(training.options.complete(given | {"out": str(tmp_path)} | more, 1))
 
 
 def test_a_projector_is_no_start_for_vlora(given, mesh, tmp_path):
     torch.save({}, tmp_path / "mm_projector.bin")
-    with pytest.raises(UserError, match="a projector, which VLoRA has none of"):
-        train.stage_1_or_2(training.options.complete(given | {"out": str(tmp_path), "init": str(tmp_path / "mm_projector.bin")}, 2))
+    with pytest.raises(UserError, match="a projector, but VLoRA has none"):
+        train.vlm_stage(training.options.complete(given | {"out": str(tmp_path), "init": str(tmp_path / "mm_projector.bin")}, 2))
 
 
 def test_a_step_counts_the_operations_of_generators_and_branches_instead_of_a_projector(given, aligned, mesh, tmp_path):
     o = training.options.complete(tuning(given, aligned, tmp_path), 2)
-    job = train.stage_1_or_2(o)
-    batch = job.batch([0, 1])
+    stage = train.vlm_stage(o)
+    batch, cfg = stage.data.batch([0, 1]), stage.model.cfg
     n = batch.lengths.sum().item()
-    found = training.costs.step_flops(job.model.cfg, batch, True)
-    job.model.cfg = dataclasses.replace(job.model.cfg, vlora=None)
-    static = training.costs.step_flops(job.model.cfg, batch, True)
-    cfg = VLMConfig(job.model.cfg.vision, job.model.cfg.llm, "none", "none", vlora=VLoRAConfig("qkvom", 2, 3, 32, 2, 4))
+    found = training.costs.step_flops(cfg, batch, True)
+    static = training.costs.step_flops(VLMConfig(cfg.vision, cfg.llm, "none", "none"), batch, True)
+    cfg = VLoRAConfig(cfg.vision, cfg.llm, vlora=GeneratorConfig("qkvom", 2, 3, 32, 2, 4))
     parts, v, D = forward_flops(cfg, n), cfg.vision, cfg.llm.width
     projector = 3 * 2 * 2 * v.tokens * D * (v.width + D)
     assert found - (static - projector) == 3 * (2 * parts["generator"] + parts["branches"])
@@ -1138,24 +1136,24 @@ def test_a_step_counts_the_operations_of_generators_and_branches_instead_of_a_pr
 def test_what_autograd_keeps_of_a_generator_and_its_branches_is_foreseen(given):
     small = dataclasses.replace(VISION, width=64, image_size=112)
     text = dataclasses.replace(TEXT, width=64, hidden=160, vocab=10)
-    vlora = VLoRAConfig(every=2, rank=16, embed=64, depth=2, heads=4)
-    cfg = VLMConfig(small, text, "none", "none", vlora=vlora)
+    vlora = GeneratorConfig(every=2, rank=16, embed=64, depth=2, heads=4)
+    cfg = VLoRAConfig(small, text, vlora=vlora)
     torch.manual_seed(0)
-    part, llama = PerceptualWeights(vlora, small, text).bfloat16(), Llama(text, cfg).bfloat16()
+    model = VLoRA(cfg).bfloat16()
     x = torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)
     f = torch.randn(2, small.tokens, 64, dtype=torch.bfloat16)
-    own = {p.untyped_storage().data_ptr() for p in [*part.parameters(), *llama.parameters()]}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def kept(run):
+    def kept(run_it):
         found = {}
         keep = lambda t: found.update({t.untyped_storage().data_ptr(): (t, t.untyped_storage().nbytes())}) or t
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            run()
-        return sum(size for at, (_, size) in found.items() if at not in own)
+            run_it()
+        return sum(bytes for at, (_, bytes) in found.items() if at not in own)
 
-    plain = kept(lambda: llama(x))
-    real = kept(lambda: llama(x, seen=(part(f, torch.arange(2)), None))) - plain
-    bare = dataclasses.replace(cfg, vlora=None)
+    plain = kept(lambda: run(model, x))
+    real = kept(lambda: run(model, x, model.image_weights(f, torch.arange(2)))) - plain
+    bare = VLMConfig(small, text, "none", "none")
     with_pictures, text_only = training.plan.MicroBatch(2, 48, 0, 2), training.plan.MicroBatch(2, 48, 0, 0)
     foreseen = (training.plan.activations(cfg, with_pictures, size=2, trains_llm=True)
                 - training.plan.activations(bare, text_only, size=2, trains_llm=True))

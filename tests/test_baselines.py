@@ -1,6 +1,7 @@
-"""The rows of the paper's Tables 5 and 6: where the weights of experts come from, at the same places. One test per sentence.
+"""What baselines.py claims: the rows of the paper's Tables 5 and 6. One test per sentence.
 
-Up-projections start at zero, where leaks and mixed-up rows go unseen: `tuned` draws them at random.
+They differ in where the weights of experts come from. Up-projections start at zero, which hides leaks
+and mixed-up rows: `tuned` draws them at random.
 """
 import dataclasses
 import json
@@ -14,16 +15,15 @@ import formats.weight_files
 import train
 import training.options
 import weights
-from baselines import Latent, LoRA, LoRALinear, MatrixExpert, MatrixNetwork
+from baselines import (BaselineConfig, LatentExpert, LoRA, LoRALinear, MatrixExpert,
+    MatrixNetwork)
 from cli import UserError
 from data import Preprocess
 from hypernet import Expert, HyperNetwork
-from model import generate, VLM, VLMConfig
-from test_model import (batch_of, by_steps, close, config, conversations, LLAMA, logits_of,
-    pictures, prompts, static, TOKENIZER, VISION, whole_batch)
-from tests.test_sample import noise
-from tests.test_vlora import counted, EVEN, GROUPED, TOWER
-from tests.test_weights import hf_clip, hf_llama
+from model import generate, VLMConfig
+from tests.helpers import (batch_of, by_steps, close, conversations, count_flops, EVEN, GROUPED,
+    hf_clip, hf_llama, LLAMA, logits_of, noise, pictures, prompts, row_of_text, static, TOKENIZER,
+    TOWER, VISION, whole_batch)
 from training.costs import forward_flops
 
 SOURCES = ["hyper", "static", "latent", "mlp", "lora"]
@@ -32,14 +32,24 @@ D, C, E, R, HIDDEN = LLAMA.width, VISION.width, 8, 4, LLAMA.hidden
 
 
 def fields(source, language="all", visual="both"):
-    """Fields of VLMConfig for experts at these places; LoRA changes the Llama alone."""
-    return dict(weight_source=source, language_expert=language, visual_expert="none" if source == "lora" else visual)
+    """Options of make_config for experts at these places; LoRA changes only the Llama."""
+    visual = "none" if source == "lora" else visual
+    return dict(weight_source=source, language_expert=language, visual_expert=visual)
+
+
+def config(**options):
+    return weights.make_config(VISION, LLAMA, **{"expert_embed": E, "expert_rank": R, **options})
+
+
+def build(cfg):
+    """The model of a config, with random weights."""
+    return weights.MODELS[type(cfg)](cfg)
 
 
 def tuned(source, dtype=torch.float64, language="all", visual="both", **more):
     """A random VLM in which experts add as much as the layers beside them."""
     torch.manual_seed(0)
-    model = VLM(config(**fields(source, language, visual), **more)).to(dtype).eval()
+    model = build(config(**fields(source, language, visual), **more)).to(dtype).eval()
     for block in [*model.vision.layers, *model.llm.layers]:
         for part in block.self_attn.children():
             torch.nn.init.normal_(part.weight, std=(2 / part.in_features) ** 0.5)
@@ -53,8 +63,7 @@ def tuned(source, dtype=torch.float64, language="all", visual="both", **more):
 
 def added(model):
     """{name: parameter} of all that the source adds to LLaVA."""
-    bare = dict(visual_expert="none", language_expert="none", weight_source="hyper")
-    plain = weights.names_of(dataclasses.replace(model.cfg, **bare))
+    plain = weights.names_of(VLMConfig(model.cfg.vision, model.cfg.llm, "none", "none"))
     return {name: p for name, p in model.named_parameters() if name not in plain}
 
 
@@ -66,7 +75,7 @@ def added(model):
 @torch.no_grad()
 def test_at_the_start_the_model_is_llava_bit_for_bit_whatever_the_source(source, dtype):
     torch.manual_seed(0)
-    model = VLM(config(**fields(source))).to(dtype)
+    model = build(config(**fields(source))).to(dtype)
     batch = batch_of(conversations(), pictures(2, dtype), dtype)
     assert torch.equal(logits_of(model, batch), logits_of(static(model), batch))
     model = tuned(source, dtype)
@@ -76,13 +85,13 @@ def test_at_the_start_the_model_is_llava_bit_for_bit_whatever_the_source(source,
 @sources
 def test_the_first_step_moves_up_projections_alone_and_the_second_all_that_was_added(source):
     torch.manual_seed(0)
-    model, batch = VLM(config(**fields(source))), batch_of(conversations(), pictures(2, torch.float32), torch.float32)
+    model = build(config(**fields(source)))
+    batch = batch_of(conversations(), pictures(2, torch.float32), torch.float32)
     new, moving = added(model), []
     optimiser = torch.optim.AdamW(new.values(), lr=1e-3, weight_decay=0)
     for _ in range(2):
         optimiser.zero_grad()
-        logits = model(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns, batch.at)
-        F.cross_entropy(logits, batch.target).backward()
+        F.cross_entropy(model(batch), batch.target).backward()
         moving.append({name for name, p in new.items() if p.grad is not None and p.grad.any()})
         optimiser.step()
     assert moving[0] == {name for name in new if name.endswith((".up", ".up.weight"))} and moving[1] == set(new)
@@ -148,7 +157,7 @@ def test_a_static_expert_is_the_adapter_of_equation_5_with_weights_of_its_own():
 def test_a_latent_expert_is_equation_4_of_a_learned_vector():
     model = tuned("latent")
     expert, net = model.llm.layers[2].expert, model.llm.hypernet
-    assert isinstance(expert.encoder, Latent)
+    assert isinstance(expert, LatentExpert)
     a = F.silu(net.trunk.weight @ expert.encoder.weight.flatten() + net.trunk.bias) * E ** -0.5
     down, up = expert.weights(None, net)
     assert torch.allclose(down[0, 0], expert.down + (net.down.weight @ a).view(2 * R, D))
@@ -210,19 +219,21 @@ def test_a_batch_with_unequal_numbers_of_turns_is_answered_as_the_whole_sequence
         ids = torch.cat([one.ids, torch.tensor([row])], 1)
         pool_id = torch.cat([one.pool_id, torch.full((1, 6), -1)], 1)
         use_id = torch.cat([one.use_id, one.use_id[:, -1:].expand(1, 6)], 1)
-        assert model(ids, one.visual, pool_id, use_id, one.turns)[0, n - 1:-1].argmax(-1).tolist() == row
+        whole = dataclasses.replace(one, ids=ids, pool_id=pool_id, use_id=use_id, at=None)
+        assert model(whole)[0, n - 1:-1].argmax(-1).tolist() == row
 
 
 @sources
 def test_no_trained_position_knows_what_comes_after_it_whatever_the_source(source):
     model, batch = tuned(source), whole_batch()
-    x = model.llm.embed_tokens(batch.ids.clamp(min=0)).detach().requires_grad_()
-    logits = model.llm.head(model.llm(x, batch.pool_id, batch.use_id, batch.turns))
+    x = model.llm.embed_tokens(batch.ids).detach().requires_grad_()
+    logits = model.llm.head(model.llm(x, batch))
     for p in batch.at[::4].tolist():
         b, i = divmod(p, batch.ids.shape[1])
         gradient, = torch.autograd.grad(logits[b, i].sum(), x, retain_graph=True)
         assert not gradient[b, i + 1:].any() and gradient[b, :i + 1].any()
-    leaking = model.llm.head(model.llm(x, batch.use_id, batch.use_id, batch.turns))  # guidance pooled over answers, too
+    over_answers = dataclasses.replace(batch, pool_id=batch.use_id)  # pools guidance over answers, too
+    leaking = model.llm.head(model.llm(x, over_answers))
     b, i = divmod(batch.at[0].item(), batch.ids.shape[1])
     gradient, = torch.autograd.grad(leaking[b, i].sum(), x)
     assert gradient[b, i + 1:].any() == (source in ("hyper", "mlp"))
@@ -290,7 +301,8 @@ def test_lora_adds_two_thin_matrices_to_each_linear_of_its_blocks(language, site
 
 
 def test_llavas_lora_of_7b_has_the_319_million_parameters_of_its_recipe():
-    cfg = VLMConfig(visual_expert="none", language_expert="all", weight_source="lora", expert_rank=128)
+    cfg = BaselineConfig(visual_expert="none", language_expert="all", weight_source="lora",
+                         expert_rank=128)
     assert sum(p.numel() for p in added(weights.build_empty(cfg)).values()) == 319_815_680
 
 
@@ -327,22 +339,21 @@ def test_a_flag_changes_what_it_names_and_nothing_of_llava(flag, value, other):
 @pytest.mark.parametrize("llm, places, turns", [(GROUPED, ("posterior", "1"), 1), (EVEN, ("all", "both"), 3)],
                          ids=["paper's places", "everywhere, 3 turns"])
 def test_the_count_of_operations_is_what_torch_counts_whatever_the_source(source, llm, places, turns):
-    cfg = VLMConfig(TOWER, llm, expert_embed=12, expert_rank=5, **fields(source, *places))
-    vlm, text = VLM(cfg), 9
-    ids = torch.cat([torch.full((1, TOWER.tokens), -200), torch.ones(1, text, dtype=torch.int64)], dim=1)
-    turn = torch.zeros_like(ids)
-    found = counted(lambda: vlm(ids, torch.randn(1, 3, 56, 56), turn, turn, turns), vlm)
-    assert sum(found["Global"].values()) == sum(forward_flops(cfg, text, turns).values())
+    cfg = weights.make_config(TOWER, llm, expert_embed=12, expert_rank=5, **fields(source, *places))
+    vlm, batch = build(cfg), row_of_text(cfg, 9, turns=turns)
+    found = count_flops(lambda: vlm(batch), vlm)
+    assert sum(found["Global"].values()) == sum(forward_flops(cfg, 9, turns).values())
 
 
 # ---- Refusals
 
 
 def test_whole_matrices_are_for_small_models_and_lora_is_for_the_llama():
-    with pytest.raises(UserError, match="weight_source mlp: .* with 1,073,741,824 numbers for one of 4096 x 4096"):
-        VLMConfig(weight_source="mlp")
-    with pytest.raises(UserError, match="visual_expert 1: weight_source lora changes the Llama alone"):
-        VLMConfig(weight_source="lora")
+    words = "weight_source mlp .* with 1,073,741,824 numbers for one of 4096 x 4096"
+    with pytest.raises(UserError, match=words):
+        BaselineConfig(weight_source="mlp")
+    with pytest.raises(UserError, match="visual_expert 1: weight_source lora changes only the Llama"):
+        BaselineConfig(weight_source="lora")
 
 
 # ---- Checkpoints and training
@@ -394,14 +405,14 @@ def test_stage_2_trains_what_its_source_adds_and_the_llama_only_if_asked_to(give
     """And what a LoRA is put beside starts out as it was stored."""
     o = training.options.complete(given | {"out": str(tmp_path), "weight_source": source, "tune": tune}, 2)
     (tmp_path / "stage2").mkdir()
-    job, after = train.stage_1_or_2(o), {}
-    before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
+    stage, after = train.vlm_stage(o), {}
+    before = {n: p.detach().clone() for n, p in stage.model.named_parameters()}
     llama = {n: t for n, t, _ in formats.weight_files.tensors(given["llm"])}
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         assert torch.equal(before[f"llm.layers.3.{name}.weight"], llama[f"model.layers.3.{name}.weight"])
-    new = set(added(job.model))
-    job.finish, job.keeps = after.update, ("",)
-    train.train(job, o, mesh)
+    new = set(added(stage.model))
+    stage.write, stage.keeps = after.update, ("",)
+    train.train(stage, o, mesh)
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert len(new) > 0 and new <= moved
     assert moved == {n for n in before if n in new or n.startswith("projector.") or tune == "full" and n.startswith("llm.")}
