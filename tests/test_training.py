@@ -38,9 +38,9 @@ import training.sharding
 import training.state
 import weights
 from cli import UserError
-from data import collate, IGNORE, Sample
-from model import Block, IMAGE, LlamaConfig, MLP, rotary, rotate, VisionConfig, VLM, VLMConfig
-from training.feed import BatchSampler, padding_share
+from data import collate, IGNORE, IMAGE, Sample
+from model import Block, generate, LlamaConfig, MLP, rotary, rotate, VisionConfig, VLM, VLMConfig
+from training.feed import BatchSampler, padding_share, Question, split_across_ranks, TrainDataset
 
 
 TINY = {"batch_size": 4, "steps": 4, "dtype": "float32", "log_every": 1000, "muon_lr": 4e-3, "val_every": 2,
@@ -50,7 +50,7 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
-    monkeypatch.setattr(train, "ANSWER", 3)
+    monkeypatch.setattr(Question, "LENGTH", 3)
 
 
 @pytest.fixture(scope="session")
@@ -67,15 +67,15 @@ def log_of(out, stage, part=None):
     return [json.loads(line) for line in open(os.path.join(training.options.folder_of(out, stage, part), "log.jsonl"))]
 
 
-def trained(given, stage, mesh):
+def trained(given, number, mesh):
     """(tensors before, tensors after) of a stage run on `given`, without writing its checkpoint."""
-    o = training.options.complete(given, stage)
+    o = training.options.complete(given, number)
     os.makedirs(training.options.stage_folder(o), exist_ok=True)
-    job = train.stage_1_or_2(o)
-    before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
+    stage = train.vlm_stage(o)
+    before = {n: p.detach().clone() for n, p in stage.model.named_parameters()}
     after = {}
-    job.finish, job.keeps = after.update, ("",)
-    train.train(job, o, mesh)
+    stage.write, stage.keeps = after.update, ("",)
+    train.train(stage, o, mesh)
     return before, after
 
 
@@ -107,7 +107,7 @@ def test_stage_1_keeps_only_the_projector_and_names_its_sources(run):
 
 def test_the_log_has_a_line_a_step_with_the_held_out_loss_now_and_then(run):
     rows = log_of(run, 1)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(row.keys() >= {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait", "peak_gb", "eta_s"} for row in rows)
     assert all(0 <= row["data_wait"] <= 1 and row["mfu"] is None and row["peak_gb"] > 0.1 for row in rows) and rows[-1]["eta_s"] == 0
     assert [("held_out" in row) for row in rows] == [False, True, False, True]
@@ -120,7 +120,7 @@ def test_the_log_of_stage_2_tells_the_share_of_the_experts(run, mesh, tmp_path):
 
 
 def test_the_log_answers_a_held_out_question_as_the_checkpoint_will_and_leaves_training_alone(run, mesh, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ANSWER", 12)
+    monkeypatch.setattr(Question, "LENGTH", 12)
     for name, more in (("seldom", {"val_every": 100}), ("often", {"val_every": 1, "checkpointing": "full"})):
         train.run_stage(stage_2(run, tmp_path / name, **more), 2, mesh)
     seldom, often = (log_of(tmp_path / name, 2) for name in ("seldom", "often"))
@@ -135,18 +135,23 @@ def test_the_log_answers_a_held_out_question_as_the_checkpoint_will_and_leaves_t
     assert said == often[-1]["answer"] == seldom[-1]["answer"] != often[0]["answer"]
 
 
-def test_the_answer_ends_where_the_model_ended_it_though_all_ranks_go_on(run, mesh, tmp_path):
+def test_the_answer_ends_where_the_model_ended_it_though_all_ranks_go_on(run, mesh, tmp_path, monkeypatch):
     o = training.options.complete(stage_2(run, tmp_path), 2)
-    job, tokenizer = train.stage_1_or_2(o), weights.load(f"{run}/stage1").tokenizer
+    stage, tokenizer = train.vlm_stage(o), weights.load(f"{run}/stage1").tokenizer
     record = json.load(open(f"{run}/world/validation.json"))[0]
     words = tokenizer.encode("a red star")
-    assert job.shown(lambda prompt: words + [tokenizer.eos] + words) == "a red star" and record["image"] in job.asked
-    prompts = []
-    job.shown(lambda prompt: prompts.append(prompt) or words)
-    assert len(prompts[0].ids) == 1 and (prompts[0].target == IGNORE).all() and json.dumps(record["conversations"][1]["value"]) in job.asked
-    job.model.llm.lm_head.weight.data.zero_()  # all logits alike: id 0 for ever
+    prompts, found, question = [], [], stage.question
+    answer = lambda: question.answer(stage.model, o.device, torch.float32)
+    for ids in (words + [tokenizer.eos] + words, words):
+        monkeypatch.setattr(training.feed, "generate", lambda model, prompt, *_, **__: prompts.append(prompt) or [ids])
+        assert answer() == "a red star" and record["image"] in str(question)
+    assert len(prompts[0].ids) == 1 and (prompts[0].target == IGNORE).all()
+    assert json.dumps(record["conversations"][1]["value"]) in str(question) and question.truth == record["conversations"][1]["value"]
+    stage.model.llm.lm_head.weight.data.zero_()  # all logits are equal: always id 0
+    monkeypatch.setattr(training.feed, "generate", lambda *args, **more: found.extend(generate(*args, **more)) or found)
     with torch.no_grad():
-        assert train.reply(job.model, prompts[0], o) == [0] * train.ANSWER
+        answer()
+    assert found == [[0] * Question.LENGTH]
 
 
 def test_held_out_data_is_dealt_to_the_ranks_in_batches_of_like_number(monkeypatch):
@@ -157,7 +162,7 @@ def test_held_out_data_is_dealt_to_the_ranks_in_batches_of_like_number(monkeypat
             monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
             blank = Sample(*[np.zeros(3, np.int64)] * 4, 1, None, "")
             make = lambda cut: dataclasses.replace(collate([blank], [], (1, 1)), at=torch.arange(2), target=torch.full((2,), cut))
-            shares.append(training.distributed.split_across_ranks([*range(cuts)], make))
+            shares.append(split_across_ranks([*range(cuts)], make))
         assert len({len(share) for share in shares}) == 1
         assert sorted(b.target[0].item() for share in shares for b in share if b.trained) == [*range(cuts)]
 
@@ -194,14 +199,14 @@ def gradients(out, mesh):
                                 "data": os.path.join(out, f"stage{stage}.json"), "images": os.path.join(out, "images"),
                                 "val": None, "vision": os.path.join(out, "clip"), "llm": os.path.join(out, "llm"),
                                 "allow_random_llm": True, **options}, stage)
-            job = train.stage_1_or_2(o)
-            for name, p in job.model.named_parameters():  # what starts at zero would hide what is behind it
+            built = train.vlm_stage(o)
+            for name, p in built.model.named_parameters():  # what starts at zero would hide what is behind it
                 if not p.any():
                     p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 20
-            model, opts = train.setup_model(job.model, o, mesh)
+            model, opts = train.setup_model(built.model, o, mesh)
             for opt in opts:
                 opt.step = opt.zero_grad = lambda: None
-            train.train_step(job, model, opts, [job.batch(rows) for rows in ranks[dist.get_rank()]], 0, o, mesh)
+            train.train_step(model, opts, [built.data.batch(rows) for rows in ranks[dist.get_rank()]], 0, o, mesh)
             found.append({name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad})
         if dist.get_rank() == 0:
             torch.save(found, os.path.join(out, f"{place} on {dist.get_world_size()}.pt"))
@@ -227,7 +232,7 @@ def test_gradients_are_the_same_whole_accumulated_and_on_two_ranks_one_of_which_
                      "vision": str(tmp_path / "clip"), "llm": str(tmp_path / "llm"), "val": None, **options}
             train.run_stage(given, 1, mesh)
     gradients(str(tmp_path), mesh)
-    script = f"import tests.test_train; tests.test_train.gradients({str(tmp_path)!r}, tests.test_train.training.distributed.start_world('cpu')); tests.test_train.dist.barrier()"
+    script = f"import tests.test_training as t; t.gradients({str(tmp_path)!r}, t.training.distributed.start_world('cpu')); t.dist.barrier()"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", script],
                           cwd=HERE, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
@@ -249,11 +254,11 @@ def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_run(run, mesh, tmp_p
             {} if stage == 2 else {"data": f"{run}/world/captions.json", "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm",
                                    "val": f"{run}/world/validation_captions.json"})
 
-    def stopping(*args, step=train.train_step, count=[0]):
+    def stopping(*args, step=train.train_step, count=[0], **more):
         count[0] += 1
         if count[0] == 6:
             raise KeyboardInterrupt
-        return step(*args)
+        return step(*args, **more)
 
     for name in ("whole", "broken"):
         os.makedirs(tmp_path / name, exist_ok=True)
@@ -289,11 +294,11 @@ def test_a_new_state_replaces_whatever_an_older_run_left(run, mesh, tmp_path):
 
 def stopped(given, mesh, number, at):
     """Run stage 2 with a signal that arrives in 0-based step `at`; the exit code."""
-    def kicked(*args, step=train.train_step, count=[0]):
+    def kicked(*args, step=train.train_step, count=[0], **more):
         count[0] += 1
         if count[0] == at:
             os.kill(os.getpid(), number)
-        return step(*args)
+        return step(*args, **more)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(train, "train_step", kicked)
@@ -367,7 +372,7 @@ def test_states_rotate_and_the_last_good_one_outlives_a_full_disk(run, mesh, tmp
     assert [bool(fault) for _, fault in seen] == [False, False, True, False, False]
     assert ["save_s" in row for row in log_of(tmp_path, 2)] == [False] + 5 * [True]  # how long training waited, before this step
     assert "No space left on device" in seen[2][1]
-    assert capfd.readouterr().err.count("training goes on, the states saved before are kept") == 1
+    assert capfd.readouterr().err.count("training goes on, older states are kept") == 1
 
 
 def damaged(run, out):
@@ -386,8 +391,8 @@ def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_re
     with pytest.raises(UserError, match="unreadable picture") as error:
         train.run_stage(given, 2, mesh)
     assert record["image"] in str(error.value) and "\n" not in str(error.value)
-    job = train.stage_1_or_2(training.options.complete(given | {"skip_bad_images": True}, 2))
-    assert job.batch([0, 1]).records[1].startswith("record 2 ") and len(job.skipped) == 1
+    data = train.vlm_stage(training.options.complete(given | {"skip_bad_images": True}, 2)).data
+    assert data.batch([0, 1]).records[1].startswith("record 2 ") and len(data.take_skipped()) == 1
     if more:
         train.run_stage(given | {"skip_bad_images": True}, 2, mesh)  # 4 steps of 20 of 40 records: twice over
         assert log_of(tmp_path / "run", 2)[-1]["skipped_images"] >= 2
@@ -398,29 +403,30 @@ def test_a_llama_that_guesses_is_refused_before_stage_1(run, mesh, tmp_path):
     given = {"out": str(tmp_path), **TINY, "data": f"{run}/world/captions.json", "images": f"{run}/world/images",
              "val": f"{run}/world/validation_captions.json", "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm"}
     o = training.options.complete(given | {"allow_random_llm": False}, 1)
-    job = train.stage_1_or_2(o)
-    assert sum(job.tokens(b) for b in job.text) > 100 and all((b.ids >= 0).all() for b in job.text)
-    torch.nn.init.zeros_(job.model.llm.lm_head.weight)
-    with pytest.raises(UserError, match=r"loss on the answers is 6\.4\d per token, mere guessing gives 6\.46"):
-        train.check_reads(job, job.model, mesh)
-    ids = torch.cat([b.target[b.target >= 0] for b in job.text]).unique()
-    known = torch.full((job.model.cfg.llm.vocab,), 0.0).index_fill(0, ids, 1.0)
-    job.loss = lambda model, batch: torch.nn.functional.cross_entropy(
-        (known * 5).expand(len(batch.target), -1), batch.target, reduction="sum")  # knows which words occur, no more
-    train.check_reads(job, job.model, mesh)
+    stage = train.vlm_stage(o)
+    model, texts = stage.model, stage.data.text_batches()
+    assert sum(b.trained for b in texts) > 100 and all((b.ids >= 0).all() and not len(b.image_at) for b in texts)
+    torch.nn.init.zeros_(model.llm.lm_head.weight)
+    with pytest.raises(UserError, match=r"loss 6\.4\d per token of text is near chance \(6\.46\): is --llm pretrained\?"):
+        train.check_llm(model, texts, mesh)
+    ids = torch.cat([b.target[b.target >= 0] for b in texts]).unique()
+    known = torch.full((model.cfg.llm.vocab,), 0.0).index_fill(0, ids, 1.0)
+    model.loss = lambda batch: torch.nn.functional.cross_entropy(
+        (known * 5).expand(len(batch.target), -1), batch.target, reduction="sum")  # has learnt only which words occur
+    train.check_llm(model, texts, mesh)
 
 
 def test_the_memory_of_weights_gradients_and_optimiser_is_foreseen_to_the_byte(run, mesh, tmp_path):
     for tune in ("full", "peft"):
         o = training.options.complete(stage_2(run, tmp_path, tune=tune, dtype="bfloat16"), 2)
-        job = train.stage_1_or_2(o)
-        train.freeze(job.model, train.TRAINS[2, tune])
-        model = training.sharding.shard(job.model, mesh, torch.bfloat16)
-        opts = train.optimisers(model, o)
-        batch = job.batch(range(4))
+        stage = train.vlm_stage(o)
+        train.freeze(stage.model, train.TRAINS[2, tune])
+        model = training.sharding.shard(stage.model, mesh, torch.bfloat16)
+        opts = train.make_optimisers(model, o)
+        batch = stage.data.batch(range(4))
         for opt in opts:
             opt.zero_grad = lambda *a: None
-        train.train_step(job, model, opts, [batch], 0, o, mesh)
+        train.train_step(model, opts, [batch], 0, o, mesh)
         local = lambda t: (t.to_local() if hasattr(t, "to_local") else t).numel() * t.element_size()
         real = (sum(local(p) for p in model.parameters()), sum(local(p.grad) for p in model.parameters() if p.grad is not None),
                 sum(local(t) for opt in opts for kept in opt.state.values() for t in kept.values()))
@@ -518,13 +524,21 @@ def rehearse(name, out):
         turn, told = ids * 0, ids * 0 + (range(length) >= ids * 0 + length - answer)
         return Sample(ids, np.where(told, ids, IGNORE), np.where(told, -1, turn), turn, 1, "a.png", f"record {i}", 1)
 
-    def batch(rows):
-        return collate([sample(i) for i in rows], [torch.randn(3, 112, 112) for _ in rows], None)
+    class Data:
+        lengths, has_image, take_skipped = np.full(16, 192), None, staticmethod(list)
 
-    job = train.Job(model, np.full(16, 192), batch, [], train.vlm_loss, lambda b: b.trained, lambda tensors: None, sample)
+        def __len__(self):
+            return 16
+
+        def sample(self, i):
+            return sample(i)
+
+        def batch(self, rows):
+            return collate([sample(i) for i in rows], [torch.randn(3, 112, 112) for _ in rows], None)
+
     found, foresee = [], training.plan.estimate_memory
     training.plan.estimate_memory = lambda *a: found.append(foresee(*a)) or found[0]
-    train.train(job, o, mesh)
+    train.train(train.Stage(model, Data(), [], lambda tensors: None), o, mesh)
     state = found[0].weights + found[0].gradients + found[0].optimiser
     print(json.dumps([state, found[0].total, training.plan.peak("cpu") - before]), flush=True)
     os._exit(0)
@@ -533,7 +547,7 @@ def rehearse(name, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_the_memory_of_a_step_is_foreseen_within_15_percent(tmp_path, name):
-    done = subprocess.run([sys.executable, "-c", f"import tests.test_train; tests.test_train.rehearse({name!r}, {str(tmp_path)!r})"], cwd=HERE,
+    done = subprocess.run([sys.executable, "-c", f"import tests.test_training; tests.test_training.rehearse({name!r}, {str(tmp_path)!r})"], cwd=HERE,
                           capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"})
     assert done.returncode == 0, done.stderr[-2000:]
@@ -541,12 +555,12 @@ def test_the_memory_of_a_step_is_foreseen_within_15_percent(tmp_path, name):
     assert state >= 1e9 and abs(foreseen / measured - 1) < 0.15, (state, foreseen, measured)
 
 
-@pytest.mark.parametrize("plain, trains", [(False, True), (True, True), (False, False), (True, False)])
-def test_the_activations_of_a_block_are_what_autograd_keeps(plain, trains):
+@pytest.mark.parametrize("eager, trains", [(False, True), (True, True), (False, False), (True, False)])
+def test_the_activations_of_a_block_are_what_autograd_keeps(eager, trains):
     cfg = VLMConfig(llm=LlamaConfig(width=64, depth=1, heads=4, kv_heads=2, hidden=160, vocab=10), language_expert="none")
     block = Block(cfg.llm).bfloat16().requires_grad_(trains)
     for part in (block.self_attn, block.input_layernorm, block.post_attention_layernorm):
-        part.plain = plain
+        part.eager = eager
     x = torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)
     kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
     keep = lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
@@ -554,7 +568,7 @@ def test_the_activations_of_a_block_are_what_autograd_keeps(plain, trains):
         out = block(x, *rotary(torch.arange(48)[None], 16, 10000.0))
     real = sum(size for at, size in kept.items() if at not in own)
     batch = training.plan.MicroBatch(2, 48, 0, 0)
-    foreseen = (training.plan.activations(cfg, batch, size=2, trains_llm=trains, eager=plain)
+    foreseen = (training.plan.activations(cfg, batch, size=2, trains_llm=trains, eager=eager)
                 - training.plan.backward(cfg.llm, batch, 2))
     assert out.requires_grad and abs(foreseen / real - 1) < 0.06, (foreseen, real)
 
@@ -571,10 +585,10 @@ def test_checkpointing_leaves_the_run_as_it_is(run, mesh, tmp_path, which):
 @pytest.mark.parametrize("which, runs", [("none", 4), ("selective", 6), ("full", 8)])
 def test_checkpointing_computes_each_second_block_or_all_again(run, mesh, tmp_path, monkeypatch, which, runs):
     o = training.options.complete(stage_2(run, tmp_path, checkpointing=which), 2)
-    job, seen, forward = train.stage_1_or_2(o), [], MLP.forward
-    model, opts = train.setup_model(job.model, o, mesh)
+    stage, seen, forward = train.vlm_stage(o), [], MLP.forward
+    model, opts = train.setup_model(stage.model, o, mesh)
     monkeypatch.setattr(MLP, "forward", lambda self, x: seen.append(self) or forward(self, x))
-    train.train_step(job, model, opts, [job.batch(range(4))], 0, o, mesh)
+    train.train_step(model, opts, [stage.data.batch(range(4))], 0, o, mesh)
     assert len(seen) == runs and len(set(seen)) == model.cfg.llm.depth == 4
 
 
@@ -584,13 +598,13 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(run, mesh, tmp_pat
     given |= {} if stage == 2 else {"data": f"{run}/world/captions.json", "val": f"{run}/world/validation_captions.json",
                                     "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm"}
     o = training.options.complete(given, stage)
-    job = train.stage_1_or_2(o)
-    model, opts = train.setup_model(job.model, o, mesh)
-    monkeypatch.setattr(train, "MULTIPLE", 1)
-    batch = job.batch([3] * 4)  # without padding
+    built = train.vlm_stage(o)
+    model, opts = train.setup_model(built.model, o, mesh)
+    monkeypatch.setattr(training.feed, "MULTIPLE", 1)
+    batch = built.data.batch([3] * 4)  # without padding
     foreseen, (B, T) = training.costs.step_flops(model.cfg, batch, (stage, tune) == (2, "full")), batch.ids.shape
     with FlopCounterMode(display=False) as counter:
-        train.train_step(job, model, [], [batch], 0, o, mesh)
+        train.train_step(model, [], [batch], 0, o, mesh)
     masked = model.cfg.llm.depth * 3 * 2 * B * T ** 2 * model.cfg.llm.width  # half of attention, which is causal
     expert = 3 * 2 * B * T * model.cfg.expert_rank * 3 * model.cfg.llm.width
     others = len(model.cfg.expert_blocks()) * (batch.turns - 1) * expert  # every turn's weights are applied, a token's own are needed
@@ -608,10 +622,11 @@ def test_two_batches_are_learnt_by_heart(run, mesh, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run_before_the_update(run, mesh, tmp_path):
     o = training.options.complete(stage_2(run, tmp_path), 2)
     os.makedirs(training.options.stage_folder(o))
-    job = train.stage_1_or_2(o)
-    job.loss = lambda model, batch: train.vlm_loss(model, batch) * float("nan")
-    with pytest.raises(UserError, match=r"step 0: loss nan.*record \d+ \(id train_"):
-        train.train(job, o, mesh)
+    stage = train.vlm_stage(o)
+    loss = stage.model.loss
+    stage.model.loss = lambda batch: loss(batch) * float("nan")
+    with pytest.raises(UserError, match=r"step 1: loss nan.*record \d+ \(id train_"):
+        train.train(stage, o, mesh)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -803,12 +818,12 @@ def test_the_plan_tells_the_padding_of_the_run(run, mesh, tmp_path):
             message["value"] = message["value"].replace("<image>", "").strip()
     json.dump(data, open(tmp_path / "data.json", "w"))
     o = training.options.complete(stage_2(run, tmp_path, data=str(tmp_path / "data.json"), steps=20, batch_size=8, micro_batch_size=4), 2)
-    job = train.stage_1_or_2(o)
-    feed = training.feed.TrainDataset(job, o)
-    assert feed.order.pictured.tolist() == [i % 3 > 0 for i in range(40)]
-    batches = [feed[k][0] for k in range(len(feed))]
+    data = train.vlm_stage(o).data
+    dataset = TrainDataset(data, o)
+    assert dataset.sampler.has_image.tolist() == [i % 3 > 0 for i in range(40)]
+    batches = [dataset[k][0] for k in range(len(dataset))]
     real = 1 - sum(b.lengths.sum().item() for b in batches) / sum(b.ids.numel() for b in batches)
-    assert training.plan.share_of_padding(job, o) == pytest.approx(real) and 0 < real < 0.5
+    assert training.plan.share_of_padding(data, o) == pytest.approx(real) and 0 < real < 0.5
 
 
 def test_a_checkpoint_that_was_set_aside_counts_as_finished(run, tmp_path):
@@ -910,7 +925,7 @@ def test_a_state_of_two_ranks_goes_on_on_one_and_on_two_by_two_and_a_rank_that_d
     began = time.time()
     text = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and time.time() - began < 60
-    assert text.count("error: rank 0 ends, for another rank is gone") == 1 and "Signal 9 (SIGKILL) received" in text
+    assert text.count("error: rank 0 stops because another rank is gone") == 1 and "Signal 9 (SIGKILL) received" in text
     assert training.state.saved_steps(tmp_path / "two" / "stage2" / "state") == [4, 8, 12, 16, 20, 24]
 
     for name in ("one", "two_by_two"):
@@ -1044,7 +1059,7 @@ def test_a_day_in_miniature(run, tmp_path):
     assert process.returncode == 0 and "a picture could not be read" in text, text[-2000:]
 
     quiet, loud = log_of(tmp_path / "quiet", 2), log_of(tmp_path / "loud", 2)
-    assert [row["step"] for row in loud] == [row["step"] for row in quiet] == [*range(300)]
+    assert [row["step"] for row in loud] == [row["step"] for row in quiet] == [*range(1, 301)]
     assert 1 <= loud[-1]["skipped_images"] <= 2  # one of 400 records, 600 samples
     last = lambda rows: sum(row["loss"] for row in rows[-50:]) / 50
     assert last(quiet) < 1 and abs(last(loud) - last(quiet)) < 0.1
