@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import shutil
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -20,9 +19,9 @@ import formats.name_rules
 import formats.weight_files
 import weights
 from cli import UserError
-from data import Preprocess
+from data import IMAGE, Preprocess
 from formats.tokenizer import train_tokenizer
-from model import CLIP, generate, IMAGE, Llama, LlamaConfig, VisionConfig, VLMConfig
+from model import Batch, CLIP, generate, Llama, LlamaConfig, VisionConfig, VLMConfig
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -91,13 +90,20 @@ def equal(a, b):
 
 
 def batch_of(rows, visual):
-    """A generation batch, padded on the right, of prompts that use no expert."""
+    """A Batch of prompts that use no expert, padded on the right."""
     lengths = torch.tensor([len(r) for r in rows])
     ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
     for row, values in zip(ids, rows):
         row[:len(values)] = torch.tensor(values)
     none = torch.full_like(ids, -1)
-    return SimpleNamespace(ids=ids, pool_id=none, use_id=none, turns=1, lengths=lengths, visual=visual, picture=None, tag=None)
+    image_at = (ids == IMAGE).flatten().nonzero()[:, 0]
+    return Batch(ids.clamp(min=0), lengths, none, none, visual=visual, image_at=image_at)
+
+
+def llama_logits(llm, ids):
+    """The logits float[B, T, V] of a Llama without experts."""
+    lengths = torch.full((len(ids),), ids.shape[1])
+    return llm.head(llm(llm.embed_tokens(ids), Batch(ids, lengths)))
 
 
 # ---- Parity with transformers
@@ -131,8 +137,7 @@ def test_our_llama_gives_the_logits_of_transformers_llama(tmp_path, tokenizer, k
     model, _, _ = weights.assemble(*folders(tmp_path, tokenizer, llama=theirs), STATIC)
     for shape in ((1, 1), (1, 17), (4, 33)):
         ids = torch.randint(300, shape)
-        ours = model.llm.head(model.llm(model.llm.embed_tokens(ids)))
-        assert close(ours, theirs(ids).logits)
+        assert close(llama_logits(model.llm, ids), theirs(ids).logits)
 
 
 def hf_llava(clip, llama, model):
@@ -174,8 +179,7 @@ def test_the_static_model_gives_the_logits_and_greedy_tokens_of_transformers_lla
             for n in range(1, 5)]
     for row, picture in zip(rows, visual):
         ids = torch.tensor([row])
-        none = torch.full_like(ids, -1)
-        ours = model(ids, picture[None], none, none, 1)
+        ours = model(batch_of([row], picture[None]))
         hf_ids = ids.masked_fill(ids == IMAGE, 299)
         assert close(ours, llava(input_ids=hf_ids, pixel_values=picture[None]).logits)
     expected = theirs_generate(llava, rows, visual, 8)
@@ -318,14 +322,10 @@ def test_a_tensor_in_two_shards_is_refused(spoilt, ending):
 
 
 def test_two_names_of_one_parameter_are_refused(pair):
-    model = weights.build_empty(weights.build_config(*config_of(pair)))
+    model = weights.build_empty(weights.assemble(*pair, STATIC)[0].cfg)
     rules = [(r"model\.layers\.\d\.(mlp\..+)", r"llm.layers.0.\1")] + formats.name_rules.llama_rules(False)
     with pytest.raises(UserError, match="llm.layers.0.mlp.*but so does.*layers.0"):
         weights.fill(model, [(pair[1], rules)])
-
-
-def config_of(pair):
-    return dataclasses.asdict(weights.assemble(*pair, STATIC)[0].cfg), "config"
 
 
 def test_an_index_that_names_a_missing_shard_is_refused(spoilt):
@@ -522,16 +522,16 @@ class World:
             cfg = dataclasses.replace(cfg, language_expert="none", guidance_after=None)
             state = {n: t for n, t in state.items() if n.startswith("projector.")}
             sources = {"vision": weights.source_entry(self.pair[0], folder), "llm": weights.source_entry(self.pair[1], folder)}
-        weights.save(str(folder), cfg, state, self.tokenizer, self.preprocess, "Be kind.", stage, sources,
-                     {"lr": 1e-3})
+        weights.save(str(folder), cfg, state, self.tokenizer, self.preprocess, "Be kind.",
+                     stage=stage, sources=sources, training={"lr": 1e-3})
 
     def logits(self, model):
         torch.manual_seed(0)
-        ids = torch.tensor([[1, *[IMAGE] * 4, 5, 6, 7, 8, 9]])
-        pool_id = torch.tensor([[-1] * 5 + [0, 0, -1, -1, -1]])
-        use_id = torch.tensor([[-1] * 7 + [0, 0, 0]])
+        batch = batch_of([[1, *[IMAGE] * 4, 5, 6, 7, 8, 9]], torch.randn(1, 3, 28, 28))
+        batch.pool_id = torch.tensor([[-1] * 5 + [0, 0, -1, -1, -1]])
+        batch.use_id = torch.tensor([[-1] * 7 + [0, 0, 0]])
         with torch.no_grad():
-            return model(ids, torch.randn(1, 3, 28, 28), pool_id, use_id, 1)
+            return model(batch)
 
 
 @pytest.fixture
@@ -873,5 +873,5 @@ def test_transformers_opens_the_llama_that_we_write(tmp_path, tokenizer, cfg):
     formats.export.write_llama(str(tmp_path / "x"), state_of(ours), cfg, tokenizer)
     theirs = opened(transformers.LlamaForCausalLM, tmp_path / "x")
     ids = torch.randint(300, (2, 20))
-    assert close(ours.head(ours(ours.embed_tokens(ids))), theirs(ids).logits)
+    assert close(llama_logits(ours, ids), theirs(ids).logits)
     assert theirs.config.eos_token_id == 2 and formats.configs.llama_config(str(tmp_path / "x")) == cfg
