@@ -8,6 +8,7 @@
     tokenizer.py      text to ids and back; sentencepiece.py reads Llama's tokenizer.model
     llava.py          open LLaVA-1.5 and VLoRA as their authors publish them
     export.py         write CLIP, Llama and LLaVA for transformers
+    answers.py        the questions and answers of sample.py; runs.py finds a finished run
 
 weights.py builds models from these. Next: json_files.py.
 """

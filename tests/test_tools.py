@@ -14,7 +14,7 @@ import tools.check_data
 import tools.plot_log
 from cli import UserError
 from data import encode, PromptFormat, SYSTEM, turns_of_record
-from tests.test_data import GOOD, messages, proto, slow, tokenizer, write_json
+from tests.test_data import GOOD, messages, write_json
 from training.curves import COLOURS, HEIGHT, loss_ticks, read_runs, round_ticks, smooth, WIDTH
 
 

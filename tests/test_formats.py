@@ -1,6 +1,9 @@
-"""LLaVA-1.5 as others publish it: every layout opens with the numbers of transformers, strictly, and one is written back."""
+"""What formats/ claims: ids and text as in sentencepiece; LLaVA opens in every layout, strictly, with the
+numbers of transformers, and is written back."""
 import json
 import os
+import pickle
+import random
 import re
 import shutil
 import sys
@@ -9,34 +12,328 @@ from fnmatch import fnmatch
 import numpy as np
 import huggingface_hub
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import LlamaTokenizer
 
 import experiments.bench
 import formats.export
 import formats.folders
 import formats.llava
 import formats.name_rules
+import formats.tokenizer
+import formats.weight_files
 import sample
 import tools.export_llava
 import train
 import training.feed
 import training.options
-import formats.weight_files
 import weights
 from cli import UserError
-from data import collate, Conversations, encode_prompt, MULTIPLE, pixels, Preprocess, SYSTEM
-from model import IMAGE, LlamaConfig, VisionConfig, VLMConfig
+from data import collate, Conversations, encode_prompt, IMAGE, MULTIPLE, pixels, Preprocess, SYSTEM
+from formats.tokenizer import Tokenizer, train_tokenizer
+from model import LlamaConfig, VisionConfig, VLMConfig
 from projector import Projector
+from tests.sentencepiece_files import (BASE, field, LETTERS, message, model_proto, TEXTS,
+    train_sentencepiece, WRITTEN)
 from tests.test_weights import (batch_of, Bomb, CLIPS, close, equal, generate, hf_clip, hf_llama,
-    hf_llava, LLAMAS, opened, randomised, state_of, STATIC, theirs_generate)
+    hf_llava, LLAMAS, opened, randomised, state_of, STATIC, TEXTS as SHORT_TEXTS, theirs_generate)
 
 VOCAB, IDS = 320, 291  # rows of the embedding; ids of the tokenizer and of what a text may hold
-from tests.test_weights import tokenizer  # fixtures
 
+
+# ---- Tokenizers
+
+STRANGE = ["", " ", "  ", "a", " a", "a ", "\n", "\n\n a\n", "a   b\t\r\n", "naïve café", "日本語", "👩‍👩‍👧 \U0001F600", "\0\x7f",
+           "</s>", "<s> x </s><unk>", "<0x0A>", "x" * 700, "USER: hi ASSISTANT:", "<image>\nQ", "\ufffd"]
+
+
+def test_any_text_comes_back(tokenizer):
+    draw = random.Random(0)
+    alphabet = "ab USER:</s>\n\t é日😀.?<0x0A>\u200d"
+    for text in STRANGE + ["".join(draw.choices(alphabet, k=draw.randrange(40))) for _ in range(300)]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not {tokenizer.bos, tokenizer.eos, tokenizer.pad} & set(ids)
+
+
+def test_frequent_words_and_tags_are_single_tokens(tokenizer):
+    for text in ("USER:", "ASSISTANT:", "circle", "red", "square", "triangles"):
+        assert len(tokenizer.encode(text)) == 1, text
+    space, newline, what = tokenizer.encode("\nWhat")
+    assert newline == 3 + ord("\n") and tokenizer.decode([space, what]) == "What"
+
+
+def test_the_ids_are_laid_out_like_llamas(tokenizer):
+    inner = tokenizer.inner
+    assert [inner.token_to_id(t) for t in ("<unk>", "<s>", "</s>", "<0x00>", "<0xFF>")] == [0, 1, 2, 3, 258]
+    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos) == (0, 1, 2)
+    assert tokenizer.vocab == inner.get_vocab_size() == max(inner.get_vocab().values()) + 1 <= 500
+    assert tokenizer.encode("é日") == [inner.token_to_id("▁")] + [3 + b for b in "é日".encode()]
+
+
+def test_no_token_crosses_a_space_and_cutting_first_gives_the_same_ids(tokenizer):
+    assert all("▁" not in token[1:] for token in tokenizer.inner.get_vocab())
+    cut = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
+    cut.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
+    for text in STRANGE + TEXTS[:12]:
+        assert cut.encode(text).ids == tokenizer.encode(text)
+
+
+def test_training_depends_on_the_texts_alone(tokenizer):
+    assert formats.tokenizer.train_tokenizer(TEXTS, 500).file == tokenizer.file
+    assert formats.tokenizer.train_tokenizer(reversed(TEXTS), 500).file == tokenizer.file
+
+
+def test_a_control_token_that_is_frequent_in_the_texts_stays_text():
+    text = "a</s> b</s> c</s> <s>a <s>b <s>c a<0x0A> b<0x0A>"
+    trained = formats.tokenizer.train_tokenizer([text] * 50, 320)
+    ids = trained.encode(text)
+    assert min(ids) > 258 and trained.decode(ids) == text
+    assert (trained.pad, trained.bos, trained.eos) == (0, 1, 2)
+
+
+def test_a_newline_is_a_byte_and_the_word_behind_it_a_token():
+    space, newline, word = formats.tokenizer.train_tokenizer(["\nzebra", "lion\n"] * 50, 320).encode("\nzebra")
+    assert newline == 3 + ord("\n") and word > 258
+
+
+def test_a_vocabulary_that_cannot_hold_the_characters_is_refused():
+    with pytest.raises(UserError, match="too small"):
+        formats.tokenizer.train_tokenizer(["abcdefgh"], 264)
+
+
+def test_a_tokenizer_survives_saving_and_pickling(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    text = "USER: </s> is </s>"
+    for other in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.encode(text) == tokenizer.encode(text) and other.file == tokenizer.file
+        assert (other.bos, other.eos, other.pad, other.vocab) == (1, 2, 0, tokenizer.vocab)
+    assert other.decode([1] + other.encode("red") + [2]) == "red"
+
+
+def test_added_tokens_of_a_file_are_neither_read_from_text_nor_counted(tokenizer, tmp_path):
+    inner = tokenizers.Tokenizer.from_str(tokenizer.file)
+    inner.add_tokens(["<image>"])
+    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.vocab == tokenizer.vocab
+    assert loaded.encode("a <image> b") == tokenizer.encode("a <image> b")
+    assert loaded.decode([tokenizer.vocab] + tokenizer.encode("red")) == "red"
+
+
+def test_a_folder_without_a_tokenizer_is_an_error_that_says_what_was_looked_for(tmp_path):
+    with pytest.raises(UserError, match="neither tokenizer.json nor tokenizer.model"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="</s>"):
+        Tokenizer.load(tmp_path)
+
+
+# ---- tokenizer.model
+
+def any_character(draw):
+    below = draw.choice([0x80, 0x800, 0xD800, 0x110000])
+    return chr(draw.randrange(0xE000 if below > 0xE000 else 0, below))
+
+
+def fuzz(processor, n):
+    """Strings that reach for the corners: what pieces are made of, runs, control characters, special tokens' names."""
+    draw = random.Random(0)
+    normal = [processor.id_to_piece(i) for i in range(len(BASE), processor.vocab_size())]
+    odd = STRANGE + ["▁", "▁▁", "<0xE6>", "<0x0a>", "\t", "\r\n", " " * 16, " " * 33, "\x1b", "e\u0301", "\ufeff", "\u3000",
+                     "\U0010ffff"]
+    sources = [lambda: any_character(draw), lambda: draw.choice(odd), lambda: draw.choice(normal),
+               lambda: draw.choice(normal).replace("▁", " "), lambda: draw.choice("ab \n"), lambda: draw.choice("na日▁="),
+               lambda: draw.choice(sources[:6])()]
+    for i in range(n):
+        source = sources[i % len(sources)]
+        yield "".join(source() for _ in range(draw.choice([1, 2, 3, 8, 20])))
+
+
+def test_the_ids_and_the_text_are_sentencepieces(slow, llama):
+    texts = STRANGE + TEXTS[:12] + WRITTEN + list(fuzz(slow, 10_000))
+    assert [text for text in texts if llama.encode(text) != slow.encode(text)] == []
+    assert [text for text in texts if llama.decode(slow.encode(text)) != slow.decode(slow.encode(text))] == []
+    assert (llama.vocab, llama.bos, llama.eos, llama.pad) == (slow.vocab_size(), 1, 2, 0)
+    assert max(max(slow.encode(text), default=0) for text in texts) > 500  # more than bytes
+
+
+def test_a_literal_underline_of_sentencepiece_reads_as_a_space_there_and_here(slow, llama):
+    assert llama.encode("a▁b") == llama.encode("a b") == slow.encode("a▁b")
+    assert llama.decode(llama.encode("a▁b")) == "a b"
+
+
+def test_a_tokenizer_of_a_model_file_survives_pickling_and_is_saved_as_json(slow, llama, tmp_path):
+    llama.save(tmp_path)
+    for other in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(llama))):
+        assert all(other.encode(text) == slow.encode(text) for text in STRANGE + list(fuzz(slow, 200)))
+        assert (other.file, other.vocab, other.bos, other.eos) == (llama.file, llama.vocab, 1, 2)
+        assert other.decode([1] + other.encode("</s>") + [2]) == "</s>"
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tokenizer_json_of_transformers_gives_sentencepieces_ids_too(slow, llama, tmp_path, legacy):
+    spec = json.loads(llama.file)["model"]
+    theirs = LlamaTokenizer(vocab=spec["vocab"], merges=[tuple(m) for m in spec["merges"]], legacy=legacy)
+    theirs.add_tokens(["<image>", "<pad>"], special_tokens=True)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not looked at: the other file knows of <image> and <pad>")
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.vocab == slow.vocab_size()
+    texts = STRANGE + [" a", "  a", " "] + list(fuzz(slow, 500))
+    assert [text for text in texts if loaded.encode(text) != slow.encode(text)] == []
+    assert loaded.decode([loaded.vocab, 1] + slow.encode(" a") + [loaded.vocab + 50]) == " a"
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"trainer": [(3, 1), (35, 1)]}, "model_type"), ({"trainer": [(3, 2)]}, "byte_fallback"),
+    ({"trainer": [(3, 2), (35, 1), (24, 1)]}, "treat_whitespace_as_suffix"),
+    ({"normalizer": [(2, b"map"), (4, 0)]}, "precompiled_charsmap"),
+    ({"normalizer": []}, "remove_extra_whitespaces"),  # on where it is left out
+    ({"normalizer": [(3, 0), (4, 0)]}, "add_dummy_prefix"),
+    ({"normalizer": [(5, 0), (4, 0)]}, "escape_whitespaces"),
+    ({"more": field(5, field(2, b"map"))}, "precompiled_charsmap"),
+    ({"pieces": LETTERS + [("<x>", 0, 4)]}, "'<x>' is user-defined"),
+    ({"pieces": LETTERS + [("x", -9, 5)]}, "'x' is user-defined or unused"),
+    ({"pieces": LETTERS[:50] + LETTERS[51:]}, "'<0x2F>' is missing"),
+    ({"pieces": LETTERS[3:]}, "lacks <s>, </s> or <unk>"),
+    ({"pieces": LETTERS[:1] + LETTERS[2:]}, "lacks <s>"),
+    ({"pieces": LETTERS[:-3] + LETTERS[-2:]}, "not one of Llama's kind"),  # without a piece for the space
+    ({"pieces": LETTERS + [("ab", -1, 1), ("ba", -1, 1)]}, "has the score of another"),
+    ({"pieces": LETTERS + [("ab", float("nan"), 1), ("aa", -1, 1)]}, "has the score of another"),
+    ({"pieces": LETTERS + [("ac", -1, 1)]}, "'ac' has a character that is not a piece")])
+def test_a_sentencepiece_model_of_another_kind_is_refused_by_name(change, named, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(model_proto(LETTERS))
+    assert Tokenizer.load(tmp_path).decode(Tokenizer.load(tmp_path).encode(" abc")) == " abc"
+    (tmp_path / "tokenizer.model").write_bytes(model_proto(**{"pieces": LETTERS} | change))
+    with pytest.raises(UserError, match=named) as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_normaliser_that_sentencepiece_takes_by_default_is_refused(tmp_path):
+    proto = train_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc")
+    assert sentencepiece.SentencePieceProcessor(model_proto=proto).encode("ﬁ") \
+        == sentencepiece.SentencePieceProcessor(model_proto=proto).encode("fi")  # what our reading could not equal
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    with pytest.raises(UserError, match="precompiled_charsmap"):
+        Tokenizer.load(tmp_path)
+GOOD_PROTO = model_proto(LETTERS)
+
+
+@pytest.mark.parametrize("damaged", [
+    b"", b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html><html>", b"\xff" * 300_000, GOOD_PROTO[:-1],
+    GOOD_PROTO[:2005], GOOD_PROTO + b"\x0a", GOOD_PROTO + field(1, message([(1, b"\xff\xfe"), (2, 0.0)])),
+    GOOD_PROTO + field(1, message([(1, b"a"), (2, 0.0)])), GOOD_PROTO + field(1, message([(2, 0.0)])),
+    GOOD_PROTO + field(1, message([(1, 7)])), GOOD_PROTO + field(1, 7), GOOD_PROTO + field(2, 2.0)])
+def test_a_damaged_model_file_is_one_line_that_names_it(damaged, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="tokenizer.model: damaged") as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_whatever_happens_to_a_model_file_it_is_read_or_refused(tmp_path):
+    draw, refused = random.Random(0), 0
+    for i in range(150):
+        damaged = bytearray(GOOD_PROTO)
+        for _ in range(draw.choice([1, 3])):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        (tmp_path / "tokenizer.model").write_bytes(damaged[:draw.choice([None, draw.randrange(len(damaged))])])
+        try:
+            Tokenizer.load(tmp_path)
+        except UserError:
+            refused += 1
+    assert refused > 75
+
+
+def test_a_tokenizer_json_that_is_not_of_llamas_kind_is_refused(tmp_path):
+    alphabet = ["<unk>", "<s>", "</s>"] + sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    alphabet = {c: i for i, c in enumerate(alphabet)}
+    other = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, [], unk_token="<unk>"))
+    other.pre_tokenizer, other.decoder = tokenizers.pre_tokenizers.ByteLevel(), tokenizers.decoders.ByteLevel()
+    assert other.decode(other.encode("  A b\n").ids) == "  A b\n"  # a good one, but another
+    other.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="not one of Llama's kind"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("scheme, split", [("never", False), ("always", True)])
+def test_a_tokenizer_json_that_treats_spaces_otherwise_is_refused(tokenizer, tmp_path, scheme, split):
+    other = tokenizers.Tokenizer.from_str(tokenizer.file)
+    other.normalizer, metaspace = None, tokenizers.pre_tokenizers.Metaspace
+    other.pre_tokenizer = metaspace(prepend_scheme="always", split=False)
+    other.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).encode("  a b") == tokenizer.encode("  a b")
+    other.pre_tokenizer = metaspace(prepend_scheme=scheme, split=split)
+    other.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="not one of Llama's kind"):
+        Tokenizer.load(tmp_path)
+
+
+# ---- Streaming
+
+def streamed(tokenizer, ids):
+    """[what each id brings, ..., what the end brings]"""
+    stream = tokenizer.streaming()
+    return [stream.add(i) for i in ids] + [stream.end()]
+
+
+def test_what_is_streamed_is_in_the_end_what_decode_and_sentencepiece_say_of_any_ids(slow, llama):
+    draw = random.Random(0)
+    space, wide = slow.piece_to_id("▁"), [3 + b for b in "é日😀".encode()]
+    for _ in range(3000):
+        ids = [draw.choice([draw.randrange(3, 259), draw.randrange(131, 259), draw.choice(wide), space,
+                            draw.randrange(259, slow.vocab_size())]) for _ in range(draw.randrange(12))]
+        assert "".join(streamed(llama, ids)) == llama.decode(ids) == slow.decode(ids)
+        assert "".join(streamed(llama, [1] + ids + [2, llama.vocab + 7])) == llama.decode(ids)  # no text of their own
+
+
+def test_a_character_of_several_ids_comes_when_it_is_whole_and_not_later(llama):
+    byte = [3 + b for b in "😀é".encode()]
+    assert streamed(llama, byte) == ["", "", "", "😀", "", "é", ""]
+    assert streamed(llama, byte[:3]) == ["", "", "", "\ufffd" * 3]
+    assert streamed(llama, byte[:2] + llama.encode("A")) == ["", "", "\ufffd\ufffd A", ""]
+    assert streamed(llama, [3 + 10, 3 + 10]) == ["\n", "\n", ""]  # a newline is a byte, too, and does not wait
+    for text in STRANGE:
+        if "\ufffd" not in text:
+            assert "\ufffd" not in "".join(streamed(llama, llama.encode(text)))
+
+
+def test_the_first_space_is_dropped_once_and_all_others_are_kept(slow, llama):
+    space = slow.piece_to_id("▁")
+    assert streamed(llama, llama.encode("red")) == ["red", ""]
+    assert "".join(streamed(llama, [1, space] + llama.encode("red"))) == " red"
+    assert "".join(streamed(llama, llama.encode("red") + llama.encode("red"))) == "red red"
+    assert streamed(llama, [space, 3 + 10, space, space]) == ["", "\n", " ", " ", ""]
+    assert streamed(llama, [3 + 32, 3 + 32]) == [" ", " ", ""]  # a space by its byte is the model's own
+
+
+def test_each_id_is_looked_at_once(llama, monkeypatch):
+    asked = []
+
+    class Counting:
+        def id_to_token(self, id):
+            asked.append(id)
+            return llama.inner.id_to_token(id)
+
+    counted = pickle.loads(pickle.dumps(llama))
+    counted.inner = Counting()
+    ids = [3 + b for b in "日本語".encode()] * 20
+    assert counted.decode(torch.tensor(ids)) == "日本語" * 20 and asked == ids
+
+
+# ---- LLaVA as others publish it
 
 ORIGINAL = {"mm_vision_tower": "clip", "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 32, "mm_vision_select_layer": -2,
             "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat", "mm_use_im_start_end": False,
@@ -133,14 +430,20 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, tokenizer):
-    return Model(tmp_path_factory.mktemp("small"), tokenizer, CLIPS[0], LLAMAS[0])
+def short_tokenizer():
+    """Its IDS ids leave rows of the embedding free."""
+    return train_tokenizer(SHORT_TEXTS, 300)
 
 
 @pytest.fixture(scope="module")
-def grouped(tmp_path_factory, tokenizer):
+def small(tmp_path_factory, short_tokenizer):
+    return Model(tmp_path_factory.mktemp("small"), short_tokenizer, CLIPS[0], LLAMAS[0])
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory, short_tokenizer):
     """Grouped-query heads, tied embeddings, another base of the rotary frequencies."""
-    return Model(tmp_path_factory.mktemp("grouped"), tokenizer, CLIPS[1], LLAMAS[1])
+    return Model(tmp_path_factory.mktemp("grouped"), short_tokenizer, CLIPS[1], LLAMAS[1])
 
 
 def prompt(model, n=3):
@@ -149,8 +452,7 @@ def prompt(model, n=3):
 
 
 def answers(model, ids, picture):
-    none = torch.full((1, len(ids)), -1)
-    return model(torch.tensor([ids]), picture[None], none, none, 1)
+    return model(batch_of([ids], picture[None]))
 
 
 @pytest.mark.parametrize("layout", [*SPELLINGS, *ORIGINALS])
@@ -170,7 +472,7 @@ def test_every_layout_opens_with_the_logits_of_transformers(request, layout, kin
 @pytest.mark.parametrize("layout", ["today", "original"])
 def test_a_foreign_checkpoint_is_talked_to_as_llava_1_5_is(small, layout):
     point = weights.load(str(small.folder(layout)))
-    layout = point.layout()
+    layout = point.prompt_format()
     assert (layout.template, layout.system, layout.image_tokens, layout.context) == ("v1", SYSTEM, 4, 512)
     assert point.preprocess == Preprocess(28) and point.preprocess.aspect == "pad"
 
@@ -575,7 +877,7 @@ def test_the_processor_of_transformers_makes_our_pixels_and_ids(written, tmp_pat
                 {"role": "assistant", "content": text("a red circle")}, {"role": "user", "content": "is \"the\"\nring blue?"}]
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
     made = processor(images=picture, text=processor.apply_chat_template(messages), return_tensors="pt")
-    sample = encode_prompt([("<image>\nwhat colour?", "a red circle")], "is \"the\"\nring blue?", point.tokenizer, point.layout(), "x")
+    sample = encode_prompt([("<image>\nwhat colour?", "a red circle")], "is \"the\"\nring blue?", point.tokenizer, point.prompt_format(), "x")
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert made["input_ids"][0].tolist() == [image if i == IMAGE else i for i in sample.ids.tolist()]
     assert (made["pixel_values"][0] - pixels(picture, prep)).abs().max() < 1e-6
@@ -624,14 +926,14 @@ def rows(out):
 
 def loss_of(point, given):
     """Loss per token of a checkpoint on the data of a stage 2, computed without the training loop."""
-    layout = point.layout()
+    layout = point.prompt_format()
     data = Conversations(given["data"], given["images"], point.tokenizer, layout)
     order = training.feed.BatchSampler(4, 0, 4).step(0)
     taken = [data[i] for i in order]
     visual = [pixels(Image.open(s.image).convert("RGB"), point.preprocess) for s in taken]
     batch = collate(taken, visual, (3, 28, 28), multiple=MULTIPLE)
     with torch.no_grad():
-        return train.vlm_loss(point.model, batch).item() / batch.trained
+        return point.model.loss(batch).item() / batch.trained
 
 
 @pytest.mark.parametrize("layout", ["until 4.51", "original"])
@@ -652,22 +954,23 @@ def test_stage_2_starts_from_a_llava_with_its_very_loss_and_trains_experts_from_
 
 def test_experts_added_to_a_llava_leave_its_logits_as_they_were_bit_for_bit(small, stage_2, mesh, tmp_path):
     given = stage_2 | {"init": str(small.folder("today")), "out": str(tmp_path)}
-    job = train.stage_1_or_2(training.options.complete(given, 2))
+    stage = train.vlm_stage(training.options.complete(given, 2))
     static = weights.load(str(small.folder("today"))).model
-    batch = job.batch(range(4))
-    read = lambda m: m(batch.ids, batch.visual, batch.pool_id, batch.use_id, batch.turns)
+    batch = stage.data.batch(range(4))
+    held_out = stage.held_out[0]
     with torch.no_grad():
-        assert torch.equal(read(job.model), read(static)) and len(list(job.model.parameters())) > len(list(static.parameters()))
-        assert job.loss(job.model, job.held_out[0]) == job.loss(static, job.held_out[0])
+        assert torch.equal(stage.model(batch), static(batch))
+        assert len(list(stage.model.parameters())) > len(list(static.parameters()))
+        assert stage.model.loss(held_out) == static.loss(held_out)
 
 
 @pytest.mark.parametrize("named", ["mm_projector.bin", ""])
 def test_stage_2_starts_from_the_projector_that_llavas_stage_1_left(small, stage_2, mesh, tmp_path, named):
     given = stage_2 | {"init": str(small.folder("projector") / named), "out": str(tmp_path), "vision": str(small.root / "clip"),
                        "llm": str(small.folder("llama"))}
-    job = train.stage_1_or_2(training.options.complete(given, 2))
+    stage = train.vlm_stage(training.options.complete(given, 2))
     expected = state_of(weights.load(str(small.folder("today"))).model)
-    found = state_of(job.model)
+    found = state_of(stage.model)
     assert equal({n: found[n] for n in expected}, expected)
     assert any("expert" in n for n in found)
     if named:
@@ -727,7 +1030,7 @@ def test_a_model_loads_within_1_15_times_its_size(tmp_path, capfd, dtype, ending
 def test_a_model_type_that_is_no_name_is_one_line(copied):
     folder = copied("today")
     edit(folder / "config.json", lambda c: c.update(model_type=[]))
-    refused(folder, "config.json", "no format")
+    refused(folder, "config.json", "cannot be opened")
 
 
 def test_no_added_token_is_drawn(small, tmp_path):
