@@ -29,14 +29,13 @@ from cli import parse, UserError
 from data import Conversations, PromptFormat
 from formats.folders import resolve
 from formats.llava import projector_file
-from model import Block
 from toy import stage0 as toy
 from training.costs import step_flops
 from training.distributed import (DistributedUserError, main_distributed, raise_on_all_ranks,
                                   Signals, start_world, sum_over_ranks)
 from training.feed import (describe_records, make_loader, Pictures, Question, split_across_ranks,
                            TrainDataset, VLMData)
-from training.log import cut_log, log_row, open_log, progress_bar, write_row
+from training.log import cut_log, expert_shares, log_row, open_log, progress_bar, write_row
 from training.muon import Muon
 from training.options import (complete, device_of, EXPERT_OPTIONS, Options, stage_folder, title)
 from training.parts import check_options, run_parts_in_parallel, unfinished
@@ -173,26 +172,6 @@ def train_step(model, optimisers, batches, step, o, mesh, *, skipped=0, stop=0):
 
 
 # ---- Evaluation
-
-
-@contextlib.contextmanager
-def expert_shares(model):
-    """Yields {block: |E_L| / |FFN|}, filled while the model runs: do the experts contribute?"""
-    ffn, shares, handles = {}, {}, []
-    for n, block in enumerate(m for m in model.modules() if isinstance(m, Block) and m.expert):
-        def note_ffn(module, inputs, out, n=n):
-            ffn[n] = out.float().norm()
-
-        def note_expert(module, inputs, out, n=n):
-            shares[n] = (out.float().norm() / ffn[n]).item()
-
-        handles += [block.mlp.register_forward_hook(note_ffn),
-                    block.expert.register_forward_hook(note_expert)]
-    try:
-        yield shares
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

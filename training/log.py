@@ -1,4 +1,4 @@
-"""What a run writes: log.jsonl, a line a step, and the lines on the screen."""
+"""What a run writes: log.jsonl, a line a step, and the lines on the screen; and a figure for it."""
 import contextlib
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 import torch.distributed as dist
 from tqdm import tqdm
 
+from model import Block
 from training.costs import peak_rate
 from training.options import stage_folder, title
 from training.plan import GB, peak
@@ -89,3 +90,23 @@ def write_row(row, skipped, log, bar, o):
         print(json.dumps(row), file=log, flush=True)
         if (row["step"] - 1) % o.log_every == 0 or "held_out" in row or "answer" in row:
             bar.write(log_line(row, o), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def expert_shares(model):
+    """Yields {block: |E_L| / |FFN|}, filled while the model runs: do the experts contribute?"""
+    ffn, shares, handles = {}, {}, []
+    for n, block in enumerate(m for m in model.modules() if isinstance(m, Block) and m.expert):
+        def note_ffn(module, inputs, out, n=n):
+            ffn[n] = out.float().norm()
+
+        def note_expert(module, inputs, out, n=n):
+            shares[n] = (out.float().norm() / ffn[n]).item()
+
+        handles += [block.mlp.register_forward_hook(note_ffn),
+                    block.expert.register_forward_hook(note_expert)]
+    try:
+        yield shares
+    finally:
+        for handle in handles:
+            handle.remove()
