@@ -72,7 +72,7 @@ def check_original(config, path, projector="mlp2x_gelu"):
 
 
 def tower_folder(name, folder, path):
-    """The folder of the CLIP `mm_vision_tower`: a path, also one in or beside `folder`, or an id."""
+    """The folder of the CLIP `mm_vision_tower`: also one in or beside `folder`, or a hub id."""
     if not isinstance(name, str):
         raise UserError(f"{path}: mm_vision_tower {name!r}, expected the name of a CLIP")
     for place in ("", folder, os.path.dirname(os.path.realpath(folder))):
@@ -107,7 +107,7 @@ def read_original(folder, config, path):
 
 
 def vlora_config(config, path, vision, llm):
-    """GeneratorConfig of the published checkpoint's config; UserError that names an unsupported field.
+    """GeneratorConfig of the published checkpoint; UserError that names an unsupported field.
 
     The number of heads, and that the tag counts as a position, are only in its authors' code.
     """

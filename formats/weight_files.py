@@ -42,7 +42,7 @@ def shards_of(index):
 
 
 def weight_files(folder):
-    """[(path, names of its tensors by the index or None)] of a folder or file; UserError if none."""
+    """[(path, names in the index, or None)] of a folder or a file; UserError without weights."""
     if os.path.isfile(folder):
         return [(folder, None)]
     for layout in LAYOUTS:
@@ -77,7 +77,7 @@ def open_shard(path):
 
 
 def check_shard(path, names, expected, seen):
-    """UserError unless names are in one shard only, as the index says. Adds to `seen`, {name: path}."""
+    """UserError unless names are in one shard only, as in the index. Fills `seen`, {name: path}."""
     for name in names:
         if name in seen:
             raise UserError(f"tensor {name} is both in {seen[name]} and in {path}")
