@@ -30,7 +30,7 @@ from cli import UserError
 from formats.json_files import read_json_list
 from model import Batch
 
-IMAGE = -200    # stands in `Sample.ids` at each position of the picture; LLaVA's value
+IMAGE = -200    # placeholder in `Sample.ids` for each image token; the value is LLaVA's
 IGNORE = -100   # the label of a position that is not trained
 MULTIPLE = 16   # training pads sequences to a multiple of this, see `collate`
 TAG = "<image>"
@@ -68,7 +68,7 @@ def open_image(file, name):
     """The first frame of a picture (a path or an open file) as a PIL image in RGB, fully loaded.
 
     As in LLaVA, EXIF orientation is ignored and transparency is dropped, not blended with white.
-    Of 16-bit values the upper 8 bits are kept, also in grey, where LLaVA makes all above 255 white.
+    Of 16-bit values the upper 8 bits are kept; LLaVA clips 16-bit grey at 255.
     Raises UserError with `name` if the file is missing, damaged, far too large or not a picture.
     """
     # For a damaged file Pillow raises OSError, SyntaxError, ValueError, struct.error and others
@@ -94,7 +94,7 @@ def open_image(file, name):
 
 
 def pad_square(image, mean):
-    """`image` centred on a square of the mean colour; an odd pixel of padding is right or below."""
+    """`image` centred on a square of the mean colour; an extra pixel goes right or bottom."""
     side = max(image.size)
     colour = tuple(int(m * 255) for m in mean)  # truncated, as in LLaVA
     canvas = Image.new("RGB", (side, side), colour)
@@ -254,6 +254,7 @@ def encode_conversation(turns, tokenizer, prompt_format, record, image=None):
             new = new + [tokenizer.eos]
         if text is None:
             tag = len(ids)
+        # The causal rule: a turn's own question enters its guidance, an answer never does.
         is_question = part == "prompt" and text is not None
         ids += new
         use += [turn] * len(new)
@@ -415,11 +416,10 @@ def collate(samples, visual, blank=None, pad=0, multiple=1):
     """The `Batch` of samples and of the pictures of those that have one, in order.
 
     visual    list of float[3, S, S] pixels or float[N, C] features
-    blank     shape of one of them: a batch without pictures gets one of zeros that no position
-              uses, so that every rank runs every part of a sharded model; None: it gets none
-    multiple  T is padded to a multiple of it, P (with target IGNORE) to a multiple of four times
-              it: kernels are chosen, and on a CPU compiled, for each new shape, which may cost more
-              than the padding
+    blank     shape of one of them: a batch without pictures gets a dummy of zeros that no position
+              uses, so that all ranks run the same parts of a sharded model; None: it gets none
+    multiple  T is padded to a multiple of it, and P to a multiple of four times it, with target
+              IGNORE. Fewer shapes cost less than the padding: kernels are chosen for each shape
     """
     expected = sum(s.image is not None for s in samples)
     assert len(visual) == expected, f"{len(visual)} pictures for {expected} samples with one"
@@ -452,8 +452,8 @@ def collate(samples, visual, blank=None, pad=0, multiple=1):
 def check_causal(labels, pool_id, use_id):
     """Raise AssertionError if a trained position could see later text through its guidance.
 
-    All int64[B, T], labels not shifted. Position i predicts i + 1. If that is trained, everything
-    that i attends to must use weights whose guidance was averaged over positions up to i.
+    All int64[B, T], labels not shifted. Position i predicts i + 1. If that is trained, no position
+    up to i may use guidance that includes a position after i. For tests: training does not run it.
     """
     rows = zip(labels.tolist(), pool_id.tolist(), use_id.tolist())
     for b, (label, pool, use) in enumerate(rows):

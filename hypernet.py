@@ -1,4 +1,5 @@
-"""A network that writes the weights of another: HyperLLaVA's experts (paper §3.2-3.3, Eqs. 2-5).
+"""A network that writes the weights of another: HyperLLaVA's experts (paper §3.2-3.3, Eqs. 3-5;
+Eq. 2 is their general form).
 
     guidance f ──E_n──> e ──W_1, SiLU, W_2──> + b^(n) ──> W_d, W_u      weights of one small adapter
                                                              │
@@ -9,7 +10,7 @@ E_n, its bias b^(n) and the adapter itself. `pool` makes the guidance. A convers
 turns, and each turn has its own guidance and its own generated weights. Two integers per token say
 which:
 
-    pool_id[b, i]   the turn whose guidance token i is averaged into     -1: none
+    pool_id[b, i]   the turn whose guidance includes token i             -1: none
     use_id[b, i]    the turn whose generated weights token i runs with   -1: none, zero shift
 
 The letters in the shapes are explained at the top of model.py. Next: projector.py.
@@ -38,15 +39,17 @@ def pool(x, pool_id, turns):
 
 
 class HyperNetwork(nn.Module):
-    """H_M of Eq. 4, shared by all experts of a modality: w = (W_1 e + B_1) W_2, and a SiLU between.
+    """W_1, B_1, W_2 of Eq. 4 (H_M in Eq. 5), shared by all experts of a modality.
+
+    It computes w = (W_1 e + B_1) W_2, with a SiLU between the layers.
 
     As printed, Eq. 4 is linear in e, so W_1 would fold into W_2. The text calls it a two-layer MLP,
     so we add the non-linearity that an MLP has. B_2 is left out: the bias b^(n) of each expert
     already plays its part.
 
-    The factor 1/sqrt(E) keeps training stable. One Adam step moves each entry of W_2 by about lr,
-    and so a generated weight by up to lr * sum|a|, which grows with E: at the rate of a static
-    layer it would rewrite the adapter.
+    The factor 1/sqrt(E) keeps training stable. Without it, one Adam step at rate lr changes a
+    generated weight by up to lr times the sum of the hidden layer's absolute values, which grows
+    with E: at the rate of a static layer it would rewrite the adapter.
 
     e        float[B, U, E]  embedding of the guidance
     returns  float[B, U, 2R * inputs], float[B, U, R * outputs]  the generated parts of W_d and W_u,
@@ -114,8 +117,7 @@ class Expert(nn.Module):
         """
         (B, T, _), (down, up) = x.shape, weights
         U, R = up.shape[1:3]
-        # The weights of all turns side by side make two batched products. Each token then keeps its
-        # own turn's part.
+        # Apply every turn's weights to every token; then set the results of other turns to zero.
         gate, value = (x @ down.flatten(1, 2).mT).view(B, T, U, 2 * R).chunk(2, dim=-1)
         hidden = F.silu(gate) * value                # (B, T, U, R)  SwiGLU(W_d x)
         if use_id is not None:

@@ -4,12 +4,11 @@
     picture ─> CLIP ─> Projector (visual expert) ─┐
                                                   ├─> blocks 0 .. k-1 ─┬─> blocks k .. L-1 ─> head
     question ─> embed_tokens ─────────────────────┘                    │   (language experts)
-                                                                       └─> guidance of each turn ─>
-                                                                       HyperNetwork
+                                                                       └─> guidance ─> HyperNetwork
 
-All modules are plain `nn.Module`s: devices, ranks and sharding are the business of train.py.
-Parameters carry the leaf names of the Hugging Face checkpoints. `generate` is at the end. Read
-hypernet.py and projector.py first, then data.py and train.py.
+All modules are plain `nn.Module`s; train.py handles devices, ranks and sharding. Parameters end in
+the names of the Hugging Face checkpoints (q_proj, gate_proj, ...). `generate` is at the end.
+Read hypernet.py and projector.py first, then data.py and train.py.
 
 Letters, the same in every file:
     B batch             T sequence (text + image tokens)   N image tokens        V vocabulary
@@ -66,13 +65,14 @@ class LlamaConfig:
 class VLMConfig:
     """HyperLLaVA on a CLIP and a Llama; the defaults are the paper's (Tables 2, 3; Figures 3, 4).
 
-    Raises UserError if guidance would be taken in a block that does not fit the experts.
+    Raises UserError if guidance would be taken after the first block that has an expert.
     """
     vision: VisionConfig = field(default_factory=VisionConfig)
     llm: LlamaConfig = field(default_factory=LlamaConfig)
     visual_expert: Literal["none", "1", "2", "both"] = "1"
     language_expert: Literal["none", "anterior", "posterior", "all"] = "posterior"
-    # Blocks that run before guidance is taken. None: half of them; 0 if block 0 has an expert.
+    # Blocks that run before guidance is taken. None: 0 for anterior or all, else depth // 2.
+    # Experts of posterior blocks begin there.
     guidance_after: int | None = None
     expert_embed: int = 64  # E
     expert_rank: int = 16   # R
@@ -108,12 +108,12 @@ class Batch:
     and lengths only."""
     ids: torch.Tensor                      # int64[B, T], padded on the right
     lengths: torch.Tensor                  # int64[B], real tokens of each row
-    pool_id: torch.Tensor | None = None    # int64[B, T], see hypernet.py; None: cached weights
+    pool_id: torch.Tensor | None = None    # int64[B, T], see hypernet.py; None: use cached weights
     use_id: torch.Tensor | None = None     # int64[B, T]
-    turns: int = 1                         # U, of the row with the most turns
+    turns: int = 1                         # U, the largest number of turns in a row
     visual: torch.Tensor | None = None     # float[M, 3, S, S] pixels or float[M, N, C] features
-    image_at: torch.Tensor | None = None   # int64[image tokens], flat positions b * T + i, in order
-    at: torch.Tensor | None = None         # int64[P], flat positions with logits; None: all
+    image_at: torch.Tensor | None = None   # int64[image tokens], indices into [B * T]
+    at: torch.Tensor | None = None         # int64[P], indices into [B * T] that get logits
     target: torch.Tensor | None = None     # int64[P], the next tokens; negative: ignored
     picture: torch.Tensor | None = None    # int64[B], the row's picture in `visual`, or -1 (VLoRA)
     tag: torch.Tensor | None = None        # int64[B], position of the picture's tag, or -1 (VLoRA)
@@ -145,8 +145,7 @@ def attend(q, k, v, mask=None, causal=False, eager=False):
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     if causal:
         mask = torch.ones(T, length, dtype=torch.bool, device=q.device).tril()
-    # The mask is added inside the product. A masked_fill would copy all scores, forward and
-    # backward.
+    # baddbmm adds the mask during the product. A masked_fill would copy all scores twice.
     if mask is None:
         bias = q.new_zeros(())
     else:
@@ -206,7 +205,7 @@ class VisionMLP(nn.Module):
         self.fc2 = nn.Linear(cfg.hidden, cfg.width)
 
     def forward(self, x):
-        # quick_gelu, x sigmoid(1.702 x): what OpenAI trained with, neither erf nor tanh GELU
+        # quick_gelu, x sigmoid(1.702 x): OpenAI's own, not the usual GELU
         return self.fc2(F.silu(1.702 * self.fc1(x)) / 1.702)
 
 
@@ -333,7 +332,7 @@ class Block(nn.Module):
     no residual of its own.
 
     guidance     (guidance float[B, U, D], use_id int64[B, T], hypernet) for new turns;
-                 None: go on with the generated weights in `layer_cache`
+                 None: use the generated weights in `layer_cache`
     layer_cache  this block's LayerCache while decoding, else None
     """
 
@@ -354,7 +353,7 @@ class Block(nn.Module):
             weights, use_id = layer_cache.weights, layer_cache.use_id
         else:
             g, use_id, hypernet = guidance
-            weights = self.expert.weights(g, hypernet)  # made in the block: only g outlives it
+            weights = self.expert.weights(g, hypernet)  # made here to save memory in training
             if layer_cache is not None:
                 layer_cache.keep(weights, use_id)
         return x + (self.mlp(y) + self.expert(y, weights, use_id))  # Eq. 7
@@ -426,8 +425,8 @@ class Llama(nn.Module):
     """Embeddings float[B, T, D] -> final states float[B, T, D]; `head` turns states into logits.
 
     The guidance of turn t is the mean, over the tokens with pool_id t, of the RMS-normalised output
-    of the first `guidance_after` blocks (0: of the embeddings). The norm is the experts' own: Llama
-    has none between two blocks, and the next block's norm belongs to its attention.
+    of the first `guidance_after` blocks (0: of the embeddings). This RMSNorm is new: Llama
+    has none between two blocks.
     """
 
     def __init__(self, cfg):
@@ -448,7 +447,7 @@ class Llama(nn.Module):
         """What the experts of new turns need, see Block; None in a model without experts."""
         if self.hypernet is None:
             return None
-        g = pool(self.guidance_norm(x), batch.pool_id, batch.turns).to(x.dtype)  # f_L, in fp32
+        g = pool(self.guidance_norm(x), batch.pool_id, batch.turns).to(x.dtype)  # f_L
         return g, batch.use_id, self.hypernet
 
     def positions(self, batch, cache):
@@ -494,7 +493,7 @@ class VLM(nn.Module):
         if batch.visual is None:
             return x
         tokens = self.projector(self.features(batch.visual)).flatten(0, 1)  # (M N, D)
-        tokens = tokens[:len(batch.image_at)].to(x.dtype)  # none if the picture is blank
+        tokens = tokens[:len(batch.image_at)].to(x.dtype)  # none of a dummy picture from collate
         return x.flatten(0, 1).index_copy(0, batch.image_at, tokens).view_as(x)
 
     def forward(self, batch, cache=None):
@@ -549,7 +548,7 @@ def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, gen
 
     batch    the prompts; with a cache, what is new in the next turn
     cache    of the same rows after `end_turn`; None: a first turn
-    vocab    with temperature > 0, ids from here on are never drawn (rows of the embedding beyond
+    vocab    with temperature > 0, ids from here on are never sampled (rows of the embedding beyond
              the tokenizer's vocabulary); None: all may be
     Ends when all rows have ended, or at max_new_tokens. The last token of a row is not run any
     more: `cache` lacks it.
@@ -562,7 +561,7 @@ def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, gen
     logits = model(dataclasses.replace(batch, at=last), cache)          # (B, V)
     ended = torch.zeros_like(batch.lengths, dtype=torch.bool)
     for step in range(max_new_tokens):
-        logits = logits[:, :vocab] if temperature else logits  # a greedy choice is the model's own
+        logits = logits[:, :vocab] if temperature else logits  # greedy decoding is not restricted
         token = sample_token(logits, temperature, top_p, generator).masked_fill(ended, eos)
         yield token
         ended |= token == eos

@@ -4,11 +4,10 @@ it (Eq. 6, Figure 2a).
     none   V = L2(L1(f))
     1      V = L2(L1(f) + E_V1(f))                        the paper's choice
     2      V = L2(L1(f)) + E_V2(L1(f))
-    both   V = L2(L1(f) + E_V1(f)) + E_V2(L1(f))          as in Eq. 6; in the figure, E_V2 reads the
-           sum
+    both   V = L2(L1(f) + E_V1(f)) + E_V2(L1(f))          as in Eq. 6; Figure 2 differs
 
-L1 includes the GELU (the paper does not say), so an expert shifts the input of the next layer.
-Next: model.py.
+The paper does not say where the GELU is. Here it belongs to L1, so an expert's output is added
+after it. Next: model.py.
 """
 import torch.nn.functional as F
 from torch import nn
@@ -39,11 +38,11 @@ class Projector(nn.Module):
 
     def __init__(self, inputs, outputs, visual_expert, embed, rank):
         super().__init__()
-        first, second = visual_expert in ("1", "both"), visual_expert in ("2", "both")
+        has_1, has_2 = visual_expert in ("1", "both"), visual_expert in ("2", "both")
         self.linear_1 = nn.Linear(inputs, outputs)
         self.linear_2 = nn.Linear(outputs, outputs)
-        self.expert_1 = VisualExpert(inputs, outputs, embed, rank) if first else None
-        self.expert_2 = VisualExpert(outputs, outputs, embed, rank) if second else None
+        self.expert_1 = VisualExpert(inputs, outputs, embed, rank) if has_1 else None
+        self.expert_2 = VisualExpert(outputs, outputs, embed, rank) if has_2 else None
 
     def forward(self, f):
         first = F.gelu(self.linear_1(f))                                        # L1(f)

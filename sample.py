@@ -7,7 +7,7 @@ everything else to standard error.
 `answer` is the one place that answers prompts; benchmarks and the training log call it, too.
 `Chat` answers turn by turn and keeps a cache. Next: weights.py, which opens checkpoints.
 """
-# cli before torch: from then on, Ctrl-C ends the slow imports with one line
+# cli first: it handles Ctrl-C during the slow imports
 from cli import main, parse, read_lines, survive_mistakes, UserError
 
 import contextlib
@@ -38,7 +38,7 @@ HELP = ("type a question; /image PATH: a new conversation about another picture;
 
 @dataclass
 class Options:
-    """Answer questions about a picture. A bare word is the picture: sample.py x.jpg"""
+    """Answer questions about a picture. A word without an option name is the picture."""
     # question
     image: str | None = None           # the picture; -: standard input; none: no picture
     prompt: list[str] | None = None    # the question; may be repeated: turns of one conversation;
@@ -49,7 +49,7 @@ class Options:
     # answer
     max_new_tokens: int = 256          # longest answer, in tokens
     temperature: float = 0.0           # 0: always the likeliest token; above 0: drawn at random
-    top_p: float = 1.0                 # draw from the fewest tokens with this total probability
+    top_p: float = 1.0                 # sample from the fewest tokens with this total probability
     seed: int = 0                      # of the random draws
     # file of questions
     batch: str | None = None           # JSON Lines file: {"prompt": text, "image": path} a line,
@@ -58,7 +58,7 @@ class Options:
     out: str | None = None             # file of the answers; none: x.answers.jsonl for x.jsonl
     batch_size: int = 8                # questions answered together
     # hardware
-    device: Literal["cuda", "mps", "cpu"] | None = None  # none: the first of these that is there
+    device: Literal["cuda", "mps", "cpu"] | None = None  # none: the first of these that exists
     dtype: Literal["bfloat16", "float32"] | None = None  # none: bfloat16 where it is fast
     merge: bool = False                # VLoRA: add the picture's weights to the Llama's own during
                                        # an answer, for long answers
@@ -93,7 +93,7 @@ def load(o, name):
     dtype = o.dtype or fast_dtype(device)
     checkpoint = weights.load(name, getattr(torch, dtype))
     if o.merge and not isinstance(checkpoint.model, vlora.VLoRA):
-        raise UserError(f"--merge: {name} is not a VLoRA, its pictures change no weights")
+        raise UserError(f"--merge: {name} is not a VLoRA, --merge works only with one")
     checkpoint.model.to(device)
     return checkpoint, f"{name} on {device} in {dtype}"
 
@@ -114,8 +114,8 @@ def answer(checkpoint, samples, visual, max_new_tokens, *, temperature=0.0, top_
     visual     pixels float[3, S, S] or features float[N, C] of the samples with a picture, in order
     generator  torch.Generator on the model's device, for temperature > 0
 
-    Runs on the model's device and in its dtype. In fp32, each greedy answer is the one that its
-    prompt gets by itself.
+    Runs on the model's device and in its dtype. In fp32, greedy answers are the same as
+    without batching.
     """
     batch, tokenizer = make_batch(samples, visual, checkpoint.model), checkpoint.tokenizer
     return generate(checkpoint.model, batch, max_new_tokens, tokenizer.eos, temperature=temperature,
@@ -128,7 +128,7 @@ def make_generator(model, seed):
 
 
 def free_positions(sample, before, context):
-    """Positions left for the answer to a prompt after `before` others; UserError if none."""
+    """Positions left for an answer if `before` are used already; UserError if none."""
     free = context - before - len(sample.ids)
     if free < 1:
         past = f", the conversation before it {before}" if before else ""
@@ -149,17 +149,17 @@ class Chat:
 
     ids     all tokens: prompts, and answers as the model gave them (encoding an answer's text again
             could give other ids)
-    cached  how many of them have been run. The last token of an answer has not: it runs when the
-            next turn begins, with the weights of its own turn. So does the </s> after a cut answer.
+    cached  how many of them have been run. The last token of an answer is run when the next turn
+            begins, with the weights of its own turn; after a cut answer, </s> is run then, too.
 
-    Ctrl-C may end `ask` anywhere: what was yielded until then stays, the next question follows it.
+    Ctrl-C may end `ask` anywhere: the partial answer is kept, and the next question follows it.
     """
 
     def __init__(self, checkpoint, image, o):
         self.checkpoint, self.o = checkpoint, o
         self.model, self.tokenizer = checkpoint.model, checkpoint.tokenizer
         self.context = self.model.cfg.llm.context
-        self.image, self.features = image, None  # PIL image or None; float[N, C] once it was needed
+        self.image, self.features = image, None  # PIL image or None; float[N, C] from first use on
         self.reset()
 
     def reset(self):
@@ -189,7 +189,7 @@ class Chat:
         return sample, free_positions(sample, before, self.context)
 
     def uncached(self):
-        """The ids that end the last answer and have not been run, </s> included."""
+        """The ids of the last answer that are not in the cache, </s> included."""
         ended = not self.ids or self.ids[-1] == self.tokenizer.eos
         return self.ids[self.cached:] + ([] if ended else [self.tokenizer.eos])
 
@@ -203,7 +203,7 @@ class Chat:
 
     @contextlib.contextmanager
     def batch_of(self, sample):
-        """The `Batch` of a prompt; with --merge, the Llama has the picture's weights inside."""
+        """The `Batch` of a prompt; with --merge, the picture's weights are merged meanwhile."""
         if not self.o.merge or self.image is None:
             yield make_batch([sample], self.visual() if sample.image else [], self.model)
             return
@@ -218,12 +218,12 @@ class Chat:
     def ask(self, question):
         """Yield the answer as text: a piece for each token, and a last one.
 
-        A piece is empty while a character is not complete; the last holds what is left then.
+        A piece is empty while a character is not complete; the last one holds the rest.
         Raises UserError as `prompt` does, and the conversation is as before.
         """
         sample, free = self.prompt(question)
         with self.batch_of(sample) as batch:
-            self.cache.lengths.fill_(self.cached)  # differs only after Ctrl-C
+            self.cache.lengths.fill_(self.cached)  # needed only after Ctrl-C
             if last := self.uncached():
                 lengths = batch.lengths.new_tensor([len(last)])
                 end_turn(self.model, batch.ids.new_tensor([last]), lengths, self.cache)
@@ -321,7 +321,8 @@ def answer_rows(checkpoint, rows, images, o, seed):
 
 
 def answer_file(o):
-    """Answer --batch to --out, in order. A run that was stopped goes on where its file ends."""
+    """Answer --batch to --out, in order. A stopped run continues after the last answer in its file.
+    """
     rows, name = read_questions(o.batch), choose_checkpoint(o.model)
     out = o.out or f"{os.path.splitext(o.batch)[0]}.answers.jsonl"
     images = o.images or os.path.dirname(o.batch) or "."

@@ -1,4 +1,4 @@
-"""Training: stages 0, 1 and 2 of one loop, sharded with FSDP2 on any number of ranks.
+"""Training: one loop runs stages 0, 1 and 2, sharded with FSDP2 on any number of ranks.
 
     python train.py                 the toy: stand-ins, alignment, instruction tuning, then scores
     torchrun --nproc_per_node 8 train.py --stage 1 --preset 7b --vision CLIP --llm VICUNA \\
@@ -73,7 +73,7 @@ def freeze(model, prefixes):
 
 
 def is_muon_matrix(name, p):
-    """Whether Muon may train a parameter: a matrix of a block, but not of its expert."""
+    """True for the matrices of blocks, except those of experts."""
     in_expert = re.search(r"\.(expert|lora)\.", name)
     return ".layers." in name and not in_expert and p.ndim == 2
 
@@ -90,8 +90,11 @@ def make_optimisers(model, o):
 
 
 def schedule(step, o):
-    """The factor on the learning rate at 0-based `step`: a warm-up, then a cosine to 0; or for wsd
-    constant with a linear end. With cosine the first step has factor 0, as in LLaVA's trainer."""
+    """The factor on the learning rate at 0-based `step`.
+
+    cosine: warm-up, then a cosine to 0; the first step has factor 0, as in LLaVA's trainer.
+    wsd: warm-up, then constant, then a linear decay to 0.
+    """
     warm = math.ceil(o.warmup * o.steps)
     if step < warm:
         return (step + (o.schedule == "wsd")) / warm
@@ -114,11 +117,11 @@ class StepResult:
     stop: int          # the signal that some rank got before the step, or 0
 
 
-def count(batches, model, step, o, mesh, *, skipped, stop):
+def gather_counts(batches, model, step, o, mesh, *, skipped, stop):
     """(supervised tokens of the global batch, StepResult without loss and norm).
 
-    One all-reduce carries all that the ranks must agree on. Raises DistributedUserError if a batch
-    could not be built on some rank, or if there is no supervised token.
+    One all-reduce sums the counts, errors and signals of all ranks. Raises DistributedUserError if
+    a batch could not be built on some rank, or if there is no supervised token.
     """
     errors = [b for b in batches if isinstance(b, UserError)]
     good = [b for b in batches if not isinstance(b, UserError)]
@@ -144,18 +147,18 @@ def raise_first(errors):
 def train_step(model, optimisers, batches, step, o, mesh, *, skipped=0, stop=0):
     """One optimiser step over this rank's micro-batches; returns its StepResult.
 
-    batches  this rank's; a UserError stands for a batch that could not be built
+    batches  this rank's; an entry is a UserError if its batch could not be built
     skipped  pictures that this rank skipped; stop: the signal that it got, or 0
 
     The loss is the sum over supervised tokens, divided by their number in the *global* batch. So
     neither accumulation nor the number of ranks changes the gradients. (LLaVA takes a mean of
     means.)
     """
-    tokens, result = count(batches, model, step, o, mesh, skipped=skipped, stop=stop)
+    tokens, result = gather_counts(batches, model, step, o, mesh, skipped=skipped, stop=stop)
     summed = 0.0
     for batch in batches:
         loss = model.loss(batch.to(mesh.device_type)) / tokens
-        (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, but the loss is a sum
+        (loss * dist.get_world_size()).backward()  # undoes FSDP's averaging over ranks
         summed += loss.item()
     result.loss, = sum_over_ranks([summed], mesh)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -176,11 +179,11 @@ def train_step(model, optimisers, batches, step, o, mesh, *, skipped=0, stop=0):
 
 @torch.no_grad()
 def evaluate(stage, model, o, mesh):
-    """Figures for the log, as far as there is data for them.
+    """Figures for the log, if there is data for them.
 
     held_out       loss per supervised token of the held-out data
     expert_share   |E_L| / |FFN|, a mean over the blocks with an expert
-    answer, truth  to the stage's question
+    answer, truth  the model's answer to the stage's question, and the right one
     """
     row = {}
     # Evaluation has many rare shapes; compiling for each would take minutes.
@@ -211,8 +214,8 @@ def check_llm(model, batches, mesh):
     chance = math.log(model.cfg.llm.vocab)
     if not loss < 0.9 * chance:
         raise DistributedUserError(
-            f"loss {loss:.2f} per token of text is near chance ({chance:.2f}): is --llm pretrained? "
-            f"To rehearse without, add --allow_random_llm")
+            f"loss {loss:.2f} per token of text is near chance ({chance:.2f}): "
+            f"is --llm pretrained? For a test run with a random Llama, add --allow_random_llm")
 
 
 # ---- The loop
@@ -223,14 +226,14 @@ class Stage:
     """A model with loss(batch), data with batch(rows), and what to write at the end."""
     model: nn.Module              # loss(batch) is summed over the supervised tokens
     data: object                  # see training.feed.VLMData
-    held_out: list                # this rank's batches of held-out data; as many as on other ranks
+    held_out: list                # this rank's batches of held-out data; each rank has as many
     write: Callable               # {name: tensor} -> writes the finished checkpoint
-    keeps: tuple = ("",)          # prefixes of the tensors that `write` gets
+    keeps: tuple = ("",)          # prefixes of the tensors to save
     question: Question | None = None
 
 
 def setup_model(model, o, mesh):
-    """(model, optimisers): frozen where the stage does not train, compiled, recomputed, sharded."""
+    """(model, optimisers): frozen, compiled, checkpointed and sharded as the options say."""
     freeze(model, TRAINS[o.stage, o.tune])
     if o.kernels == "eager":
         write_out_kernels(model)
@@ -243,8 +246,7 @@ def setup_model(model, o, mesh):
 
 
 def start_or_resume(stage, model, optimisers, o, mesh):
-    """(first step to take, pictures skipped before it): of the newest saved state, or from the
-    start.
+    """(first step, number of skipped pictures so far): of the newest saved state, or zero.
     """
     states = os.path.join(stage_folder(o), "state")
     start = raise_on_all_ranks(lambda: first_step(o))
@@ -277,8 +279,9 @@ def train(stage, o, mesh, place=0):
         for step in bar:
             # Data: this rank's micro-batches of the step
             asked = time.perf_counter()
-            batches, messages = zip(*(next(loader) for _ in range(dataset.accumulation)))
-            messages, waited = sum(messages, []), time.perf_counter() - asked
+            items = [next(loader) for _ in range(dataset.accumulation)]
+            batches, messages = [batch for batch, _ in items], sum([m for _, m in items], [])
+            waited = time.perf_counter() - asked
 
             # Learning rate
             factor = schedule(step, o)
@@ -319,7 +322,7 @@ def finish(stage, model, skipped, o):
     if dist.get_rank() == 0:
         shutil.rmtree(os.path.join(stage_folder(o), "state"), ignore_errors=True)
         if skipped:
-            print(f"{skipped} times a picture could not be read; the next record took its place",
+            print(f"{skipped} pictures could not be read; the next records took their places",
                   file=sys.stderr)
         print(f"{title(o)} is finished: {stage_folder(o)}", file=sys.stderr)
     dist.barrier()
@@ -335,7 +338,7 @@ def model_options(o):
                                     o.vlora_depth, o.vlora_heads)
         return {"visual_expert": "none", "language_expert": "none", "vlora": generator}
     options = {name: getattr(o, name) for name in EXPERT_OPTIONS}
-    if o.stage == 1:  # language experts join in stage 2: there are no questions yet
+    if o.stage == 1:  # stage 1 has no questions, so no language experts
         options |= {"language_expert": "none", "guidance_after": None}
     return options
 
@@ -343,10 +346,10 @@ def model_options(o):
 def build_model(o):
     """(model, tokenizer, preprocess, sources): from CLIP and Llama, or from the checkpoint --init.
 
-    sources  where the frozen parts are, for the checkpoint of stage 1
+    sources  paths of CLIP and the Llama, for the checkpoint of stage 1
     """
     options, dtype = model_options(o), getattr(torch, o.dtype)
-    projector = projector_file(o.init) if o.stage == 2 else None  # LLaVA's own stage 1
+    projector = projector_file(o.init) if o.stage == 2 else None  # LLaVA's pretrained projector
     if projector and o.method == "vlora":
         raise UserError(f"--init {o.init}: a projector, but VLoRA has none; "
                         f"expected a checkpoint of stage 1")
@@ -416,6 +419,7 @@ def run():
     if o.preset == "toy":
         raise_on_all_ranks(lambda: toy.make_world(o.out, o.pictures) if rank_0 else None)
         progress.done("world")
+    # The toy needs its stand-ins for CLIP and the Llama, unless others are given
     stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
     for stage in [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage]):
         runs = unfinished(given, stage)

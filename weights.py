@@ -46,8 +46,8 @@ FORMAT, VERSION = "hyperllava", 1
 def pick_device(wanted=None):
     """`wanted`, or the first of cuda, mps and cpu that exists; UserError if it does not exist here.
     """
-    exists = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    found = [device for device in exists if exists[device]]
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    found = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     if wanted is not None and wanted not in found:
         raise UserError(f"--device {wanted}: this machine has {', '.join(found)}")
     return wanted or found[0]
@@ -121,7 +121,8 @@ def names_of(cfg):
 def check_fit(target, tensor, shape, label):
     """UserError unless the tensor has the shape and kind of the parameter `target`."""
     if tensor.shape != shape:
-        raise UserError(f"{label} is {list(tensor.shape)}, but {target} in the model is {list(shape)}")
+        raise UserError(f"{label} is {list(tensor.shape)}, "
+                        f"but the model's {target} is {list(shape)}")
     if not tensor.is_floating_point():
         raise UserError(f"{label} has dtype {tensor.dtype}, expected a floating type: "
                         f"quantised weights are not supported")

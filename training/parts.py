@@ -17,7 +17,7 @@ from training.state import first_step, saved_steps
 
 
 def begun(out):
-    """Whether a run of all stages can go on in `out`: it left a checkpoint or a saved state there."""
+    """Whether a run of all stages can go on in `out`: it left a checkpoint or a state."""
     units = [(0, part) for part in PARTS] + [(1, None), (2, None)]
     return any(finished(out, *unit) or saved_steps(os.path.join(folder_of(out, *unit), "state"))
                for unit in units)
@@ -27,11 +27,13 @@ def check_options(given):
     """UserError for what can be seen to be wrong before any work."""
     o = Options(**given)
     if o.stage not in (None, 0, 1, 2) or (o.preset != "toy" and o.stage not in (1, 2)):
-        raise UserError(f"--stage {o.stage} with preset {o.preset}: expected 1 or 2; the toy also has 0, or none for all")
+        raise UserError(f"--stage {o.stage} with preset {o.preset}: expected 1 or 2; "
+                        f"the toy also has 0, or none for all")
     if o.part and o.stage != 0:
         raise UserError(f"--part {o.part}: only stage 0 has parts, say --stage 0")
     if o.stage is None and o.overwrite:
-        raise UserError("--overwrite goes with --stage; to train all anew, name another folder with --out")
+        raise UserError("--overwrite goes with --stage; to train all anew, "
+                        "name another folder with --out")
     check_paths(given)
     if o.stage is None and o.resume and not begun(o.out):
         raise UserError(f"--resume: no saved state and no finished stage in {o.out}")
@@ -83,7 +85,7 @@ def run_parts_in_parallel(run_stage, runs, stage):
     core each take less time than one after the other on both. A signal, or the failure of a part,
     ends all.
     """
-    raise_on_all_ranks(lambda: [first_step(complete(given, stage)) for given in runs])  # errors once
+    raise_on_all_ranks(lambda: [first_step(complete(given, stage)) for given in runs])
     threads = max(1, torch.get_num_threads() // len(runs))
     spawn = multiprocessing.get_context("spawn")  # a fork has OpenMP's state without its threads
     lock = spawn.RLock()
