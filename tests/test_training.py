@@ -1002,6 +1002,22 @@ def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_o
     process.send_signal(signal.SIGINT)  # perhaps before the parts can save: no traceback all the same
     text = process.communicate(timeout=100)[1]
     assert process.returncode == 130 and "stopped by SIGINT" in text and "Traceback" not in text
+
+
+def sleep_or_die(given, stage, mesh, place):
+    """Stands in for train.run_stage in the next test."""
+    if given["part"] == "llm":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(200)
+
+
+@pytest.mark.slow
+def test_the_part_that_was_killed_is_named_though_the_other_part_is_ended_too(mesh, tmp_path, capfd):
+    runs = [{"out": str(tmp_path), "part": part} for part in training.options.PARTS]
+    with pytest.raises(UserError, match="^stage 0 llm was ended by SIGKILL$"):
+        training.parts.run_parts_in_parallel(sleep_or_die, runs, 0)
+
+
 UNITS = ("stage0/clip", "stage0/llm", "stage1", "stage2")  # what a run of all stages leaves, one after the other
 
 
