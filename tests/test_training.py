@@ -998,6 +998,8 @@ def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_o
 
     shutil.rmtree(tmp_path / "turns" / "stage0")
     process = start(2, steps=400)
+    while process.poll() is None and not open(f"/proc/{process.pid}/task/{process.pid}/children").read():
+        time.sleep(0.1)  # until it starts the parts
     time.sleep(4)
     process.send_signal(signal.SIGINT)  # perhaps before the parts can save: no traceback all the same
     text = process.communicate(timeout=100)[1]
