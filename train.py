@@ -9,6 +9,9 @@ rest of a long run is in training/: options, ranks, sharding, saved state, order
 plan. A stage's folder holds log.jsonl, state/ while it runs, and the checkpoint when it is
 finished.
 """
+# cli before torch: from then on, Ctrl-C ends the slow imports with one line
+from cli import parse, UserError
+
 import contextlib
 import dataclasses
 import math
@@ -25,7 +28,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cli import parse, UserError
 from data import Conversations, PromptFormat
 from formats.folders import resolve
 from formats.llava import projector_file

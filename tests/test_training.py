@@ -191,7 +191,7 @@ WAYS = {1: ([[[0, 1, 2, 3]]], [[[0, 1], [2, 3]]], [[[0], [1], [2], [3]]]),  # fo
 
 
 def gradients(out, mesh):
-    """Write OUT/PLACE.pt for each of PLACES: for each way to share four samples out, {name: the gradient of a step}."""
+    """Write OUT/PLACE.pt for each of PLACES: a list of {name: gradient of a step}, one for each way to distribute four samples."""
     for place, (stage, options) in PLACES.items():
         found = []
         for ranks in WAYS[dist.get_world_size()]:
@@ -213,7 +213,7 @@ def gradients(out, mesh):
 
 
 def test_gradients_are_the_same_whole_accumulated_and_on_two_ranks_one_of_which_has_text_alone(run, mesh, tmp_path):
-    """Of samples of 1 and of 20 turns, of 2 words and of 60, with pictures and without."""
+    """The samples have 1 to 20 turns and 2 to 60 words; some have no picture."""
     for part in ("clip", "llm"):
         os.symlink(f"{run}/stage0/{part}", tmp_path / part)
     os.symlink(f"{run}/world/images", tmp_path / "images")
@@ -293,7 +293,7 @@ def test_a_new_state_replaces_whatever_an_older_run_left(run, mesh, tmp_path):
 
 
 def stopped(given, mesh, number, at):
-    """Run stage 2 with a signal that arrives in 0-based step `at`; the exit code."""
+    """Run stage 2, send it a signal in 1-based step `at`, and return its exit code."""
     def kicked(*args, step=train.train_step, count=[0], **more):
         count[0] += 1
         if count[0] == at:
@@ -316,8 +316,8 @@ def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(run, mesh, tm
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_worker_hears_its_parent_alone():
-    """Deaf to all, it would keep a process that ends with an error from ending: at exit multiprocessing terminates it and waits."""
+def test_only_its_parent_can_end_a_worker():
+    """If it ignored its parent too, a process with an error would never end: at exit it terminates its workers and waits."""
     ready = multiprocessing.get_context("fork").Event()
     worker = multiprocessing.get_context("fork").Process(target=lambda: (training.distributed.ignore_signals(0), ready.set(), time.sleep(60)), daemon=True)
     worker.start()
@@ -376,7 +376,7 @@ def test_states_rotate_and_the_last_good_one_outlives_a_full_disk(run, mesh, tmp
 
 
 def damaged(run, out):
-    """A copy of a run's data in which the picture of record 1 is none; (options of stage 2 on it, that record's id)."""
+    """Copy a run's data and damage the picture of record 1; returns (options of stage 2 on it, that record)."""
     shutil.copytree(f"{run}/world", out / "world")
     record = json.load(open(out / "world" / "instruct.json"))[1]
     with open(out / "world" / "images" / record["image"], "wb") as f:
@@ -482,7 +482,7 @@ print("right")
 
 @pytest.mark.parametrize("dims", [("4",), ("2", "2")], ids=["sharded", "in two copies"])
 def test_a_rank_reads_and_casts_its_own_rows_of_the_files_and_no_others(tmp_path, dims):
-    """The last rank of four, the others of which are not there."""
+    """Runs only the last of four ranks."""
     done = subprocess.run([sys.executable, "-c", RANK_3_OF_4, str(tmp_path / "model.safetensors"), *dims], capture_output=True, text=True, cwd=HERE)
     assert done.stdout == "right\n", done.stderr[-2000:]
 
@@ -886,14 +886,14 @@ def test_two_ranks_take_the_same_steps_as_one(run, tmp_path):
 
 
 def launch(ranks, *words):
-    """train.py under torchrun, to be waited for."""
+    """Start train.py under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.Popen([*command, os.path.join(HERE, "train.py"), *map(str, words)], stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})  # whatever the host is called
 
 
 def words_of(given, stage=2):
-    """Options as words of a command line."""
+    """The words of a command line with these options."""
     options = {"stage": stage} | given
     return [w for k, v in options.items() if v is not None for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
@@ -908,7 +908,7 @@ def rank_of(process, rank):
 
 
 def wait_for(process, out, lines):
-    """Until the log of stage 2 has so many whole lines."""
+    """Wait until the log of stage 2 has so many whole lines."""
     log, began = os.path.join(out, "stage2", "log.jsonl"), time.time()
     while not os.path.exists(log) or open(log).read().count("\n") < lines:
         assert process.poll() is None and time.time() - began < 200, (process.kill(), process.communicate(timeout=60)[1][-2000:])
@@ -998,10 +998,28 @@ def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_o
 
     shutil.rmtree(tmp_path / "turns" / "stage0")
     process = start(2, steps=400)
+    while process.poll() is None and not open(f"/proc/{process.pid}/task/{process.pid}/children").read():
+        time.sleep(0.1)  # until it starts the parts
     time.sleep(4)
     process.send_signal(signal.SIGINT)  # perhaps before the parts can save: no traceback all the same
     text = process.communicate(timeout=100)[1]
     assert process.returncode == 130 and "stopped by SIGINT" in text and "Traceback" not in text
+
+
+def sleep_or_die(given, stage, mesh, place):
+    """Stands in for train.run_stage in the next test."""
+    if given["part"] == "llm":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(200)
+
+
+@pytest.mark.slow
+def test_the_part_that_was_killed_is_named_though_the_other_part_is_ended_too(mesh, tmp_path, capfd):
+    runs = [{"out": str(tmp_path), "part": part} for part in training.options.PARTS]
+    with pytest.raises(UserError, match="^stage 0 llm was ended by SIGKILL$"):
+        training.parts.run_parts_in_parallel(sleep_or_die, runs, 0)
+
+
 UNITS = ("stage0/clip", "stage0/llm", "stage1", "stage2")  # what a run of all stages leaves, one after the other
 
 

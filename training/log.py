@@ -74,8 +74,10 @@ def progress_bar(start, o, place):
     """The bar over the steps to take, on line `place` of the terminal; in a file, a line every 15
     s.
     """
-    return tqdm(range(start, o.steps), title(o), initial=start, total=o.steps, position=place,
-                disable=dist.get_rank() > 0, mininterval=1 if sys.stderr.isatty() else 15)
+    terminal = sys.stderr.isatty()  # elsewhere nothing can move to the line of another bar
+    return tqdm(range(start, o.steps), title(o), initial=start, total=o.steps,
+                position=place if terminal else 0, disable=dist.get_rank() > 0,
+                mininterval=1 if terminal else 15)
 
 
 def write_row(row, skipped, log, bar, o):

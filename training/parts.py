@@ -92,39 +92,53 @@ def run_parts_in_parallel(run_stage, runs, stage):
     parts = {given["part"]: spawn.Process(target=run_part,
                                           args=(run_stage, given, stage, threads, place, lock))
              for place, given in enumerate(runs)}
-    with Signals() as signals:
-        start_and_wait(parts, signals)
-    exit_as_parts_did(parts, signals.got, stage)
+    try:
+        with Signals() as signals:
+            failed = start_and_wait(parts, signals)
+    finally:
+        del lock  # frees its semaphore: this process may end without Python's exit handlers
+    exit_as_parts_did(parts, failed, signals.got, stage)
     if not all(finished(Options(**given).out, stage, given["part"]) for given in runs):
         sys.exit(0)  # one part was stopped by a signal of its own, and has said so
 
 
 def start_and_wait(parts, signals):
-    """Start the processes and wait until all have ended; a signal or a failure ends the others."""
+    """Start the processes and wait until all have ended; a signal or a failure ends the others.
+
+    Returns the name of the part that failed first, or None.
+    """
     # Children ignore Ctrl-C until they can save: they inherit this.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for process in parts.values():
         process.start()
     signal.signal(signal.SIGINT, signals.note)
-    terminated = False
+    failed, terminated = None, False
     while running := [process for process in parts.values() if process.is_alive()]:
         multiprocessing.connection.wait([process.sentinel for process in running], timeout=0.5)
-        failed = any(process.exitcode for process in parts.values())
+        failed = failed or first_failed(parts)
         if (signals.got or failed) and not terminated:
             terminated = True
             for process in running:
                 process.terminate()
+    return failed or first_failed(parts)
 
 
-def exit_as_parts_did(parts, got, stage):
-    """End this process if a part did not succeed; `got`: the signal that all got, or 0."""
-    codes = {name: process.exitcode for name, process in parts.items() if process.exitcode}
-    if 1 in codes.values():
+def first_failed(parts):
+    return next((name for name, process in parts.items() if process.exitcode), None)
+
+
+def exit_as_parts_did(parts, failed, got, stage):
+    """End this process if a part did not succeed.
+
+    failed  the part that failed first, or None; got: the signal that all got, or 0
+    """
+    if any(process.exitcode == 1 for process in parts.values()):
         sys.exit(1)  # the part has printed its error
     if got:
         print(f"stage {stage} stopped by {signal.Signals(got).name}", file=sys.stderr)
         sys.exit(130 if got == signal.SIGINT else 0)
-    for name, code in codes.items():
-        if code > 0:
-            sys.exit(code)  # Ctrl-C reached only this part
-        raise UserError(f"stage {stage} {name} was ended by {signal.Signals(-code).name}")
+    code = parts[failed].exitcode if failed else 0
+    if code > 0:
+        sys.exit(code)  # Ctrl-C reached only this part
+    if code < 0:
+        raise UserError(f"stage {stage} {failed} was ended by {signal.Signals(-code).name}")
