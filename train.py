@@ -41,7 +41,7 @@ from training.log import cut_log, expert_shares, log_row, open_log, progress_bar
 from training.muon import Muon
 from training.options import (complete, device_of, EXPERT_OPTIONS, Options, stage_folder, title)
 from training.parts import check_options, run_parts_in_parallel, unfinished
-from training.plan import plan
+from training.plan import print_plan
 from training.sharding import compile_blocks, gather_tensors, recompute, shard, write_out_kernels
 from training.state import first_step, load_state, save_or_warn
 from vlora import GeneratorConfig
@@ -269,9 +269,7 @@ def train(stage, o, mesh, place=0):
     states = os.path.join(stage_folder(o), "state")
     o.steps = o.steps or math.ceil(o.epochs * len(stage.data) / o.batch_size)
     model, optimisers = setup_model(stage.model, o, mesh)
-    text = raise_on_all_ranks(lambda: plan(model, optimisers, stage, o, trains_llm(o)))
-    if dist.get_rank() == 0:
-        print(text, file=sys.stderr)
+    raise_on_all_ranks(lambda: print_plan(model, optimisers, stage, o, trains_llm(o)))
     start, skipped = start_or_resume(stage, model, optimisers, o, mesh)
     dataset = TrainDataset(stage.data, o)
     loader = make_loader(dataset, start, o)

@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import os
 import re
+import sys
 import textwrap
 from dataclasses import dataclass
 
@@ -304,3 +305,10 @@ def plan(model, opts, stage, o, trains_llm):
     check_memory(estimate, o)
     text += memory_lines(estimate)
     return "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in text)
+
+
+def print_plan(model, opts, stage, o, trains_llm):
+    """Print the plan on rank 0. Raises UserError on all ranks as `plan` does."""
+    text = plan(model, opts, stage, o, trains_llm)
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr)
