@@ -1,6 +1,8 @@
-"""What hypernet.py, projector.py, model.py and sample.py claim, one test per sentence. CPU, no network.
+"""What hypernet.py, projector.py, model.py and sample.py claim, one test per sentence. CPU, no
+network.
 
-Up-projections start at zero, where leaks, mixed rows and stale caches all go unseen: `trained` draws them at random.
+Up-projections start at zero, where leaks, mixed rows and stale caches all go unseen: `trained`
+draws them at random.
 """
 import dataclasses
 from collections import Counter
@@ -42,7 +44,8 @@ def test_guidance_is_the_mean_of_each_turns_own_tokens_and_zero_without_any():
 
 def test_generated_weights_are_a_two_layer_mlp_scaled_by_one_over_the_root_of_E():
     torch.manual_seed(0)
-    net, e = HyperNetwork(inputs=5, outputs=7, embed=9, rank=3).double(), torch.randn(2, 4, 9).double()
+    net, e = HyperNetwork(inputs=5, outputs=7, embed=9,
+                          rank=3).double(), torch.randn(2, 4, 9).double()
     torch.nn.init.normal_(net.up.weight)
     down, up = net(e)
     for b in range(2):
@@ -54,7 +57,8 @@ def test_generated_weights_are_a_two_layer_mlp_scaled_by_one_over_the_root_of_E(
 
 
 def by_hand(x, expert, hypernet, guidance):
-    """Eqs. 3 to 5 for one token float[inputs] and one guidance float[G], with the modules' weights."""
+    """Eqs. 3 to 5 for one token float[inputs] and one guidance float[G], with the modules' weights.
+    """
     g = guidance / (guidance.square().mean() + 1e-6).sqrt()
     e = expert.encoder.weight @ g + expert.encoder.bias
     a = F.silu(hypernet.trunk.weight @ e + hypernet.trunk.bias) / len(e) ** 0.5
@@ -76,7 +80,8 @@ def expert_with(inputs, outputs, guide, embed=6, rank=3):
 
 def test_every_token_runs_with_the_weights_of_its_own_turn_and_without_a_turn_gets_exactly_zero():
     expert, net = expert_with(inputs=5, outputs=7, guide=4)
-    x, guidance, use_id = torch.randn(2, 11, 5).double(), torch.randn(2, 3, 4).double(), torch.randint(-1, 3, (2, 11))
+    x, guidance, use_id = torch.randn(2, 11, 5).double(), torch.randn(
+        2, 3, 4).double(), torch.randint(-1, 3, (2, 11))
     use_id[0, :4], use_id[1, -2:] = torch.tensor([2, -1, 0, 1]), -1
     shift = expert(x, expert.weights(guidance, net), use_id)
     for b in range(2):
@@ -98,18 +103,22 @@ def test_the_weights_of_two_samples_differ_and_the_size_of_the_guidance_does_not
     expert, net = expert_with(inputs=5, outputs=7, guide=4)
     guidance = torch.randn(2, 1, 4).double()
     for made, scaled in zip(expert.weights(guidance, net), expert.weights(1000 * guidance, net)):
-        assert (made[0] - made[1]).abs().max() > 0.1 and torch.allclose(made, scaled, rtol=1e-4, atol=1e-4)
+        assert (made[0] - made[1]).abs().max() > 0.1 and torch.allclose(made, scaled, rtol=1e-4,
+                                                                        atol=1e-4)
 
 
 def test_the_experts_of_a_7b_model_have_the_sizes_that_the_paper_implies():
     E, R, D, C = 64, 16, 4096, 1024
     for where, sites, expected in (("posterior", 16, 19_928_128), ("all", 32, 27_269_184)):
         llm = weights.build_empty(VLMConfig(visual_expert="both", language_expert=where))
-        language = size(llm.llm.hypernet) + sum(size(b.expert) for b in llm.llm.layers if b.expert is not None)
+        language = size(llm.llm.hypernet) + sum(size(b.expert) for b in llm.llm.layers
+                                                if b.expert is not None)
         assert language == expected
         assert expected == sites * (D * E + E) + (E * E + E) + E * 3 * R * D + sites * 3 * R * D
-        assert sum(p.numel() for n, p in new_weights(llm.llm).items()) == expected + 4096  # and guidance_norm
-    assert size(llm.projector.expert_1) == 6_459_520 == (C * E + E) + (E * E + E) + (E + 1) * R * (2 * C + D)
+        # and guidance_norm
+        assert sum(p.numel() for n, p in new_weights(llm.llm).items()) == expected + 4096
+    assert size(llm.projector.expert_1) == 6_459_520 == (C * E + E) + (E * E + E) + (E + 1) * R * (
+        2 * C + D)
     assert size(llm.projector.expert_2) == 13_045_888
     assert size(llm.projector.linear_1) + size(llm.projector.linear_2) == 20_979_712
 
@@ -149,7 +158,8 @@ def test_the_projector_is_equation_6_written_out(variant):
 def test_plain_attention_is_the_fused_kernels(kv_heads, masked):
     torch.manual_seed(0)
     T, past = 6, 0 if masked != "mask" else 3
-    q, k, v = (torch.randn(2, h, t, 8).double() for h, t in ((4, T), (kv_heads, T + past), (kv_heads, T + past)))
+    q, k, v = (torch.randn(2, h, t, 8).double() for h,
+               t in ((4, T), (kv_heads, T + past), (kv_heads, T + past)))
     mask = torch.rand(2, 1, T, T + past) < 0.5
     mask[..., 0] = True
     how = dict(mask=mask if masked == "mask" else None, causal=masked == "causal")
@@ -157,8 +167,10 @@ def test_plain_attention_is_the_fused_kernels(kv_heads, masked):
     assert plain.shape == (2, 4, T, 8) and torch.allclose(plain, fused, atol=1e-12)
     all_of_them = torch.ones(T, T, dtype=torch.bool)
     allowed = {"not": all_of_them, "causal": all_of_them.tril(), "mask": mask}[masked]
-    k, v = (x[:, torch.arange(4) // (4 // kv_heads)] for x in (k, v))  # query head h reads head h // (H / kv_heads)
-    scores = (torch.einsum("bhik,bhjk->bhij", q, k) / 8 ** 0.5).where(allowed, torch.tensor(-torch.inf))
+    # query head h reads head h // (H / kv_heads)
+    k, v = (x[:, torch.arange(4) // (4 // kv_heads)] for x in (k, v))
+    scores = (torch.einsum("bhik,bhjk->bhij", q, k) / 8 ** 0.5).where(allowed,
+                                                                      torch.tensor(-torch.inf))
     assert torch.allclose(fused, scores.softmax(-1) @ v, atol=1e-12)
 
 
@@ -169,8 +181,11 @@ def test_a_model_gives_the_same_logits_with_plain_attention_and_norms():
         if hasattr(part, "eager"):
             part.eager = True
     assert close(logits_of(model, batch), fused, 1e-6)
-    assert sum(isinstance(part, Attention) and part.eager for part in model.modules()) == LLAMA.depth
-    assert sum(isinstance(part, RMSNorm) and part.eager for part in model.modules()) == 2 * LLAMA.depth + 2  # the last one, guidance's
+    assert sum(isinstance(part, Attention) and part.eager
+               for part in model.modules()) == LLAMA.depth
+    # the last one, guidance's
+    assert sum(isinstance(part, RMSNorm) and part.eager
+               for part in model.modules()) == 2 * LLAMA.depth + 2
 
 
 def test_the_tower_is_built_one_block_short_and_its_features_leave_out_cls():
@@ -183,7 +198,8 @@ def test_the_tower_is_built_one_block_short_and_its_features_leave_out_cls():
     x = torch.stack(pictures(2, torch.float32))
     whole(x)
     features = model.features(x)
-    assert features.shape == (2, VISION.tokens, VISION.width) and torch.equal(features, seen["x"][:, 1:])
+    assert features.shape == (2, VISION.tokens, VISION.width) and torch.equal(features,
+                                                                              seen["x"][:, 1:])
     assert model.features(features) is features
     assert VisionConfig().depth == 24 - 1  # of CLIP-L
 
@@ -194,12 +210,15 @@ def test_a_block_with_an_expert_is_equation_7_with_guidance_from_where_the_confi
     model, batch, seen = trained(**kind), whole_batch(), {}
     torch.nn.init.normal_(model.llm.guidance_norm.weight)
     for n, block in enumerate(model.llm.layers):
-        block.register_forward_hook(lambda part, inputs, out, n=n: seen.update({n: (inputs[0], out, *inputs[1:3])}))
+        block.register_forward_hook(lambda part, inputs, out,
+                                    n=n: seen.update({n: (inputs[0], out, *inputs[1:3])}))
     logits_of(model, batch)
     where, k = model.cfg.language_expert, model.cfg.guidance_after
     sites = [n for n, block in enumerate(model.llm.layers) if block.expert is not None]
-    assert sites == list(range(0, 2) if where == "anterior" else range(0, 4) if where == "all" else range(k, 4))
-    normed = rms(seen[k][0], LLAMA.eps) * model.llm.guidance_norm.weight  # what block k reads is what k blocks wrote
+    assert sites == list(range(0, 2) if where == "anterior" else range(0, 4) if where == "all"
+                         else range(k, 4))
+    # what block k reads is what k blocks wrote
+    normed = rms(seen[k][0], LLAMA.eps) * model.llm.guidance_norm.weight
     block, (x, out, cos, sin) = model.llm.layers[sites[-1]], seen[sites[-1]]
     h = x + block.self_attn(block.input_layernorm(x), cos, sin)
     y = block.post_attention_layernorm(h)
@@ -220,7 +239,8 @@ def test_image_tokens_take_the_places_of_their_pictures_in_order():
     here = torch.zeros_like(batch.ids, dtype=torch.bool)
     here.view(-1)[batch.image_at] = True
     assert here.sum(1).tolist() == [4, 0, 4]
-    assert torch.equal(seen["x"][0, here[0]], tokens[0]) and torch.equal(seen["x"][2, here[2]], tokens[1])
+    assert torch.equal(seen["x"][0, here[0]], tokens[0]) and torch.equal(seen["x"][2, here[2]],
+                                                                         tokens[1])
     assert torch.equal(seen["x"][~here], model.llm.embed_tokens(batch.ids[~here]))
 
 
@@ -243,7 +263,8 @@ def test_a_bf16_model_computes_in_bf16_with_all_experts():
     model.to(torch.bfloat16)
     loss = F.cross_entropy(logits_of(model, batch).flatten(0, 1)[batch.at].float(), batch.target)
     loss.backward()
-    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in new_weights(model).values())
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all()
+               for p in new_weights(model).values())
 
 
 # ---- Causality: what teacher forcing gives a trained position is what generation knows
@@ -268,7 +289,8 @@ def leaks(model, batch):
     found, before = [], logits_of(model, batch)
     for b, p in answers(batch):
         moved = (logits_of(model, altered(batch, b, p)) != before).any(-1)  # bool[B, T]
-        assert moved[b, p:batch.lengths[b]].all()  # a token that changes nothing would prove nothing
+        # a token that changes nothing would prove nothing
+        assert moved[b, p:batch.lengths[b]].all()
         if moved[b, :p].any() or moved[torch.arange(len(moved)) != b].any():
             found.append((b, p))
     return found
@@ -285,7 +307,8 @@ def test_a_token_of_an_answer_changes_no_logits_before_it(kind, pool):
 @torch.no_grad()
 def test_the_leak_test_finds_every_leak_where_guidance_is_pooled_over_answers_too(kind):
     batch = whole_batch()
-    batch.pool_id = batch.use_id  # all tokens of a turn: what a mean over the training sequence does
+    # all tokens of a turn: what a mean over the training sequence does
+    batch.pool_id = batch.use_id
     assert leaks(trained(**kind), batch) == answers(batch)
 
 
@@ -306,7 +329,8 @@ def test_the_check_of_the_data_alone_tells_good_pooling_from_bad():
 def guidance_in(model, batch):
     """Logits, and the embedding e of the guidance float[B, U, E] at the first site."""
     seen = []
-    handle = model.llm.hypernet.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0]))
+    handle = model.llm.hypernet.register_forward_pre_hook(lambda part,
+                                                          inputs: seen.append(inputs[0]))
     logits = logits_of(model, batch)
     handle.remove()
     return logits, seen[0]
@@ -322,10 +346,12 @@ def test_a_token_of_an_instruction_changes_its_guidance_and_its_answer_but_no_ea
         after, e_after = guidance_in(model, altered(batch, b, p))
         moved = (after != before).any(-1)
         start = int((batch.use_id[b] == turn).nonzero()[0])
-        supervised = [q - 1 for row, q in answers(batch) if row == b and batch.use_id[row, q] == turn]
+        supervised = [q - 1 for row, q in answers(batch) if row == b
+                      and batch.use_id[row, q] == turn]
         assert not moved[b, :start].any() and moved[b, supervised].all()
         assert not moved[torch.arange(3) != b].any()
-        assert (e_after[b, turn] != e[b, turn]).all() and torch.equal(e_after[b, :turn], e[b, :turn])
+        assert (e_after[b, turn] != e[b, turn]).all() and torch.equal(e_after[b, :turn],
+                                                                      e[b, :turn])
 
 
 @torch.no_grad()
@@ -337,11 +363,14 @@ def test_guidance_reaches_the_answer_by_the_generated_weights_too():
     pooled[0, turn.nonzero()[0]] = -1  # the same tokens, another mean
     moved = (logits_of(model, dataclasses.replace(batch, pool_id=pooled)) - before).abs().amax(-1)
     own = batch.use_id == 1
-    assert moved[0, own[0]].min() > 1e-3 and not moved[0, :own[0].nonzero()[0]].any() and not moved[1:].any()
+    assert moved[0, own[0]].min() > 1e-3 and not moved[0, :own[0].nonzero()[0]].any() and not moved[
+        1:].any()
 
 
 def gradients(model, batch):
-    """For each trained position, (row, position, d its logits / d all input embeddings float[B, T, D])."""
+    """For each trained position, (row, position, d its logits / d all input embeddings float[B, T,
+    D]).
+    """
     seen = {}
 
     def into_a_leaf(part, inputs):
@@ -374,13 +403,15 @@ def test_a_dialogue_of_three_turns_decoded_with_a_cache_gives_the_logits_of_teac
     cached = by_steps(model, samples, torch.stack(pictures(1)), len(full))[0]
     assert close(cached, full)
     answered = [i for _, answer in segments(samples[0]) for i in range(answer.start, answer.stop)]
-    assert samples[0].ids[answered[-1]] == TOKENIZER.eos  # decoded as a step of the turn that it ends
+    # decoded as a step of the turn that it ends
+    assert samples[0].ids[answered[-1]] == TOKENIZER.eos
 
 
 @torch.no_grad()
 def test_rows_of_a_cache_advance_at_their_own_pace():
     other = [("<image>\nHow many?", "two of them, a red one."),
-             ("What colour is the circle? Is there a square?", "red."), ("Is there?", "yes, three of them.")]
+             ("What colour is the circle? Is there a square?", "red."),
+             ("Is there?", "yes, three of them.")]
     samples = [conversations()[0], encode(other, TOKENIZER, LAYOUT, "other", "b.png")]
     model, batch = trained(**EVERY), batch_of(samples, pictures(2))
     stepped = by_steps(model, samples, batch.visual, 200)
@@ -406,7 +437,8 @@ def test_without_use_id_no_language_expert_takes_part():
     model, batch = trained(visual_expert="none", language_expert="all"), whole_batch()
     none = torch.full_like(batch.ids, -1)
     found = model(dataclasses.replace(batch, pool_id=none, use_id=none, turns=1, at=None))
-    assert torch.equal(found, logits_of(static(model), batch)) and not close(found, logits_of(model, batch), 1e-2)
+    assert torch.equal(found, logits_of(static(model), batch)) and not close(
+        found, logits_of(model, batch), 1e-2)
 
 
 @torch.no_grad()
@@ -438,9 +470,11 @@ def test_at_the_start_the_model_is_llava_bit_for_bit(where, dtype):
 
 
 @kinds
-def test_the_first_step_moves_the_up_projections_alone_and_the_second_every_part_of_every_expert(kind):
+def test_the_first_step_moves_the_up_projections_alone_and_the_second_every_part_of_every_expert(
+    kind):
     torch.manual_seed(0)
-    model, batch = VLM(config(**kind)), batch_of(conversations(), pictures(2, torch.float32), torch.float32)
+    model, batch = VLM(config(**kind)), batch_of(conversations(), pictures(2, torch.float32),
+                                                 torch.float32)
     experts = new_weights(model)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     moving = []
@@ -465,7 +499,8 @@ def first_logits(model, batch, monkeypatch):
     """What `sample_token` is given at the first step, float[B, V]."""
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr("model.sample_token", lambda logits, *rest: seen.append(logits) or logits.argmax(-1))
+        patch.setattr("model.sample_token", lambda logits,
+                      *rest: seen.append(logits) or logits.argmax(-1))
         generate(model, batch, 1, eos=-1)
     return seen[0]
 
@@ -500,7 +535,8 @@ def test_each_row_stops_at_its_own_end_token():
     model, batch = talker(), prompts()
     endless = generate(model, batch, 20, eos=-1)
     counts = Counter(token for row in endless for token in set(row))
-    places = {t: {row.index(t) for row in endless if t in row} for t in counts}  # where rows would end if t were eos
+    # where rows would end if t were eos
+    places = {t: {row.index(t) for row in endless if t in row} for t in counts}
     eos = next(t for t, n in counts.most_common() if 1 < n < len(endless) and len(places[t]) > 1)
     expected = [row[:row.index(eos)] if eos in row else row for row in endless]
     assert generate(model, batch, 20, eos=eos) == expected and len(set(map(len, expected))) > 2
@@ -538,7 +574,8 @@ def test_drawing_with_a_seed_can_be_repeated_and_a_nucleus_of_nothing_is_greedy(
     model, batch = talker(), prompts()
 
     def drawn(seed, **how):
-        return generate(model, batch, 10, eos=-1, generator=torch.Generator().manual_seed(seed), **how)
+        return generate(model, batch, 10, eos=-1, generator=torch.Generator().manual_seed(seed),
+                        **how)
 
     assert drawn(0, temperature=1.5) == drawn(0, temperature=1.5) != drawn(1, temperature=1.5)
     greedy = generate(model, batch, 10, eos=-1)
@@ -546,7 +583,8 @@ def test_drawing_with_a_seed_can_be_repeated_and_a_nucleus_of_nothing_is_greedy(
     assert drawn(5, temperature=1e-4) == greedy
 
 
-@pytest.mark.parametrize("top_p, kept", [(1.0, (0, 1, 2, 3, 4)), (0.8, (1, 3, 4)), (0.5, (1, 3)), (0.3, (3,))])
+@pytest.mark.parametrize("top_p, kept",
+                         [(1.0, (0, 1, 2, 3, 4)), (0.8, (1, 3, 4)), (0.5, (1, 3)), (0.3, (3,))])
 def test_tokens_are_drawn_as_often_as_their_renormalised_probability_in_the_nucleus(top_p, kept):
     p, temperature, n = torch.tensor([0.06, 0.25, 0.09, 0.4, 0.2]), 0.5, 20_000
     logits = temperature * p.log() + 3
@@ -554,5 +592,6 @@ def test_tokens_are_drawn_as_often_as_their_renormalised_probability_in_the_nucl
     expected = torch.tensor([p[i] if i in kept else 0.0 for i in range(5)])
     expected = expected / expected.sum()
     found = drawn.bincount(minlength=5) / n
-    assert ((found > 0) == (expected > 0)).all() and (found - expected).abs().max() < 4 * 0.5 / n ** 0.5
+    assert ((found > 0) == (expected > 0)).all() and (
+        found - expected).abs().max() < 4 * 0.5 / n ** 0.5
     assert (sample_token(logits.expand(3, -1), 0, top_p) == 3).all()

@@ -56,7 +56,8 @@ def measure_costs(o, rounds=60, tokens=16):
         model, cfg = checkpoint.model.eval(), checkpoint.model.cfg
         freeze(model, TRAINS[2, row.options.get("tune", "full")])
         question = "What colour is the thing at the top left?"
-        sample = encode_prompt([], question, checkpoint.tokenizer, checkpoint.prompt_format(), "picture")
+        sample = encode_prompt([], question, checkpoint.tokenizer, checkpoint.prompt_format(),
+                               "picture")
         batch = collate([sample], [torch.zeros(cfg.vision.tokens, cfg.vision.width)], None)
         length = len(sample.ids)
         flops = forward_flops(cfg, length - cfg.image_tokens, at=1)

@@ -243,7 +243,8 @@ def row_of_text(cfg, text, rows=1, turns=1, at=None):
 
 
 def count_flops(run, *parts):
-    """torch's count of the operations of run(): {module: {operation: FLOPs}}; "Global" is the whole.
+    """torch's count of the operations of run(): {module: {operation: FLOPs}}; "Global" is the
+    whole.
 
     parts  the models that it runs
     """

@@ -1,7 +1,7 @@
 """What baselines.py claims: the rows of the paper's Tables 5 and 6. One test per sentence.
 
-They differ in where the weights of experts come from. Up-projections start at zero, which hides leaks
-and mixed-up rows: `tuned` draws them at random.
+They differ in where the weights of experts come from. Up-projections start at zero, which hides
+leaks and mixed-up rows: `tuned` draws them at random.
 """
 import dataclasses
 import json
@@ -94,7 +94,8 @@ def test_the_first_step_moves_up_projections_alone_and_the_second_all_that_was_a
         F.cross_entropy(model(batch), batch.target).backward()
         moving.append({name for name, p in new.items() if p.grad is not None and p.grad.any()})
         optimiser.step()
-    assert moving[0] == {name for name in new if name.endswith((".up", ".up.weight"))} and moving[1] == set(new)
+    assert moving[0] == {name for name in new
+                         if name.endswith((".up", ".up.weight"))} and moving[1] == set(new)
 
 
 # ---- Whose weights
@@ -103,7 +104,8 @@ def test_the_first_step_moves_up_projections_alone_and_the_second_all_that_was_a
 def made(model, batch):
     """{name of an expert: the weights that it ran with}."""
     found = {}
-    handles = [part.register_forward_pre_hook(lambda m, inputs, name=name: found.update({name: inputs[1]}))
+    handles = [part.register_forward_pre_hook(lambda m, inputs,
+                                              name=name: found.update({name: inputs[1]}))
                for name, part in model.named_modules() if isinstance(part, (Expert, MatrixExpert))]
     logits_of(model, batch)
     for handle in handles:
@@ -122,8 +124,10 @@ def test_static_and_latent_weights_are_the_same_for_all_and_generated_ones_each_
             if source in ("static", "latent"):
                 assert w.shape[:2] == (1, 1)
             else:
-                rows = [w[0, 0], w[1, 0]] if "projector" in name else [w[0, 0], w[0, 1], w[0, 2], w[2, 0]]
-                assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(rows) for b in rows[:i]), name
+                rows = [w[0, 0], w[1, 0]] if "projector" in name else [w[0, 0], w[0, 1], w[0, 2],
+                                                                       w[2, 0]]
+                assert all((a - b).abs().max() > 1e-3 for i,
+                           a in enumerate(rows) for b in rows[:i]), name
     others = made(model, batch_of(conversations(), pictures(2, seed=9)))
     same = [torch.equal(a, b) for name in found for a, b in zip(found[name], others[name])]
     assert all(same) if source in ("static", "latent") else not any(same)
@@ -205,7 +209,8 @@ def test_rows_are_strangers_and_decoding_in_steps_is_the_whole_pass(source):
         for row, s, i in zip(found, some, order):
             assert close(row[:len(s.ids)], full[i, :len(s.ids)])
     for rows in ([0], [0, 0]):
-        cached = by_steps(model, [samples[i] for i in rows], torch.stack([seen[0]] * len(rows)), 200)
+        cached = by_steps(model, [samples[i] for i in rows], torch.stack([seen[0]] * len(rows)),
+                          200)
         assert all(close(found, full[0, :len(samples[0].ids)]) for found in cached)
 
 
@@ -232,7 +237,8 @@ def test_no_trained_position_knows_what_comes_after_it_whatever_the_source(sourc
         b, i = divmod(p, batch.ids.shape[1])
         gradient, = torch.autograd.grad(logits[b, i].sum(), x, retain_graph=True)
         assert not gradient[b, i + 1:].any() and gradient[b, :i + 1].any()
-    over_answers = dataclasses.replace(batch, pool_id=batch.use_id)  # pools guidance over answers, too
+    # pools guidance over answers, too
+    over_answers = dataclasses.replace(batch, pool_id=batch.use_id)
     leaking = model.llm.head(model.llm(x, over_answers))
     b, i = divmod(batch.at[0].item(), batch.ids.shape[1])
     gradient, = torch.autograd.grad(leaking[b, i].sum(), x)
@@ -242,7 +248,8 @@ def test_no_trained_position_knows_what_comes_after_it_whatever_the_source(sourc
 @sources
 @torch.no_grad()
 def test_with_its_up_projections_at_zero_any_model_is_llava_again(source):
-    model, batch = tuned(source, torch.float32), batch_of(conversations(), pictures(2, torch.float32), torch.float32)
+    model, batch = tuned(source, torch.float32), batch_of(conversations(),
+                                                          pictures(2, torch.float32), torch.float32)
     before = logits_of(model, batch)
     with benchmarks.ablation.experts_off(model):
         assert torch.equal(logits_of(model, batch), logits_of(static(model), batch))
@@ -252,7 +259,8 @@ def test_with_its_up_projections_at_zero_any_model_is_llava_again(source):
 @sources
 @torch.no_grad()
 def test_with_anothers_generated_weights_an_answer_changes_and_with_everyones_it_does_not(source):
-    model, batch = tuned(source, torch.float32), batch_of(conversations(), pictures(2, torch.float32), torch.float32)
+    model, batch = tuned(source, torch.float32), batch_of(conversations(),
+                                                          pictures(2, torch.float32), torch.float32)
     before = logits_of(model, batch)
     with benchmarks.ablation.experts_swapped(model):
         assert close(logits_of(model, batch), before, 1e-6) == (source not in ("hyper", "mlp"))
@@ -266,14 +274,17 @@ def matrix(inputs, outputs):
 
 
 NUMBERS = {  # of one site from G = inputs to outputs, and of what a modality shares
-    "hyper": (lambda i, o: i * E + E + R * (2 * i + o), lambda i, o: E * E + E + E * R * (2 * i + o)),
+    "hyper": (lambda i, o: i * E + E + R * (2 * i + o), lambda i,
+              o: E * E + E + E * R * (2 * i + o)),
     "static": (lambda i, o: R * (2 * i + o), lambda i, o: 0),
     "latent": (lambda i, o: E + R * (2 * i + o), lambda i, o: E * E + E + E * R * (2 * i + o)),
     "mlp": (matrix, lambda i, o: E * E + E + E * i * o)}
 
 
 @pytest.mark.parametrize("source", list(NUMBERS))
-@pytest.mark.parametrize("language, sites", [("none", []), ("anterior", [0, 1]), ("posterior", [2, 3]), ("all", [0, 1, 2, 3])])
+@pytest.mark.parametrize("language, sites",
+                         [("none", []), ("anterior", [0, 1]), ("posterior", [2, 3]),
+                          ("all", [0, 1, 2, 3])])
 @pytest.mark.parametrize("visual", ["none", "1", "2", "both"])
 def test_a_row_adds_exactly_the_parameters_that_the_formulas_say(source, language, sites, visual):
     own, shared = NUMBERS[source]
@@ -283,7 +294,8 @@ def test_a_row_adds_exactly_the_parameters_that_the_formulas_say(source, languag
         part = ".".join(name.split(".")[:4] if ".layers." in name else name.split(".")[:2])
         counts[part] = counts.get(part, 0) + p.numel()
     expected = {f"llm.layers.{n}.expert": own(D, D) for n in sites}
-    expected |= {f"projector.expert_{k}": own(w, D) + shared(w, D) for k, w in ((1, C), (2, D)) if visual in (str(k), "both")}
+    expected |= {f"projector.expert_{k}": own(w, D) + shared(w, D) for k,
+                 w in ((1, C), (2, D)) if visual in (str(k), "both")}
     if sites and shared(1, 1):
         expected["llm.hypernet"] = shared(D, D)
     if sites and source in ("hyper", "mlp"):
@@ -291,7 +303,8 @@ def test_a_row_adds_exactly_the_parameters_that_the_formulas_say(source, languag
     assert counts == expected
 
 
-@pytest.mark.parametrize("language, sites", [("none", 0), ("anterior", 2), ("posterior", 2), ("all", 4)])
+@pytest.mark.parametrize("language, sites",
+                         [("none", 0), ("anterior", 2), ("posterior", 2), ("all", 4)])
 def test_lora_adds_two_thin_matrices_to_each_linear_of_its_blocks(language, sites):
     new = added(weights.build_empty(config(**fields("lora", language))))
     kv = LLAMA.kv_heads * D // LLAMA.heads
@@ -307,7 +320,8 @@ def test_llavas_lora_of_7b_has_the_319_million_parameters_of_its_recipe():
 
 
 @pytest.mark.parametrize("flag, value, other", [
-    ("expert_rank", 4, 5), ("expert_embed", 8, 9), ("guidance_after", 2, 3), ("visual_expert", "1", "2"),
+    ("expert_rank", 4, 5), ("expert_embed", 8, 9), ("guidance_after", 2, 3),
+    ("visual_expert", "1", "2"),
     ("language_expert", "posterior", "all"), ("weight_source", "hyper", "static")])
 def test_a_flag_changes_what_it_names_and_nothing_of_llava(flag, value, other):
     shapes = []
@@ -315,11 +329,15 @@ def test_a_flag_changes_what_it_names_and_nothing_of_llava(flag, value, other):
         kind = {"visual_expert": "1", "language_expert": "posterior", flag: choice}
         model = weights.build_empty(config(**kind))
         shapes.append({name: tuple(p.shape) for name, p in model.named_parameters()})
-    changed = {name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)}
+    changed = {name for name in shapes[0].keys() | shapes[1].keys()
+               if shapes[0].get(name) != shapes[1].get(name)}
     roots = {"expert_rank": {"down", "up"}, "expert_embed": {"encoder", "trunk", "down", "up"}}
-    assert changed and all("expert" in name or name.startswith(("llm.hypernet", "llm.guidance_norm")) for name in changed)
+    assert changed and all("expert" in name
+                           or name.startswith(("llm.hypernet", "llm.guidance_norm"))
+                           for name in changed)
     if flag in roots:
-        assert {next(w for w in reversed(name.split(".")) if w not in ("weight", "bias")) for name in changed} == roots[flag]
+        assert {next(w for w in reversed(name.split(".")) if w not in ("weight", "bias"))
+                for name in changed} == roots[flag]
     if flag == "expert_embed":
         assert not any(name.endswith(("expert.down", "expert.up")) for name in changed)
     if flag == "guidance_after":
@@ -336,9 +354,11 @@ def test_a_flag_changes_what_it_names_and_nothing_of_llava(flag, value, other):
 
 
 @sources
-@pytest.mark.parametrize("llm, places, turns", [(GROUPED, ("posterior", "1"), 1), (EVEN, ("all", "both"), 3)],
+@pytest.mark.parametrize("llm, places, turns",
+                         [(GROUPED, ("posterior", "1"), 1), (EVEN, ("all", "both"), 3)],
                          ids=["paper's places", "everywhere, 3 turns"])
-def test_the_count_of_operations_is_what_torch_counts_whatever_the_source(source, llm, places, turns):
+def test_the_count_of_operations_is_what_torch_counts_whatever_the_source(source, llm, places,
+                                                                          turns):
     cfg = weights.make_config(TOWER, llm, expert_embed=12, expert_rank=5, **fields(source, *places))
     vlm, batch = build(cfg), row_of_text(cfg, 9, turns=turns)
     found = count_flops(lambda: vlm(batch), vlm)
@@ -352,7 +372,8 @@ def test_whole_matrices_are_for_small_models_and_lora_is_for_the_llama():
     words = "weight_source mlp .* with 1,073,741,824 numbers for one of 4096 x 4096"
     with pytest.raises(UserError, match=words):
         BaselineConfig(weight_source="mlp")
-    with pytest.raises(UserError, match="visual_expert 1: weight_source lora changes only the Llama"):
+    with pytest.raises(UserError,
+                       match="visual_expert 1: weight_source lora changes only the Llama"):
         BaselineConfig(weight_source="lora")
 
 
@@ -363,16 +384,20 @@ def test_whole_matrices_are_for_small_models_and_lora_is_for_the_llama():
 def test_a_checkpoint_keeps_the_source_of_its_weights(source, tmp_path):
     model = tuned(source, torch.float32)
     state = {n: p.detach() for n, p in model.named_parameters()}
-    weights.save(str(tmp_path / "x"), model.cfg, state, TOKENIZER, Preprocess(28), "", stage=2, sources={}, training={})
+    weights.save(str(tmp_path / "x"), model.cfg, state, TOKENIZER, Preprocess(28), "", stage=2,
+                 sources={}, training={})
     batch = batch_of(conversations(), pictures(2, torch.float32), torch.float32)
     point = weights.load(str(tmp_path / "x"))
-    assert point.model.cfg == model.cfg and close(logits_of(point.model, batch), logits_of(model, batch), 1e-6)
+    assert point.model.cfg == model.cfg and close(logits_of(point.model, batch),
+                                                  logits_of(model, batch), 1e-6)
     asked = {**fields(source), "expert_embed": E, "expert_rank": R}
     other = "latent" if source == "static" else "static"
     with pytest.raises(UserError, match=f"weight_source is {source} there, not {other}"):
         weights.load(str(tmp_path / "x"), experts={**asked, "weight_source": other})
-    broken = {n: t for n, t in state.items() if not n.endswith(("layers.3.expert.up", "layers.3.mlp.up_proj.lora.up"))}
-    weights.save(str(tmp_path / "x"), model.cfg, broken, TOKENIZER, Preprocess(28), "", stage=2, sources={}, training={})
+    broken = {n: t for n, t in state.items()
+              if not n.endswith(("layers.3.expert.up", "layers.3.mlp.up_proj.lora.up"))}
+    weights.save(str(tmp_path / "x"), model.cfg, broken, TOKENIZER, Preprocess(28), "", stage=2,
+                 sources={}, training={})
     with pytest.raises(UserError, match="no tensor for llm.layers.3"):
         weights.load(str(tmp_path / "x"))
 
@@ -385,36 +410,45 @@ def given(tmp_path_factory, mesh):
     hf_llama(num_hidden_layers=4, vocab_size=TOKENIZER.vocab).save_pretrained(root / "llama")
     TOKENIZER.save(root / "llama")
     turn = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
-    records = [{"id": str(i), "image": f"{i}.png", "conversations": turn("<image>\nHow many?", f"{i}.")} for i in range(4)]
+    records = [{"id": str(i), "image": f"{i}.png",
+                "conversations": turn("<image>\nHow many?", f"{i}.")} for i in range(4)]
     (root / "captions.json").write_text(json.dumps(records))
     for i, record in enumerate(records):
         noise(i).save(root / f"{i}.png")
         record["conversations"] += turn("Is there a square?", "no.")
     (root / "talks.json").write_text(json.dumps(records))
-    options = {"preset": "7b", "images": str(root), "batch_size": 4, "steps": 3, "workers": 0, "dtype": "float32", "device": "cpu",
-               "context": 128, "checkpointing": "none", "system": "", "lr": 1e-2, "warmup": 0.0, "visual_expert": "none",
-               "expert_embed": 4, "expert_rank": 2, "vision": str(root / "clip"), "llm": str(root / "llama"),
+    options = {"preset": "7b", "images": str(root), "batch_size": 4, "steps": 3, "workers": 0,
+               "dtype": "float32", "device": "cpu",
+               "context": 128, "checkpointing": "none", "system": "", "lr": 1e-2, "warmup": 0.0,
+               "visual_expert": "none",
+               "expert_embed": 4, "expert_rank": 2, "vision": str(root / "clip"),
+               "llm": str(root / "llama"),
                "allow_random_llm": True}
-    train.run_stage(options | {"data": str(root / "captions.json"), "out": str(root / "out"), "steps": 1}, 1, mesh)
+    train.run_stage(options | {"data": str(root / "captions.json"), "out": str(root / "out"),
+                               "steps": 1}, 1, mesh)
     return options | {"data": str(root / "talks.json"), "init": str(root / "out" / "stage1")}
 
 
 @sources
 @pytest.mark.parametrize("tune", ["full", "peft"])
-def test_stage_2_trains_what_its_source_adds_and_the_llama_only_if_asked_to(given, mesh, tmp_path, source, tune):
+def test_stage_2_trains_what_its_source_adds_and_the_llama_only_if_asked_to(given, mesh, tmp_path,
+                                                                            source, tune):
     """And what a LoRA is put beside starts out as it was stored."""
-    o = training.options.complete(given | {"out": str(tmp_path), "weight_source": source, "tune": tune}, 2)
+    o = training.options.complete(
+        given | {"out": str(tmp_path), "weight_source": source, "tune": tune}, 2)
     (tmp_path / "stage2").mkdir()
     stage, after = train.vlm_stage(o), {}
     before = {n: p.detach().clone() for n, p in stage.model.named_parameters()}
     llama = {n: t for n, t, _ in formats.weight_files.tensors(given["llm"])}
     for name in ("self_attn.q_proj", "mlp.down_proj"):
-        assert torch.equal(before[f"llm.layers.3.{name}.weight"], llama[f"model.layers.3.{name}.weight"])
+        assert torch.equal(before[f"llm.layers.3.{name}.weight"],
+                           llama[f"model.layers.3.{name}.weight"])
     new = set(added(stage.model))
     stage.write, stage.keeps = after.update, ("",)
     train.train(stage, o, mesh)
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert len(new) > 0 and new <= moved
-    assert moved == {n for n in before if n in new or n.startswith("projector.") or tune == "full" and n.startswith("llm.")}
+    assert moved == {n for n in before if n in new or n.startswith("projector.") or tune == "full"
+                     and n.startswith("llm.")}
     losses = [json.loads(line)["loss"] for line in open(tmp_path / "stage2" / "log.jsonl")]
     assert losses[2] < losses[0]

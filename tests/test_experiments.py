@@ -1,4 +1,5 @@
-"""Tables in miniature: rows are what they name, statistics, a stopped run continues; bench.py; pictures by other code.
+"""Tables in miniature: rows are what they name, statistics, a stopped run continues; bench.py;
+pictures by other code.
 
 How bench.py measures loading is tested in test_foreign.py, with the layouts that it loads.
 """
@@ -49,7 +50,8 @@ def config(options):
     """The VLMConfig that train.py makes of a row's options in stage 2 of the toy."""
     method = training.options.Options(method=options.get("method", "hyperllava"))
     given = {**training.options.preset_options(method, 2), **options, "stage": 2}
-    return weights.make_config(toy.stand_ins.VISION, toy.stand_ins.LLAMA, **train.model_options(training.options.Options(**given)))
+    return weights.make_config(toy.stand_ins.VISION, toy.stand_ins.LLAMA,
+                               **train.model_options(training.options.Options(**given)))
 
 
 def added(cfg):
@@ -68,11 +70,15 @@ def trained(options):
     model = weights.build_empty(config(options))
     prefixes = train.TRAINS[2, options.get("tune", "full")]
     return sum(p.numel() for name, p in model.named_parameters()
-               if ("llm.expert." if ".expert." in name or ".lora." in name else name).startswith(prefixes) or name.startswith(prefixes))
+               if ("llm.expert." if ".expert." in name or ".lora." in name
+                   else name).startswith(prefixes) or name.startswith(prefixes))
 
 
-rows = pytest.mark.parametrize("table, row", [(name, row) for name, table in TABLES.items() for row in table.rows],
-                               ids=[f"{name}: {row.name}" for name, table in TABLES.items() for row in table.rows])
+rows = pytest.mark.parametrize("table, row",
+                               [(name, row) for name, table in TABLES.items()
+                                for row in table.rows],
+                               ids=[f"{name}: {row.name}" for name,
+                                    table in TABLES.items() for row in table.rows])
 
 
 @rows
@@ -84,14 +90,18 @@ def test_every_row_is_a_model_and_has_a_figure_for_each_of_the_papers_columns(ta
 
 @pytest.mark.parametrize("table", TABLES)
 def test_rows_of_a_table_differ(table):
-    """In what they make, not in how it is said: an option that names a default would train the same row twice."""
+    """In what they make, not in how it is said: an option that names a default would train the same
+    row twice.
+    """
     made = [(config(row.options), row.options.get("tune")) for row in TABLES[table].rows]
     alike = sum(made[i] == made[j] for i in range(len(made)) for j in range(i))
     assert alike == (table == "fig4")  # where both curves meet
 
 
 def language(blocks):
-    """Numbers that generated language experts in so many blocks add (facts of arXiv 2403.13447, §3.2 and 3.3)."""
+    """Numbers that generated language experts in so many blocks add (facts of arXiv 2403.13447,
+    §3.2 and 3.3).
+    """
     return E * E + E + E * 3 * R * D + blocks * (D * E + E + 3 * R * D) + D
 
 
@@ -105,7 +115,8 @@ def test_each_flag_adds_the_tensors_that_it_names_and_as_many_numbers_as_the_for
     for options, prefixes, expected in [
         ({}, ("projector.expert_1.", "llm."), visual(C) + language(2)),
         ({"visual_expert": "2"}, ("projector.expert_2.", "llm."), visual(D) + language(2)),
-        ({"visual_expert": "both"}, ("projector.expert_", "llm."), visual(C) + visual(D) + language(2)),
+        ({"visual_expert": "both"}, ("projector.expert_", "llm."),
+         visual(C) + visual(D) + language(2)),
         ({"visual_expert": "none"}, ("llm.",), language(2)),
         ({"language_expert": "none"}, ("projector.expert_1.",), visual(C)),
         (PEFT | {"language_expert": "all"}, ("llm.",), language(4)),
@@ -113,20 +124,24 @@ def test_each_flag_adds_the_tensors_that_it_names_and_as_many_numbers_as_the_for
         (PEFT | {"guidance_after": 1}, ("llm.",), language(3)),
         (PEFT | {"weight_source": "static"}, ("llm.layers.",), 2 * 3 * R * D),
         (PEFT | {"weight_source": "latent"}, ("llm.",), language(2) - D - 2 * (D * E + E) + 2 * E),
-        (PEFT | {"weight_source": "lora"}, ("llm.layers.",), 2 * lora_weights(toy.stand_ins.LLAMA, R)),
+        (PEFT | {"weight_source": "lora"}, ("llm.layers.",),
+         2 * lora_weights(toy.stand_ins.LLAMA, R)),
     ]:
         cfg = config(options)
         assert count(cfg) == expected, options
         assert all(name.startswith(prefixes) for name in added(cfg)), options
-    names = {place: {name.split(".")[2] for name in added(config(PEFT | {"language_expert": place})) if ".layers." in name}
+    names = {place: {name.split(".")[2] for name in added(config(PEFT | {"language_expert": place}))
+                     if ".layers." in name}
              for place in ("anterior", "posterior", "all")}
     assert names == {"anterior": {"0", "1"}, "posterior": {"2", "3"}, "all": {"0", "1", "2", "3"}}
 
 
 def test_rows_of_equal_parameters_have_them():
     rows = {row.name: trained(row.options) for row in TABLES["dialect"].rows}
-    for name in ("Adapter, equal parameters", "LoRA in the same blocks, equal parameters", "LoRA in all blocks, equal parameters"):
-        assert rows[name] - count(config(NO_EXPERTS)) == pytest.approx(rows["generated"], rel=0.015), name
+    for name in ("Adapter, equal parameters", "LoRA in the same blocks, equal parameters",
+                 "LoRA in all blocks, equal parameters"):
+        assert rows[name] - count(config(NO_EXPERTS)) == pytest.approx(rows["generated"],
+                                                                       rel=0.015), name
     assert rows["Adapter"] < 0.8 * rows["generated"]
     whole = {row.name: count(config(row.options)) for row in TABLES["experts"].rows}
     assert whole["both static, of equal parameters"] == pytest.approx(whole["both"], rel=0.01)
@@ -134,17 +149,23 @@ def test_rows_of_equal_parameters_have_them():
 
 def test_generated_numbers_are_those_of_the_weights():
     assert generated_weights(config({})) == R * (2 * C + D) + 2 * R * 3 * D
-    assert generated_weights(config({"weight_source": "static"})) == generated_weights(config(PEFT | {"weight_source": "lora"})) == 0
+    assert generated_weights(config({"weight_source": "static"})) == generated_weights(
+        config(PEFT | {"weight_source": "lora"})) == 0
     assert generated_weights(config({"weight_source": "mlp"})) == C * D + 2 * D * D
     assert generated_weights(config({"method": "vlora"})) == 5 * 4 * D * 16
-    assert generated_weights(VLMConfig()) == 16 * 3 * 16 * 4096 + 16 * (2 * 1024 + 4096) == 3_244_032     # of a 7B
+    # of a 7B
+    assert generated_weights(VLMConfig()) == 16 * 3 * 16 * 4096 + 16 * (2 * 1024
+                                                                        + 4096) == 3_244_032
     assert generated_weights(VLoRAConfig()) == 5 * 8 * 4096 * 64 == 10_485_760
 
 
 def test_rows_share_stage_1_where_their_projectors_agree_and_nowhere_else():
-    shared = {name: experiments.tables.row_name(experiments.ablate.stage_1_options(row.options)) for name, row in
+    shared = {name: experiments.tables.row_name(experiments.ablate.stage_1_options(row.options))
+              for name, row in
               ((f"{t} {row.name}", row) for t in "2356" for row in TABLES[t].rows)}
-    assert {n for n, s in shared.items() if s == "ours"} == {"2 E_V1", "3 w/o E_L", "3 anterior half", "3 all", "3 posterior half", "5 ours"}
+    assert {n for n, s in shared.items()
+            if s == "ours"} == {"2 E_V1", "3 w/o E_L", "3 anterior half", "3 all",
+                                "3 posterior half", "5 ours"}
     assert {n for n, s in shared.items() if s == "visual_expert=none"} == {
         "2 w/o E_V", "6 LoRA", "6 Adapter", "6 Hypernetwork+Adapter", "6 Language Expert"}
     assert shared["5 Adapter"] == "weight_source=static"
@@ -158,15 +179,20 @@ def test_the_difference_is_that_of_the_means_and_its_interval_covers_the_truth_a
     rng = np.random.default_rng(0)
     families, images = ["a", "a", "b"] * 60, [i // 3 for i in range(180)]
     inside = 0
-    for _ in range(400):  # two rows that know equally much of all pictures there are, but not the same of these
-        hard = (0.8 * rng.random(60) + 0.2 * rng.random((2, 60))).repeat(3, axis=1)  # mostly, what is hard for one is hard for the other
-        runs = [[scored((rng.random(180) < p).tolist(), families, images) for _ in range(3)] for p in hard]
+    # two rows that know equally much of all pictures there are, but not the same of these
+    for _ in range(400):
+        # mostly, what is hard for one is hard for the other
+        hard = (0.8 * rng.random(60) + 0.2 * rng.random((2, 60))).repeat(3, axis=1)
+        runs = [[scored((rng.random(180) < p).tolist(), families, images) for _ in range(3)]
+                for p in hard]
         gain, over_questions, over_seeds = experiments.report.difference(*runs, "x")
         inside += abs(gain) < over_questions
     assert 0.92 < inside / 400 < 0.98
-    mean = lambda run: 50 * sum(np.mean([h for f, _, h in run["splits"]["x"]["right"] if f == g]) for g in "ab")
+    mean = lambda run: 50 * sum(np.mean([h for f, _, h in run["splits"]["x"]["right"] if f == g])
+                                for g in "ab")
     assert gain == pytest.approx(np.mean([mean(a) - mean(b) for a, b in zip(*runs)]))
-    assert over_seeds == pytest.approx(4.30 * np.std([mean(a) - mean(b) for a, b in zip(*runs)], ddof=1) / 3 ** 0.5)
+    assert over_seeds == pytest.approx(
+        4.30 * np.std([mean(a) - mean(b) for a, b in zip(*runs)], ddof=1) / 3 ** 0.5)
 
 
 def test_rows_that_were_asked_different_questions_are_not_compared():
@@ -175,15 +201,18 @@ def test_rows_that_were_asked_different_questions_are_not_compared():
         experiments.report.difference([one], [other], "x")
 
 
-COST = {"trained": 1234, "generated": 99, "prompt_mflops": 251.6, "token_mflops": 4.021, "step_s": 0.651, "peak_gb": 1.437,
+COST = {"trained": 1234, "generated": 99, "prompt_mflops": 251.6, "token_mflops": 4.021,
+        "step_s": 0.651, "peak_gb": 1.437,
         "prefill_ms": 6.61, "decode_ms": 1.744}
 
 
 def test_one_seed_has_no_spread_and_is_not_shown_as_if_it_had(tmp_path):
     runs = [scored(hits, "aabb", [0, 1, 2, 3]) for hits in ([1, 0, 1, 1], [0, 0, 1, 1])]
     table = dataclasses.replace(TABLES["dialect"], splits=("x",), rows=TABLES["dialect"].rows[:2])
-    found = [{"name": row.name, "options": {}, "paper": (), "costs": COST, "families": {"shift": (50.0, None)},
-              "means": {"x": experiments.report.mean_and_spread([50.0])}, "difference": {"x": experiments.report.difference([run], [runs[1]], "x")}}
+    found = [{"name": row.name, "options": {}, "paper": (), "costs": COST,
+              "families": {"shift": (50.0, None)},
+              "means": {"x": experiments.report.mean_and_spread([50.0])},
+              "difference": {"x": experiments.report.difference([run], [runs[1]], "x")}}
              for row, run in zip(table.rows, runs)]
     text = experiments.report.markdown(table, found)
     assert "**50.0** |" in text and "+25.0 (± " in text and "nan" not in text and "None" not in text and "seeds" not in text
@@ -192,19 +221,26 @@ def test_one_seed_has_no_spread_and_is_not_shown_as_if_it_had(tmp_path):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns(tmp_path, name, monkeypatch):
+def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns(tmp_path, name,
+                                                                                 monkeypatch):
     table, drawn = TABLES[name], []
     found = [{"name": row.name, "options": row.options, "paper": row.paper, "costs": COST,
-              "families": {family: (50.0 + i, 1.0) for family in (toy.world.FAMILIES if name != "dialect" else ("shift",))},
-              "means": {split: (60.0 + i, 2.0) for split in table.splits}, "difference": {split: (1.0, 2.0, 3.0) for split in table.splits}}
+              "families": {family: (50.0 + i, 1.0)
+                           for family in (toy.world.FAMILIES if name != "dialect" else ("shift",))},
+              "means": {split: (60.0 + i, 2.0) for split in table.splits},
+              "difference": {split: (1.0, 2.0, 3.0) for split in table.splits}}
              for i, row in enumerate(table.rows)]
     scores, costs = experiments.report.markdown(table, found).split("\n\n")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in scores.splitlines()]
-    assert len({len(line) for line in lines}) == 1 and [line[0] for line in lines[2:]] == [row.name for row in table.rows]
-    assert [line[1:1 + len(table.columns)] for line in lines[2:]] == [[str(x) for x in row.paper] for row in table.rows]
-    assert [line[-1] == "" for line in lines[2:]] == [row is table.rows[table.reference] for row in table.rows]
+    assert len({len(line) for line in lines}) == 1 and [line[0] for line in lines[2:]] == [
+        row.name for row in table.rows]
+    assert [line[1:1 + len(table.columns)] for line in lines[2:]] == [[str(x) for x in row.paper]
+                                                                      for row in table.rows]
+    assert [line[-1] == "" for line in lines[2:]] == [row is table.rows[table.reference]
+                                                      for row in table.rows]
     assert len(costs.splitlines()) == 2 + len(table.rows)
-    assert costs.splitlines()[0] == ("| row | trained | generated | MFLOPs a prompt | a further token | training step, s | peak, GB | prompt, ms | "
+    assert costs.splitlines()[0] == (
+        "| row | trained | generated | MFLOPs a prompt | a further token | training step, s | peak, GB | prompt, ms | "
                                      "a further token, ms |")
     assert costs.splitlines()[2] == f"| {table.rows[0].name} | 1,234 | 99 | 252 | 4.02 | 0.65 | 1.44 | 6.6 | 1.74 |"
     pyplot = experiments.report.import_pyplot()
@@ -212,19 +248,23 @@ def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns
     experiments.report.plot(table, found, tmp_path / "x.png")
     axes, = drawn[0].axes
     if table.axis:  # each row is a point of a curve
-        assert sum(len(container.lines[0].get_xdata()) for container in axes.containers) == len(table.rows)
+        assert sum(len(container.lines[0].get_xdata())
+                   for container in axes.containers) == len(table.rows)
     else:
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == [row.name for row in table.rows]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            row.name for row in table.rows]
     assert (tmp_path / "x.png").stat().st_size > 5000
 
 
 def test_a_probe_reads_what_is_there_and_no_more():
     rng = np.random.default_rng(0)
-    families, images = [str(f) for f in rng.integers(4, size=2000)], [f"{i // 4:04}.png" for i in range(2000)]
+    families, images = [str(f) for f in rng.integers(4, size=2000)], [f"{i // 4:04}.png"
+                                                                      for i in range(2000)]
     noise = torch.from_numpy(rng.standard_normal((2000, 3))).float()
     share, half = experiments.embeddings.probe(noise, families, images)
     assert abs(share - 0.25) < 0.05 and 0.02 < half < 0.035      # of 1000 questions
-    told = torch.nn.functional.one_hot(torch.tensor([int(f) for f in families]), 4).float() + 0.1 * torch.randn(2000, 4)
+    told = torch.nn.functional.one_hot(torch.tensor([int(f) for f in families]),
+                                       4).float() + 0.1 * torch.randn(2000, 4)
     assert experiments.embeddings.probe(told, families, images)[0] > 0.99
     told[::2] = torch.randn(1000, 4)                             # half of the questions say nothing
     assert experiments.embeddings.probe(told, families, images)[0] == pytest.approx(0.625, abs=0.05)
@@ -233,26 +273,33 @@ def test_a_probe_reads_what_is_there_and_no_more():
 def test_the_dialect_has_one_right_answer_for_each_step(tmp_path):
     toy.files.write_world(tmp_path, pictures=30, texts=2, test_pictures=8)
     toy.files.write_dialect(tmp_path)
-    training, test = (json.load(open(tmp_path / f)) for f in ("dialect.json", "heldout_dialect.json"))
-    captions = {r["image"]: r["conversations"][1]["value"] for r in json.load(open(tmp_path / "captions.json"))}
-    assert 5 < len(training) < 30 and len(test) % len(toy.questions.STEPS) == 0 and {r["family"] for r in test} == {"shift"}
+    training, test = (json.load(open(tmp_path / f))
+                      for f in ("dialect.json", "heldout_dialect.json"))
+    captions = {r["image"]: r["conversations"][1]["value"]
+                for r in json.load(open(tmp_path / "captions.json"))}
+    assert 5 < len(training) < 30 and len(test) % len(toy.questions.STEPS) == 0 and {
+        r["family"] for r in test} == {"shift"}
     for record in training:
         letter = captions[record["image"]].split("the letter ")[1][0]
         said = record["conversations"]
         asked = [int(m["value"].split("Go on by ")[1].rstrip(".")) for m in said[::2]]
         assert sorted(asked) == [*toy.questions.STEPS]
         for steps, message in zip(asked, said[1::2]):
-            assert message["value"] == (toy.world.LETTERS * 2)[toy.world.LETTERS.index(letter) + steps]
+            assert message["value"] == (toy.world.LETTERS * 2)[
+                toy.world.LETTERS.index(letter) + steps]
 
 
 def test_the_further_splits_show_what_training_never_does(tmp_path):
     toy.files.write_world(tmp_path, pictures=4, texts=2, test_pictures=4)
     toy.files.write_unseen(tmp_path, pictures=12)
-    objects = [len(list(toy.questions.objects_in(r["conversations"][1]["value"]).elements())) for r in json.load(open(tmp_path / "numbers_captions.json"))]
+    objects = [len(list(toy.questions.objects_in(r["conversations"][1]["value"]).elements()))
+               for r in json.load(open(tmp_path / "numbers_captions.json"))]
     assert len(objects) == 12 and set(objects) == {6, 7}
     assert len(json.load(open(tmp_path / "grounds_captions.json"))) == 12
     rng = np.random.default_rng(0)
-    tones = [len(np.unique(np.asarray(toy.world.checkerboard(rng, np.full(3, 120.0), (56, 40))).reshape(-1, 3), axis=0)) for _ in range(5)]
+    tones = [len(np.unique(np.asarray(
+        toy.world.checkerboard(rng, np.full(3, 120.0), (56, 40))).reshape(-1, 3), axis=0))
+        for _ in range(5)]
     assert tones == [2] * 5
 
 
@@ -265,13 +312,16 @@ def base(tmp_path_factory, mesh):
     out = tmp_path_factory.mktemp("base")
     toy.stage0.make_world(str(out), 40)
     for part in ("clip", "llm"):
-        train.run_stage({"out": str(out), "part": part, "batch_size": 4, "steps": 4, "dtype": "float32"}, 0, mesh)
+        train.run_stage({"out": str(out), "part": part, "batch_size": 4, "steps": 4,
+                         "dtype": "float32"}, 0, mesh)
     return out
 
 
 def start(base, out, *words):
-    words = ("--pictures", 40, "--align", 2, "--steps", 3, "--seeds", 2, "--jobs", 2, "--allow_random_llm", "--base", base, "--out", out, *words)
-    return subprocess.Popen([sys.executable, "-m", "experiments.ablate", *map(str, words)], stdout=subprocess.PIPE,
+    words = ("--pictures", 40, "--align", 2, "--steps", 3, "--seeds", 2, "--jobs", 2,
+             "--allow_random_llm", "--base", base, "--out", out, *words)
+    return subprocess.Popen([sys.executable, "-m", "experiments.ablate", *map(str, words)],
+                            stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
 
@@ -296,7 +346,8 @@ def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
     assert process.returncode == 143
     assert not running(tmp_path)  # its trainings ended with it
     assert not list(tmp_path.glob("table_*"))
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("aligned_2/*/seed*/stage1/model.safetensors")}
+    kept = {path: path.stat().st_mtime_ns
+            for path in tmp_path.glob("aligned_2/*/seed*/stage1/model.safetensors")}
     assert len(kept) == 4
     assert len({path.read_bytes() for path in kept}) == 4  # seeds differ from stage 1 on
 
@@ -305,14 +356,17 @@ def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
     assert process.returncode == 0, error[-2000:]
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     found = json.load(open(tmp_path / "table_vlora.json"))
-    assert [row["name"] for row in found["rows"]] == ["LLaVA", "VLoRA"] and (tmp_path / "table_vlora.png").exists()
+    assert [row["name"] for row in found["rows"]] == ["LLaVA",
+                                                      "VLoRA"] and (tmp_path / "table_vlora.png").exists()
     assert "| LLaVA | 64.6 | 1470.0 |" in text and text.count("\n| VLoRA |") == 2
     for row in found["rows"]:
-        assert row["means"].keys() == {"heldout", "combination", "grounds", "numbers"} and row["costs"]["trained"] > 1e6
+        assert row["means"].keys() == {"heldout", "combination", "grounds",
+                                       "numbers"} and row["costs"]["trained"] > 1e6
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/model.safetensors")}
     process = start(base, tmp_path, "--table", "vlora")
     assert process.communicate(timeout=120)[0].count("\n| VLoRA |") == 2
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/model.safetensors")} == before
+    assert {path: path.stat().st_mtime_ns
+            for path in tmp_path.glob("**/model.safetensors")} == before
 
 
 class Here(experiments.ablate.Jobs):
@@ -320,7 +374,8 @@ class Here(experiments.ablate.Jobs):
     mesh = None
 
     def run(self, folder, program, *words):
-        given = parse({"train": training.options.Options, "experiments.ablate": experiments.ablate.Options}[program], map(str, words))
+        given = parse({"train": training.options.Options,
+                       "experiments.ablate": experiments.ablate.Options}[program], map(str, words))
         if program == "experiments.ablate":
             experiments.ablate.score(experiments.ablate.Options(**given))
         else:
@@ -330,22 +385,29 @@ class Here(experiments.ablate.Jobs):
 @pytest.mark.slow
 @pytest.mark.parametrize("table", ["dialect", "fig3", "fig4", "vlora3", "vlora4", "vlora5"])
 def test_a_row_of_other_tables_goes_all_the_way(base, mesh, tmp_path, table, monkeypatch):
-    """The last one; the others are the same commands of train.py with options that are tested above."""
+    """The last one; the others are the same commands of train.py with options that are tested
+    above.
+    """
     monkeypatch.setattr(Here, "mesh", mesh)
     monkeypatch.setattr(experiments.ablate, "Jobs", Here)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # only the main thread may
     monkeypatch.setitem(TABLES, table, dataclasses.replace(
-        TABLES[table], rows=TABLES[table].rows[-1:], reference=0, splits=TABLES[table].splits[-1:], tuned=min(TABLES[table].tuned, 3)))
+        TABLES[table], rows=TABLES[table].rows[-1:], reference=0, splits=TABLES[table].splits[-1:],
+        tuned=min(TABLES[table].tuned, 3)))
     monkeypatch.setattr(experiments.report.measure_costs, "__defaults__", (2, 4))
-    o = experiments.ablate.Options(table=table, base=str(base), out=str(tmp_path), seeds=1, steps=3, align=2, pictures=40, jobs=1, allow_random_llm=True)
+    o = experiments.ablate.Options(table=table, base=str(base), out=str(tmp_path), seeds=1, steps=3,
+                                   align=2, pictures=40, jobs=1, allow_random_llm=True)
     experiments.ablate.train_rows(o)
     row, = experiments.report.table_rows(o)
     experiments.report.plot(TABLES[table], [row], tmp_path / "x.png")
     assert experiments.report.markdown(TABLES[table], [row]).count("\n") == 6
-    with open(os.path.join(experiments.tables.row_folder(o, TABLES[table].rows[0], 0), "stage2", "log.jsonl")) as f:
+    with open(os.path.join(experiments.tables.row_folder(o, TABLES[table].rows[0], 0), "stage2",
+                           "log.jsonl")) as f:
         steps = [json.loads(line) for line in f]
-    assert len(steps) == 3 and row["costs"]["peak_gb"] == max(step["peak_gb"] for step in steps) > 0.1
-    assert row["costs"]["step_s"] > 0 and row["costs"]["token_mflops"] < row["costs"]["prompt_mflops"]
+    assert len(steps) == 3 and row["costs"]["peak_gb"] == max(step["peak_gb"]
+                                                              for step in steps) > 0.1
+    assert row["costs"]["step_s"] > 0 and row["costs"]["token_mflops"] < row["costs"][
+        "prompt_mflops"]
 
 
 @pytest.mark.slow
@@ -354,7 +416,9 @@ def test_a_row_that_fails_ends_the_program_with_a_line_that_says_where(base, tmp
     (tmp_path / "base" / "stage0" / "llm" / "model.safetensors").write_bytes(b"half")
     process = start(tmp_path / "base", tmp_path / "out", "--table", "vlora", "--jobs", 1)
     error = process.communicate(timeout=200)[1].splitlines()
-    assert process.returncode == 1 and error[-1].startswith("error: train.py failed with status 1, see ") and "model.safetensors: " in error[-1] and "output.txt: error: " in error[-1]
+    assert process.returncode == 1 and error[-1].startswith(
+        "error: train.py failed with status 1, see ") and "model.safetensors: " in error[
+        -1] and "output.txt: error: " in error[-1]
 
 
 def test_rows_of_another_base_are_not_taken_for_this_ones(tmp_path):
@@ -364,30 +428,36 @@ def test_rows_of_another_base_are_not_taken_for_this_ones(tmp_path):
     o = experiments.ablate.Options(base=str(tmp_path / "base"), out=str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
     experiments.ablate.check_base(o)
-    experiments.ablate.check_base(dataclasses.replace(o, base=shutil.copytree(tmp_path / "base", tmp_path / "moved")))
+    experiments.ablate.check_base(
+        dataclasses.replace(o, base=shutil.copytree(tmp_path / "base", tmp_path / "moved")))
     noted = json.loads((tmp_path / "out" / "base.json").read_text())
-    (tmp_path / "out" / "base.json").write_text(json.dumps({name: noted[name] for name in noted if "grounds" not in name}))
+    (tmp_path / "out" / "base.json").write_text(
+        json.dumps({name: noted[name] for name in noted if "grounds" not in name}))
     with pytest.raises(UserError, match="started from another world/grounds.json than"):
         experiments.ablate.check_base(o)
     (tmp_path / "out" / "base.json").write_text(json.dumps(noted))
     (tmp_path / "base" / "stage0" / "llm" / "model.safetensors").write_text("trained anew")
-    with pytest.raises(UserError, match="started from another stage0/llm/model.safetensors than .*base has now: name another --out"):
+    with pytest.raises(UserError,
+                       match="started from another stage0/llm/model.safetensors than .*base has now: name another --out"):
         experiments.ablate.check_base(o)
 
 
-def test_two_programs_do_not_train_in_one_folder_and_wait_for_each_other_at_one_base(tmp_path, monkeypatch):
+def test_two_programs_do_not_train_in_one_folder_and_wait_for_each_other_at_one_base(tmp_path,
+                                                                                     monkeypatch):
     base, out = str(tmp_path / "base"), str(tmp_path / "out")
     with experiments.ablate.locked(f"{out}/lock") as ours:
         assert ours
         process = start(base, out)
         error = process.communicate(timeout=120)[1]
-        assert process.returncode == 1 and error.splitlines()[-1] == f"error: another ablate.py works in {out}: let it end, or name another --out"
+        assert process.returncode == 1 and error.splitlines()[
+            -1] == f"error: another ablate.py works in {out}: let it end, or name another --out"
     assert not os.path.exists(base)
     with experiments.ablate.locked(f"{out}/lock") as ours:
         assert ours
 
     made = []
-    monkeypatch.setattr(experiments.ablate, "prepare", lambda jobs, o: made.append("theirs") or sys.exit())
+    monkeypatch.setattr(experiments.ablate, "prepare", lambda jobs,
+                        o: made.append("theirs") or sys.exit())
 
     def there():
         with contextlib.suppress(SystemExit):
@@ -405,7 +475,8 @@ def test_two_programs_do_not_train_in_one_folder_and_wait_for_each_other_at_one_
 def test_embeddings_are_of_a_model_whose_experts_are_guided():
     for options in ({"language_expert": "none"}, {"weight_source": "latent"}):
         point = weights.Checkpoint(weights.build_empty(config(options)), None, None, "", {})
-        with pytest.raises(UserError, match=f"--table embeddings: no language expert .*{next(iter(options.values()))}"):
+        with pytest.raises(UserError,
+                           match=f"--table embeddings: no language expert .*{next(iter(options.values()))}"):
             experiments.embeddings.embed(point, [])
 
 
@@ -413,7 +484,9 @@ def test_a_base_with_another_world_is_left_alone(tmp_path):
     toy.stage0.make_world(str(tmp_path), 6)
     before = (tmp_path / "world" / "world.json").read_text()
     with pytest.raises(UserError, match="--pictures 8: the world of .* has 6"):
-        experiments.ablate.train_rows(experiments.ablate.Options(base=str(tmp_path), out=str(tmp_path / "x"), pictures=8, jobs=1))
+        experiments.ablate.train_rows(
+            experiments.ablate.Options(base=str(tmp_path), out=str(tmp_path / "x"), pictures=8,
+                                       jobs=1))
     assert (tmp_path / "world" / "world.json").read_text() == before
 
 
@@ -421,9 +494,12 @@ def test_a_base_with_another_world_is_left_alone(tmp_path):
 def test_a_stage_0_that_was_stopped_goes_on(base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     shutil.rmtree(tmp_path / "base" / "stage0" / "llm")
-    o = experiments.ablate.Options(base=str(tmp_path / "base"), out=str(tmp_path / "x"), pictures=40, jobs=1)
-    words = ("--stage", 0, "--part", "llm", "--out", o.base, "--pictures", 40, "--steps", training.options.PRESETS["toy"]["llm"]["steps"])
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *map(str, words)], stderr=subprocess.DEVNULL)
+    o = experiments.ablate.Options(base=str(tmp_path / "base"), out=str(tmp_path / "x"),
+                                   pictures=40, jobs=1)
+    words = ("--stage", 0, "--part", "llm", "--out", o.base, "--pictures", 40, "--steps",
+             training.options.PRESETS["toy"]["llm"]["steps"])
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *map(str, words)],
+                               stderr=subprocess.DEVNULL)
     log, began = tmp_path / "base" / "stage0" / "llm" / "log.jsonl", time.time()
     while not (log.exists() and log.read_text().count("\n") > 1) and time.time() - began < 100:
         time.sleep(0.05)
@@ -436,7 +512,8 @@ def test_a_stage_0_that_was_stopped_goes_on(base, tmp_path):
             said.append(words)
 
     experiments.ablate.prepare(Heard(), o)
-    assert [words[:4] for words in said] == [("--stage", 0, "--part", "llm")] and said[0][-1] == "--resume"
+    assert [words[:4] for words in said] == [("--stage", 0, "--part", "llm")] and said[0][
+        -1] == "--resume"
 
 
 # ---- Speed and padding
@@ -447,7 +524,8 @@ def test_what_bench_calls_llavas_order_groups_as_llava_does():
     sizes, pictured = rng.integers(1, 400, 1000), rng.random(1000) < 0.8
     order = experiments.bench.llava_order(sizes, pictured, 4, 8, rng)
     assert sorted(order) == list(range(1000))
-    whole = [(pictured == kind).sum() // 32 - ((pictured == kind).sum() % 32 == 0) for kind in (True, False)]
+    whole = [(pictured == kind).sum() // 32 - ((pictured == kind).sum() % 32 == 0)
+             for kind in (True, False)]
     steps = order[:32 * sum(whole)].reshape(-1, 4, 8)
     assert all(len(set(pictured[step.ravel()])) == 1 for step in steps)
     left = order[32 * sum(whole):]
@@ -460,31 +538,44 @@ def test_bench_counts_the_padding_of_three_orders(tmp_path, capsys):
     toy.files.write_world(tmp_path, pictures=200, texts=2, test_pictures=2)
     tokenizer = train_tokenizer(toy.stand_ins.words(str(tmp_path)), 400)
     tokenizer.save(str(tmp_path))
-    experiments.bench.compare_padding(experiments.bench.Options(padding=str(tmp_path / "instruct.json"), llm=str(tmp_path), image_tokens=49, ranks=4, micro_batch_size=4))
+    experiments.bench.compare_padding(
+        experiments.bench.Options(padding=str(tmp_path / "instruct.json"), llm=str(tmp_path),
+                                  image_tokens=49, ranks=4, micro_batch_size=4))
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["records"] == 200 and 0 < found["ours"]["padding"] < 0.7 * found["llava"]["padding"]
+    assert found["records"] == 200 and 0 < found["ours"]["padding"] < 0.7 * found["llava"][
+        "padding"]
     assert 1 < found["ours"]["slowest"] < found["llava"]["slowest"]
     with pytest.raises(UserError, match="a step of 32 x 16 wants more"):
-        experiments.bench.compare_padding(experiments.bench.Options(padding=str(tmp_path / "instruct.json"), llm=str(tmp_path), ranks=32))
+        experiments.bench.compare_padding(
+            experiments.bench.Options(padding=str(tmp_path / "instruct.json"), llm=str(tmp_path),
+                                      ranks=32))
 
 
 @pytest.mark.slow
 def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys):
-    experiments.bench.compare_training(experiments.bench.Options(train="tiny", out=str(tmp_path), steps=4, micro_batch_size=2, save=True))
+    experiments.bench.compare_training(
+        experiments.bench.Options(train="tiny", out=str(tmp_path), steps=4, micro_batch_size=2,
+                                  save=True))
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
-    assert [(run["stage"], run["experts"]) for run in found] == [(1, "none"), (2, "none"), (1, "generated"), (2, "generated")]
+    assert [(run["stage"], run["experts"]) for run in found] == [(1, "none"), (2, "none"),
+                                                                 (1, "generated"), (2, "generated")]
     for run in found:
-        assert run["tokens_per_s"] > 0 and run["mfu"] is None and 0 <= run["data_wait"] <= 1 and run["peak_gb"] > 0.1
+        assert run["tokens_per_s"] > 0 and run["mfu"] is None and 0 <= run[
+            "data_wait"] <= 1 and run["peak_gb"] > 0.1
     with open(tmp_path / "generated" / "stage1" / "log.jsonl") as f:
         rates = [json.loads(line)["tokens_per_s"] for line in f]
     log = [json.loads(line) for line in open(tmp_path / "generated" / "stage1" / "log.jsonl")]
-    assert ["save_s" in row for row in log] == [False] * 3 + [True] and found[2]["save_s"] == log[3]["save_s"]
-    third = found[2]["save_s"] * (1 / found[2]["save_share"] - 1) / 1000  # seconds of the one step that counts
+    assert ["save_s" in row for row in log] == [False] * 3 + [True] and found[2]["save_s"] == log[
+        3]["save_s"]
+    # seconds of the one step that counts
+    third = found[2]["save_s"] * (1 / found[2]["save_share"] - 1) / 1000
     assert third == pytest.approx(3 * log[2]["eta_s"] - 2 * log[1]["eta_s"] / 2) and third > 0
     assert len(rates) == 4 and found[2]["tokens_per_s"] == pytest.approx(sum(rates[2:]) / 2)
-    assert json.load(open(tmp_path / "generated" / "stage1" / "config.json"))["model"]["visual_expert"] == "1"
-    assert json.load(open(tmp_path / "none" / "stage1" / "config.json"))["model"]["visual_expert"] == "none"
+    assert json.load(open(tmp_path / "generated" / "stage1" / "config.json"))["model"][
+        "visual_expert"] == "1"
+    assert json.load(open(tmp_path / "none" / "stage1" / "config.json"))["model"][
+        "visual_expert"] == "none"
     assert not (tmp_path / "none" / "stage2").exists()
     cost = found[0]["tokens_per_s"] / found[2]["tokens_per_s"] - 1
     assert f"stage 1: experts cost {cost:.1%} of the time" in lines
@@ -496,15 +587,18 @@ def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys):
 @pytest.mark.parametrize("scattered", [False, True])
 def test_pictures_are_of_the_style_that_is_promised(scattered, monkeypatch):
     places, draw = [], experiments.outsider.draw_thing
-    monkeypatch.setattr(experiments.outsider, "draw_thing", lambda pen, kind, x, y, r, colour: (places.append((x, y, r)), draw(pen, kind, x, y, r, colour)))
+    monkeypatch.setattr(experiments.outsider, "draw_thing", lambda pen, kind, x, y, r,
+                        colour: (places.append((x, y, r)), draw(pen, kind, x, y, r, colour)))
     across = 0
     for seed in range(40):
         places.clear()
         image, things = experiments.outsider.random_picture(random.Random(seed), scattered)
         (wide, high), n = image.size, len(things)
-        assert 200 <= wide <= 800 and 200 <= high <= 800 and wide != high and 2 <= n == len(places) <= 5
+        assert 200 <= wide <= 800 and 200 <= high <= 800 and wide != high and 2 <= n == len(
+            places) <= 5
         assert {*things} <= {*toy.world.PAIRS} - toy.world.HELD_OUT
-        ends = [[(int(3 * (x + s * r * 0.999) / wide), int(3 * (y + s * r * 0.999) / high)) for s in (-1, 1)] for x, y, r in places]
+        ends = [[(int(3 * (x + s * r * 0.999) / wide), int(3 * (y + s * r * 0.999) / high))
+                 for s in (-1, 1)] for x, y, r in places]
         across += sum(a != b for a, b in ends)
         if not scattered:
             assert len({a for a, _ in ends}) == n  # a ninth each
@@ -512,8 +606,10 @@ def test_pictures_are_of_the_style_that_is_promised(scattered, monkeypatch):
 
 
 def test_questions_have_one_answer_each():
-    asked = experiments.outsider.questions([("red", "star"), ("red", "ring"), ("blue", "ring")], "x")
+    asked = experiments.outsider.questions([("red", "star"), ("red", "ring"), ("blue", "ring")],
+                                           "x")
     assert [(q.text, q.answer) for q in asked] == [
-        ("What colour is the star?", "red"), ("What shape is the blue thing?", "ring"), ("How many things are there?", "3"),
+        ("What colour is the star?", "red"), ("What shape is the blue thing?", "ring"),
+        ("How many things are there?", "3"),
         ("How many blue things are there?", "1"), ("How many red things are there?", "2")]
     assert Counter(q.family for q in asked) == {"colour": 1, "shape": 1, "count": 3}

@@ -1,5 +1,6 @@
-"""What formats/ claims: ids and text as in sentencepiece; LLaVA opens in every layout, strictly, with the
-numbers of transformers, and is written back."""
+"""What formats/ claims: ids and text as in sentencepiece; LLaVA opens in every layout, strictly,
+with the numbers of transformers, and is written back.
+"""
 import json
 import os
 import pickle
@@ -48,14 +49,17 @@ VOCAB, IDS = 320, 291  # rows of the embedding; ids of the tokenizer and of what
 
 # ---- Tokenizers
 
-STRANGE = ["", " ", "  ", "a", " a", "a ", "\n", "\n\n a\n", "a   b\t\r\n", "naïve café", "日本語", "👩‍👩‍👧 \U0001F600", "\0\x7f",
-           "</s>", "<s> x </s><unk>", "<0x0A>", "x" * 700, "USER: hi ASSISTANT:", "<image>\nQ", "\ufffd"]
+STRANGE = ["", " ", "  ", "a", " a", "a ", "\n", "\n\n a\n", "a   b\t\r\n", "naïve café", "日本語",
+           "👩‍👩‍👧 \U0001F600", "\0\x7f",
+           "</s>", "<s> x </s><unk>", "<0x0A>", "x" * 700, "USER: hi ASSISTANT:", "<image>\nQ",
+           "\ufffd"]
 
 
 def test_any_text_comes_back(tokenizer):
     draw = random.Random(0)
     alphabet = "ab USER:</s>\n\t é日😀.?<0x0A>\u200d"
-    for text in STRANGE + ["".join(draw.choices(alphabet, k=draw.randrange(40))) for _ in range(300)]:
+    for text in STRANGE + ["".join(draw.choices(alphabet, k=draw.randrange(40)))
+                           for _ in range(300)]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert not {tokenizer.bos, tokenizer.eos, tokenizer.pad} & set(ids)
@@ -70,7 +74,8 @@ def test_frequent_words_and_tags_are_single_tokens(tokenizer):
 
 def test_the_ids_are_laid_out_like_llamas(tokenizer):
     inner = tokenizer.inner
-    assert [inner.token_to_id(t) for t in ("<unk>", "<s>", "</s>", "<0x00>", "<0xFF>")] == [0, 1, 2, 3, 258]
+    assert [inner.token_to_id(t) for t in ("<unk>", "<s>", "</s>", "<0x00>", "<0xFF>")] == [0, 1, 2,
+                                                                                            3, 258]
     assert (tokenizer.pad, tokenizer.bos, tokenizer.eos) == (0, 1, 2)
     assert tokenizer.vocab == inner.get_vocab_size() == max(inner.get_vocab().values()) + 1 <= 500
     assert tokenizer.encode("é日") == [inner.token_to_id("▁")] + [3 + b for b in "é日".encode()]
@@ -98,7 +103,8 @@ def test_a_control_token_that_is_frequent_in_the_texts_stays_text():
 
 
 def test_a_newline_is_a_byte_and_the_word_behind_it_a_token():
-    space, newline, word = formats.tokenizer.train_tokenizer(["\nzebra", "lion\n"] * 50, 320).encode("\nzebra")
+    space, newline, word = formats.tokenizer.train_tokenizer(["\nzebra", "lion\n"] * 50,
+                                                             320).encode("\nzebra")
     assert newline == 3 + ord("\n") and word > 258
 
 
@@ -119,7 +125,8 @@ def test_a_tokenizer_survives_saving_and_pickling(tokenizer, tmp_path):
 def test_added_tokens_of_a_file_are_neither_read_from_text_nor_counted(tokenizer, tmp_path):
     inner = tokenizers.Tokenizer.from_str(tokenizer.file)
     inner.add_tokens(["<image>"])
-    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A",
+                                                                    special_tokens=[("<s>", 1)])
     inner.save(str(tmp_path / "tokenizer.json"))
     loaded = Tokenizer.load(tmp_path)
     assert loaded.vocab == tokenizer.vocab
@@ -146,13 +153,17 @@ def any_character(draw):
 
 
 def fuzz(processor, n):
-    """Strings that reach for the corners: what pieces are made of, runs, control characters, special tokens' names."""
+    """Strings that reach for the corners: what pieces are made of, runs, control characters,
+    special tokens' names.
+    """
     draw = random.Random(0)
     normal = [processor.id_to_piece(i) for i in range(len(BASE), processor.vocab_size())]
-    odd = STRANGE + ["▁", "▁▁", "<0xE6>", "<0x0a>", "\t", "\r\n", " " * 16, " " * 33, "\x1b", "e\u0301", "\ufeff", "\u3000",
+    odd = STRANGE + ["▁", "▁▁", "<0xE6>", "<0x0a>", "\t", "\r\n", " " * 16, " " * 33, "\x1b",
+                     "e\u0301", "\ufeff", "\u3000",
                      "\U0010ffff"]
     sources = [lambda: any_character(draw), lambda: draw.choice(odd), lambda: draw.choice(normal),
-               lambda: draw.choice(normal).replace("▁", " "), lambda: draw.choice("ab \n"), lambda: draw.choice("na日▁="),
+               lambda: draw.choice(normal).replace("▁", " "), lambda: draw.choice("ab \n"),
+               lambda: draw.choice("na日▁="),
                lambda: draw.choice(sources[:6])()]
     for i in range(n):
         source = sources[i % len(sources)]
@@ -162,7 +173,8 @@ def fuzz(processor, n):
 def test_the_ids_and_the_text_are_sentencepieces(slow, llama):
     texts = STRANGE + TEXTS[:12] + WRITTEN + list(fuzz(slow, 10_000))
     assert [text for text in texts if llama.encode(text) != slow.encode(text)] == []
-    assert [text for text in texts if llama.decode(slow.encode(text)) != slow.decode(slow.encode(text))] == []
+    assert [text for text in texts
+            if llama.decode(slow.encode(text)) != slow.decode(slow.encode(text))] == []
     assert (llama.vocab, llama.bos, llama.eos, llama.pad) == (slow.vocab_size(), 1, 2, 0)
     assert max(max(slow.encode(text), default=0) for text in texts) > 500  # more than bytes
 
@@ -175,18 +187,22 @@ def test_a_literal_underline_of_sentencepiece_reads_as_a_space_there_and_here(sl
 def test_a_tokenizer_of_a_model_file_survives_pickling_and_is_saved_as_json(slow, llama, tmp_path):
     llama.save(tmp_path)
     for other in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(llama))):
-        assert all(other.encode(text) == slow.encode(text) for text in STRANGE + list(fuzz(slow, 200)))
+        assert all(other.encode(text) == slow.encode(text)
+                   for text in STRANGE + list(fuzz(slow, 200)))
         assert (other.file, other.vocab, other.bos, other.eos) == (llama.file, llama.vocab, 1, 2)
         assert other.decode([1] + other.encode("</s>") + [2]) == "</s>"
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_tokenizer_json_of_transformers_gives_sentencepieces_ids_too(slow, llama, tmp_path, legacy):
+def test_a_tokenizer_json_of_transformers_gives_sentencepieces_ids_too(slow, llama, tmp_path,
+                                                                       legacy):
     spec = json.loads(llama.file)["model"]
-    theirs = LlamaTokenizer(vocab=spec["vocab"], merges=[tuple(m) for m in spec["merges"]], legacy=legacy)
+    theirs = LlamaTokenizer(vocab=spec["vocab"], merges=[tuple(m) for m in spec["merges"]],
+                            legacy=legacy)
     theirs.add_tokens(["<image>", "<pad>"], special_tokens=True)
     theirs.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"not looked at: the other file knows of <image> and <pad>")
+    (tmp_path / "tokenizer.model").write_bytes(
+        b"not looked at: the other file knows of <image> and <pad>")
     loaded = Tokenizer.load(tmp_path)
     assert loaded.vocab == slow.vocab_size()
     texts = STRANGE + [" a", "  a", " "] + list(fuzz(slow, 500))
@@ -207,7 +223,8 @@ def test_a_tokenizer_json_of_transformers_gives_sentencepieces_ids_too(slow, lla
     ({"pieces": LETTERS[:50] + LETTERS[51:]}, "'<0x2F>' is missing"),
     ({"pieces": LETTERS[3:]}, "lacks <s>, </s> or <unk>"),
     ({"pieces": LETTERS[:1] + LETTERS[2:]}, "lacks <s>"),
-    ({"pieces": LETTERS[:-3] + LETTERS[-2:]}, "not one of Llama's kind"),  # without a piece for the space
+    # without a piece for the space
+    ({"pieces": LETTERS[:-3] + LETTERS[-2:]}, "not one of Llama's kind"),
     ({"pieces": LETTERS + [("ab", -1, 1), ("ba", -1, 1)]}, "has the score of another"),
     ({"pieces": LETTERS + [("ab", float("nan"), 1), ("aa", -1, 1)]}, "has the score of another"),
     ({"pieces": LETTERS + [("ac", -1, 1)]}, "'ac' has a character that is not a piece")])
@@ -231,9 +248,12 @@ GOOD_PROTO = model_proto(LETTERS)
 
 
 @pytest.mark.parametrize("damaged", [
-    b"", b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html><html>", b"\xff" * 300_000, GOOD_PROTO[:-1],
-    GOOD_PROTO[:2005], GOOD_PROTO + b"\x0a", GOOD_PROTO + field(1, message([(1, b"\xff\xfe"), (2, 0.0)])),
-    GOOD_PROTO + field(1, message([(1, b"a"), (2, 0.0)])), GOOD_PROTO + field(1, message([(2, 0.0)])),
+    b"", b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html><html>",
+    b"\xff" * 300_000, GOOD_PROTO[:-1],
+    GOOD_PROTO[:2005], GOOD_PROTO + b"\x0a",
+    GOOD_PROTO + field(1, message([(1, b"\xff\xfe"), (2, 0.0)])),
+    GOOD_PROTO + field(1, message([(1, b"a"), (2, 0.0)])),
+    GOOD_PROTO + field(1, message([(2, 0.0)])),
     GOOD_PROTO + field(1, message([(1, 7)])), GOOD_PROTO + field(1, 7), GOOD_PROTO + field(2, 2.0)])
 def test_a_damaged_model_file_is_one_line_that_names_it(damaged, tmp_path):
     path = tmp_path / "tokenizer.model"
@@ -249,7 +269,8 @@ def test_whatever_happens_to_a_model_file_it_is_read_or_refused(tmp_path):
         damaged = bytearray(GOOD_PROTO)
         for _ in range(draw.choice([1, 3])):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
-        (tmp_path / "tokenizer.model").write_bytes(damaged[:draw.choice([None, draw.randrange(len(damaged))])])
+        (tmp_path / "tokenizer.model").write_bytes(
+            damaged[:draw.choice([None, draw.randrange(len(damaged))])])
         try:
             Tokenizer.load(tmp_path)
         except UserError:
@@ -269,7 +290,8 @@ def test_a_tokenizer_json_that_is_not_of_llamas_kind_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("scheme, split", [("never", False), ("always", True)])
-def test_a_tokenizer_json_that_treats_spaces_otherwise_is_refused(tokenizer, tmp_path, scheme, split):
+def test_a_tokenizer_json_that_treats_spaces_otherwise_is_refused(tokenizer, tmp_path, scheme,
+                                                                  split):
     other = tokenizers.Tokenizer.from_str(tokenizer.file)
     other.normalizer, metaspace = None, tokenizers.pre_tokenizers.Metaspace
     other.pre_tokenizer = metaspace(prepend_scheme="always", split=False)
@@ -293,10 +315,13 @@ def test_what_is_streamed_is_in_the_end_what_decode_and_sentencepiece_say_of_any
     draw = random.Random(0)
     space, wide = slow.piece_to_id("▁"), [3 + b for b in "é日😀".encode()]
     for _ in range(3000):
-        ids = [draw.choice([draw.randrange(3, 259), draw.randrange(131, 259), draw.choice(wide), space,
-                            draw.randrange(259, slow.vocab_size())]) for _ in range(draw.randrange(12))]
+        ids = [draw.choice([draw.randrange(3, 259), draw.randrange(131, 259), draw.choice(wide),
+                            space,
+                            draw.randrange(259, slow.vocab_size())])
+                            for _ in range(draw.randrange(12))]
         assert "".join(streamed(llama, ids)) == llama.decode(ids) == slow.decode(ids)
-        assert "".join(streamed(llama, [1] + ids + [2, llama.vocab + 7])) == llama.decode(ids)  # no text of their own
+        # no text of their own
+        assert "".join(streamed(llama, [1] + ids + [2, llama.vocab + 7])) == llama.decode(ids)
 
 
 def test_a_character_of_several_ids_comes_when_it_is_whole_and_not_later(llama):
@@ -304,7 +329,8 @@ def test_a_character_of_several_ids_comes_when_it_is_whole_and_not_later(llama):
     assert streamed(llama, byte) == ["", "", "", "😀", "", "é", ""]
     assert streamed(llama, byte[:3]) == ["", "", "", "\ufffd" * 3]
     assert streamed(llama, byte[:2] + llama.encode("A")) == ["", "", "\ufffd\ufffd A", ""]
-    assert streamed(llama, [3 + 10, 3 + 10]) == ["\n", "\n", ""]  # a newline is a byte, too, and does not wait
+    # a newline is a byte, too, and does not wait
+    assert streamed(llama, [3 + 10, 3 + 10]) == ["\n", "\n", ""]
     for text in STRANGE:
         if "\ufffd" not in text:
             assert "\ufffd" not in "".join(streamed(llama, llama.encode(text)))
@@ -316,7 +342,8 @@ def test_the_first_space_is_dropped_once_and_all_others_are_kept(slow, llama):
     assert "".join(streamed(llama, [1, space] + llama.encode("red"))) == " red"
     assert "".join(streamed(llama, llama.encode("red") + llama.encode("red"))) == "red red"
     assert streamed(llama, [space, 3 + 10, space, space]) == ["", "\n", " ", " ", ""]
-    assert streamed(llama, [3 + 32, 3 + 32]) == [" ", " ", ""]  # a space by its byte is the model's own
+    # a space by its byte is the model's own
+    assert streamed(llama, [3 + 32, 3 + 32]) == [" ", " ", ""]
 
 
 def test_each_id_is_looked_at_once(llama, monkeypatch):
@@ -335,9 +362,12 @@ def test_each_id_is_looked_at_once(llama, monkeypatch):
 
 # ---- LLaVA as others publish it
 
-ORIGINAL = {"mm_vision_tower": "clip", "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 32, "mm_vision_select_layer": -2,
-            "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat", "mm_use_im_start_end": False,
-            "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad", "tokenizer_model_max_length": 2048}
+ORIGINAL = {"mm_vision_tower": "clip", "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 32,
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad",
+            "tokenizer_model_max_length": 2048}
 CLIP_14 = "openai/clip-vit-large-patch14-336"
 
 
@@ -356,7 +386,8 @@ def edit(path, change):
 def native(llava):
     """{name since transformers 5.6: tensor}, the tied head left out."""
     tied = llava.config.tie_word_embeddings
-    return {n: p.detach().clone().contiguous() for n, p in llava.named_parameters() if not (tied and n == "lm_head.weight")}
+    return {n: p.detach().clone().contiguous() for n,
+            p in llava.named_parameters() if not (tied and n == "lm_head.weight")}
 
 
 def renamed(state, *table):
@@ -366,12 +397,14 @@ def renamed(state, *table):
 TOWER = (r"^model\.vision_tower\.", "model.vision_tower.vision_model.")
 
 
-UNTIL_4_51 = (TOWER, (r"^lm_head", "language_model.lm_head"), (r"^model\.language_model\.", "language_model.model."),
+UNTIL_4_51 = (TOWER, (r"^lm_head", "language_model.lm_head"),
+              (r"^model\.language_model\.", "language_model.model."),
               (r"^model\.(vision_tower|multi_modal_projector)", r"\1"))
 
 
 TO_ORIGINAL = ((r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
-               (r"^model\.language_model\.", "model."), (r"^model\.multi_modal_projector\.linear_1", "model.mm_projector.0"),
+               (r"^model\.language_model\.", "model."),
+               (r"^model\.multi_modal_projector\.linear_1", "model.mm_projector.0"),
                (r"^model\.multi_modal_projector\.linear_2", "model.mm_projector.2"))
 SPELLINGS = {"until 4.51": UNTIL_4_51, "since 4.52": (TOWER,), "since 5.6": (), "today": None}
 ORIGINALS = ["original", "original, tower inside"]
@@ -403,23 +436,27 @@ class Model:
         if layout in SPELLINGS:
             self.theirs.save_pretrained(path)
             if SPELLINGS[layout] is not None:
-                save_file(renamed(native(self.theirs), *SPELLINGS[layout]), path / "model.safetensors")
+                save_file(renamed(native(self.theirs), *SPELLINGS[layout]),
+                          path / "model.safetensors")
         elif layout == "llama":
             self.llama.save_pretrained(path)
         elif layout == "projector":
             state = renamed(native(self.theirs), *TO_ORIGINAL)
-            torch.save({n: t for n, t in state.items() if "mm_projector" in n}, path / "mm_projector.bin")
+            torch.save({n: t for n, t in state.items() if "mm_projector" in n},
+                       path / "mm_projector.bin")
             (path / "config.json").write_text(json.dumps({"model_type": "llava", **ORIGINAL}))
         elif layout == "ours":
             model = weights.load(str(self.folder("today"))).model
-            weights.save(str(path), model.cfg, state_of(model), self.tokenizer, Preprocess(self.side), SYSTEM, stage=2, sources={}, training={})
+            weights.save(str(path), model.cfg, state_of(model), self.tokenizer,
+                         Preprocess(self.side), SYSTEM, stage=2, sources={}, training={})
         else:
             state = renamed(native(self.theirs), *TO_ORIGINAL)
             tower = "model.vision_tower."
             if layout == "original":
                 state = {n: t for n, t in state.items() if not n.startswith(tower)}
             else:
-                state[f"{tower}vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+                state[f"{tower}vision_tower.vision_model.embeddings.position_ids"] = torch.arange(
+                    5)[None]
             torch.save(state, path / "pytorch_model.bin")
             config = {**self.llama.config.to_dict(), **ORIGINAL, "model_type": "llava_llama"}
             (path / "config.json").write_text(json.dumps(config))
@@ -448,7 +485,8 @@ def grouped(tmp_path_factory, short_tokenizer):
 
 def prompt(model, n=3):
     torch.manual_seed(n)
-    return [1, *torch.randint(3, IDS, (n,)).tolist(), *[IMAGE] * model.cfg.vision.tokens, *torch.randint(3, IDS, (5 + n,)).tolist()]
+    return [1, *torch.randint(3, IDS, (n,)).tolist(), *[IMAGE] * model.cfg.vision.tokens,
+            *torch.randint(3, IDS, (5 + n,)).tolist()]
 
 
 def answers(model, ids, picture):
@@ -473,22 +511,27 @@ def test_every_layout_opens_with_the_logits_of_transformers(request, layout, kin
 def test_a_foreign_checkpoint_is_talked_to_as_llava_1_5_is(small, layout):
     point = weights.load(str(small.folder(layout)))
     layout = point.prompt_format()
-    assert (layout.template, layout.system, layout.image_tokens, layout.context) == ("v1", SYSTEM, 4, 512)
+    assert (layout.template, layout.system, layout.image_tokens, layout.context) == ("v1", SYSTEM,
+                                                                                     4, 512)
     assert point.preprocess == Preprocess(28) and point.preprocess.aspect == "pad"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_foreign_checkpoint_is_cast_as_a_whole(small, dtype):
     for layout in ("today", "original"):
-        assert {p.dtype for p in weights.load(str(small.folder(layout)), dtype).model.parameters()} == {dtype}
+        assert {p.dtype for p in weights.load(str(small.folder(layout)),
+                                              dtype).model.parameters()} == {dtype}
 
 
 def test_training_casts_what_is_new_and_leaves_the_rest_in_the_file(small):
     for layout in ("today", "original"):
-        stored = {n: (p.dtype, p.detach()) for n, p in weights.load(str(small.folder(layout))).model.named_parameters()}
-        model = weights.load(str(small.folder(layout)), torch.float64, {"visual_expert": "1"}, cast=False).model
+        stored = {n: (p.dtype, p.detach()) for n,
+                  p in weights.load(str(small.folder(layout))).model.named_parameters()}
+        model = weights.load(str(small.folder(layout)), torch.float64, {"visual_expert": "1"},
+                             cast=False).model
         for name, p in model.named_parameters():
-            assert p.dtype == torch.float64 if ".expert_1." in name else torch.equal(p, stored[name][1]) and p.dtype == stored[name][0], name
+            assert p.dtype == torch.float64 if ".expert_1." in name else torch.equal(
+                p, stored[name][1]) and p.dtype == stored[name][0], name
 
 
 def test_a_tower_apart_takes_the_dtype_of_the_llama(small, tmp_path):
@@ -515,18 +558,21 @@ def refused(folder, *words, open_=weights.load):
 
 def test_size_mean_and_std_are_those_of_the_preprocessor_file(copied):
     folder = copied("today")
-    values = {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}, "image_mean": [0.1, 0.2, 0.3],
+    values = {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28},
+              "image_mean": [0.1, 0.2, 0.3],
               "image_std": [0.4, 0.5, 0.6], "resample": 3}
     expected = Preprocess(28, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
     assert weights.load(str(folder)).preprocess == expected
     os.remove(folder / "preprocessor_config.json")  # what transformers 5 writes
-    (folder / "processor_config.json").write_text(json.dumps({"patch_size": 14, "image_processor": values}))
+    (folder / "processor_config.json").write_text(
+        json.dumps({"patch_size": 14, "image_processor": values}))
     assert weights.load(str(folder)).preprocess == expected
     (folder / "processor_config.json").write_text(json.dumps({"patch_size": 14}))
     assert weights.load(str(folder)).preprocess == Preprocess(28)
     for key in ("size", "crop_size"):
-        (folder / "preprocessor_config.json").write_text(json.dumps({**values, key: {"height": 28, "width": 30}}))
+        (folder / "preprocessor_config.json").write_text(
+            json.dumps({**values, key: {"height": 28, "width": 30}}))
         refused(folder, "preprocessor_config.json", f"{key} {{", "28 px")
 
 
@@ -535,7 +581,8 @@ def test_absent_fields_mean_what_they_mean_to_transformers(copied):
     expected = weights.load(str(folder)).model.cfg
 
     def strip(c):
-        keep = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+        keep = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "image_size", "patch_size",
                 "vocab_size", "max_position_embeddings"}
         for part in ("text_config", "vision_config"):
             c[part] = {k: v for k, v in c[part].items() if k in keep}
@@ -543,7 +590,8 @@ def test_absent_fields_mean_what_they_mean_to_transformers(copied):
             del c[key]
     edit(folder / "config.json", strip)
     assert weights.load(str(folder)).model.cfg == expected
-    edit(folder / "config.json", lambda c: c["text_config"].update(rope_parameters={"rope_type": "default", "rope_theta": 500}))
+    edit(folder / "config.json", lambda c: c["text_config"].update(
+        rope_parameters={"rope_type": "default", "rope_theta": 500}))
     assert weights.load(str(folder)).model.cfg.llm.theta == 500.0
 
 
@@ -552,19 +600,26 @@ def test_absent_fields_mean_what_they_mean_to_transformers(copied):
     (None, "vision_feature_select_strategy", "full"), (None, "projector_hidden_act", "relu"),
     (None, "multimodal_projector_bias", False), (None, "image_aspect_ratio", "anyres"),
     ("vision_config", "model_type", "siglip_vision_model"), ("vision_config", "hidden_act", "gelu"),
-    ("text_config", "model_type", "mistral"), ("text_config", "sliding_window", 64), ("text_config", "attention_bias", True),
-    ("text_config", "rope_parameters", {"rope_type": "linear", "factor": 2.0}), ("text_config", "hidden_act", "gelu")])
-def test_a_llava_that_we_do_not_build_is_refused_by_the_name_of_the_field(copied, part, field, value):
+    ("text_config", "model_type", "mistral"), ("text_config", "sliding_window", 64),
+    ("text_config", "attention_bias", True),
+    ("text_config", "rope_parameters", {"rope_type": "linear", "factor": 2.0}),
+    ("text_config", "hidden_act", "gelu")])
+def test_a_llava_that_we_do_not_build_is_refused_by_the_name_of_the_field(copied, part, field,
+                                                                          value):
     folder = copied("today")
     edit(folder / "config.json", lambda c: (c[part] if part else c).update({field: value}))
     refused(folder, "config.json", part or "", field)
 
 
 @pytest.mark.parametrize("field, value", [
-    ("mm_projector_type", "linear"), ("mm_vision_select_layer", -1), ("mm_vision_select_feature", "cls_patch"),
-    ("mm_patch_merge_type", "spatial"), ("mm_use_im_start_end", True), ("mm_use_im_patch_token", True),
-    ("mm_hidden_size", 64), ("image_aspect_ratio", "anyres"), ("rope_scaling", {"type": "linear", "factor": 2.0})])
-def test_an_original_llava_that_we_do_not_build_is_refused_by_the_name_of_the_field(copied, field, value):
+    ("mm_projector_type", "linear"), ("mm_vision_select_layer", -1),
+    ("mm_vision_select_feature", "cls_patch"),
+    ("mm_patch_merge_type", "spatial"), ("mm_use_im_start_end", True),
+    ("mm_use_im_patch_token", True),
+    ("mm_hidden_size", 64), ("image_aspect_ratio", "anyres"),
+    ("rope_scaling", {"type": "linear", "factor": 2.0})])
+def test_an_original_llava_that_we_do_not_build_is_refused_by_the_name_of_the_field(copied, field,
+                                                                                    value):
     folder = copied("original")
     edit(folder / "config.json", lambda c: c.update({field: value}))
     refused(folder, "config.json", field)
@@ -584,7 +639,8 @@ def test_the_tower_is_found_where_the_config_says(copied, tmp_path, place):
         os.rename(tmp_path / "clip", folder / "clip")
     elif place == "absolute":
         os.rename(tmp_path / "clip", tmp_path / "elsewhere")
-        edit(folder / "config.json", lambda c: c.update(mm_vision_tower=str(tmp_path / "elsewhere")))
+        edit(folder / "config.json", lambda c: c.update(
+            mm_vision_tower=str(tmp_path / "elsewhere")))
     assert equal(state_of(weights.load(str(folder)).model), expected)
 
 
@@ -594,7 +650,8 @@ def test_a_tower_that_is_nowhere_is_named(copied, tmp_path):
     refused(folder, "config.json", "mm_vision_tower", "clip")
 
 
-def test_a_tower_inside_needs_no_other_folder_if_its_name_is_known(copied, small, tmp_path, monkeypatch):
+def test_a_tower_inside_needs_no_other_folder_if_its_name_is_known(copied, small, tmp_path,
+                                                                   monkeypatch):
     folder = copied("original, tower inside")
     expected = state_of(weights.load(str(folder)).model)
     shutil.rmtree(tmp_path / "clip")
@@ -609,21 +666,26 @@ def test_a_tower_inside_needs_no_other_folder_if_its_name_is_known(copied, small
 
 @torch.no_grad()
 def test_openai_s_clip_and_vicuna_open_as_they_were_published(small, tmp_path):
-    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=60)
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                vocab_size=60)
     vision = small.theirs.config.vision_config.to_dict()
-    both = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    tower = {n.removeprefix("model.vision_tower."): t for n, t in native(small.theirs).items() if "vision_tower" in n}
+    both = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    tower = {n.removeprefix("model.vision_tower."): t for n,
+             t in native(small.theirs).items() if "vision_tower" in n}
     both.vision_model.load_state_dict(tower)
     state = {n: p.detach().clone() for n, p in both.named_parameters()}
     buffers = {"vision_model.embeddings.position_ids": torch.arange(5)[None],
                "text_model.embeddings.position_ids": torch.arange(77)[None]}
     os.mkdir(tmp_path / "clip")
     torch.save(state | buffers, tmp_path / "clip" / "pytorch_model.bin")
-    sizes = {k: vision[k] for k in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    sizes = {k: vision[k] for k in ("image_size", "patch_size", "hidden_size", "num_hidden_layers",
+                                    "num_attention_heads",
                                     "intermediate_size")}
     (tmp_path / "clip" / "config.json").write_text(json.dumps({
         "model_type": "clip", "projection_dim": 8, "text_config": text, "text_config_dict": None,
-        "vision_config": {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **sizes},
+        "vision_config": {"model_type": "clip_vision_model", "hidden_act": "quick_gelu",
+                          "layer_norm_eps": 1e-5, **sizes},
         "vision_config_dict": sizes}))
 
     llama = {n: p.detach().half() for n, p in small.llama.named_parameters()}
@@ -634,12 +696,17 @@ def test_openai_s_clip_and_vicuna_open_as_they_were_published(small, tmp_path):
     for file, part in files.items():
         torch.save({n: llama[n] for n in part}, tmp_path / "vicuna" / file)
     weight_map = {n: file for file, part in files.items() for n in part}
-    (tmp_path / "vicuna" / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (tmp_path / "vicuna" / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}))
     (tmp_path / "vicuna" / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 32,
-        "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 4,
-        "vocab_size": VOCAB, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_scaling": None, "pad_token_id": 0,
-        "pretraining_tp": 1, "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True}))
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": 32,
+        "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "vocab_size": VOCAB, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+        "rope_scaling": None, "pad_token_id": 0,
+        "pretraining_tp": 1, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "use_cache": True}))
     small.tokenizer.save(tmp_path / "vicuna")
     model, _, _ = weights.assemble(str(tmp_path / "clip"), str(tmp_path / "vicuna"), STATIC)
     expected = state_of(weights.load(str(small.folder("today"))).model)
@@ -649,22 +716,31 @@ def test_openai_s_clip_and_vicuna_open_as_they_were_published(small, tmp_path):
 
 
 REPOSITORIES = {
-    "openai/clip": (["config.json", "preprocessor_config.json", "pytorch_model.bin", "tokenizer.json", "vocab.json"],
+    "openai/clip": (["config.json", "preprocessor_config.json", "pytorch_model.bin",
+                     "tokenizer.json", "vocab.json"],
                     ["tf_model.h5", "flax_model.msgpack", "merges.txt", "README.md"]),
-    "lmsys/vicuna": (["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "tokenizer.model",
-                      "pytorch_model.bin.index.json", "tokenizer_config.json"], ["README.md", "training_args.bin"]),
-    "llava-hf/llava": (["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json",
-                        "model.safetensors.index.json", "preprocessor_config.json", "processor_config.json"],
-                       ["pytorch_model-00001-of-00001.bin", "tf_model.h5", "rust_model.ot", "onnx/model.onnx"]),
-    "liuhaotian/llava": (["config.json", "mm_projector.bin", "pytorch_model-00001-of-00001.bin", "tokenizer.model",
+    "lmsys/vicuna": (["config.json", "pytorch_model-00001-of-00002.bin",
+                      "pytorch_model-00002-of-00002.bin", "tokenizer.model",
+                      "pytorch_model.bin.index.json", "tokenizer_config.json"],
+                      ["README.md", "training_args.bin"]),
+    "llava-hf/llava": (["config.json", "model-00001-of-00002.safetensors",
+                        "model-00002-of-00002.safetensors", "tokenizer.json",
+                        "model.safetensors.index.json", "preprocessor_config.json",
+                        "processor_config.json"],
+                       ["pytorch_model-00001-of-00001.bin", "tf_model.h5", "rust_model.ot",
+                        "onnx/model.onnx"]),
+    "liuhaotian/llava": (["config.json", "mm_projector.bin", "pytorch_model-00001-of-00001.bin",
+                          "tokenizer.model",
                           "pytorch_model.bin.index.json"], ["README.md"]),
     "liuhaotian/projector": (["config.json", "mm_projector.bin"], ["README.md"]),
-    "ours/hyperllava": (["config.json", "model.safetensors", "tokenizer.json"], ["log.jsonl", "README.md"]),
+    "ours/hyperllava": (["config.json", "model.safetensors", "tokenizer.json"],
+                        ["log.jsonl", "README.md"]),
 }
 
 
 @pytest.mark.parametrize("name", REPOSITORIES)
-def test_of_a_hub_repository_all_that_is_needed_is_fetched_and_nothing_else(name, tmp_path, monkeypatch):
+def test_of_a_hub_repository_all_that_is_needed_is_fetched_and_nothing_else(name, tmp_path,
+                                                                            monkeypatch):
     needed, useless = REPOSITORIES[name]
 
     def download(asked, allow_patterns):
@@ -682,12 +758,15 @@ def test_of_a_hub_repository_all_that_is_needed_is_fetched_and_nothing_else(name
 
 
 def projector_of(small):
-    return lambda path: weights.assemble(str(small.root / "clip"), str(small.folder("llama")), STATIC,
+    return lambda path: weights.assemble(str(small.root / "clip"), str(small.folder("llama")),
+                                         STATIC,
                                          projector=formats.llava.projector_file(path))
 
 
 def opener(layout, small):
-    """How the folder of a layout is opened, and names of some of its tensors with what they are called here."""
+    """How the folder of a layout is opened, and names of some of its tensors with what they are
+    called here.
+    """
     if layout == "clip":
         return lambda path: weights.assemble(path, str(small.folder("llama")), STATIC)
     if layout == "llama":
@@ -696,7 +775,8 @@ def opener(layout, small):
 
 
 def file_of(folder):
-    return next(folder / n for n in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin") if (folder / n).exists())
+    return next(folder / n for n in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin")
+                if (folder / n).exists())
 
 
 def read(path):
@@ -716,7 +796,8 @@ def shard(folder, state, twice=None):
     halves = [names[::2], names[1::2]]
     files = [f"{stem}-0000{i}-of-00002.{ending}" for i in (1, 2)]
     weight_map = {n: f for f, half in zip(files, halves) for n in half}
-    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / f"{stem}.{ending}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}))
     for half in halves:
         half += [twice] if twice and twice not in half else []
     for f, half in zip(files, halves):
@@ -731,14 +812,16 @@ SAMPLES = r"patch_embedding\.weight|layers\.0\.layer_norm1\.bias|(linear_1|mm_pr
 
 def samples(state):
     """A few names of each part."""
-    return [name for name in state if re.search(rf"({SAMPLES})$", name) and "norm.weight" not in name] + [
+    return [name for name in state if re.search(rf"({SAMPLES})$", name)
+            and "norm.weight" not in name] + [
         name for name in state if name.endswith("input_layernorm.weight")][:1]
 
 
 @pytest.mark.parametrize("layout, change", [
     (layout, change) for layout in EVERY for change in ("dropped", "renamed", "reshaped", "twice")
     if (layout, change) != ("projector", "twice")])  # that one never comes in shards
-def test_every_layout_names_the_tensor_that_is_not_as_it_should_be(copied, small, layout, change, tmp_path):
+def test_every_layout_names_the_tensor_that_is_not_as_it_should_be(copied, small, layout, change,
+                                                                   tmp_path):
     folder = tmp_path / "clip" if layout == "clip" else copied(layout)
     file, open_ = file_of(folder), opener(layout, small)
     whole = read(file)
@@ -756,7 +839,8 @@ def test_every_layout_names_the_tensor_that_is_not_as_it_should_be(copied, small
         if change == "reshaped":
             state[name] = tensor[..., :-1].contiguous()
         write(state, file)
-        known = {"dropped": name.rpartition(".")[2], "renamed": f"{file.name}: tensor {name}_ has no place",
+        known = {"dropped": name.rpartition(".")[2],
+                 "renamed": f"{file.name}: tensor {name}_ has no place",
                  "reshaped": f"{file.name}: tensor {name} is {list(tensor[..., :-1].shape)}"}
         refused(folder, known[change], open_=open_)
         if change == "dropped":
@@ -767,11 +851,13 @@ def test_every_layout_names_the_tensor_that_is_not_as_it_should_be(copied, small
 def ours_of(name):
     """What a tensor is called here, by the tables of this file."""
     rules = [(r"(vision|projector|llm)\..+", r"\g<0>"),
-             (r".*mm_projector\.0\.(.+)", r"projector.linear_1.\1"), (r".*mm_projector\.2\.(.+)", r"projector.linear_2.\1"),
+             (r".*mm_projector\.0\.(.+)", r"projector.linear_1.\1"),
+             (r".*mm_projector\.2\.(.+)", r"projector.linear_2.\1"),
              (r".*multi_modal_projector\.(.+)", r"projector.\1"),
              (r"(.*vision_tower\.)?(vision_model\.)?encoder\.(.+)", r"vision.\3"),
              (r"(.*vision_tower\.)?(vision_model\.)?((embeddings|pre_layrnorm)\..+)", r"vision.\3"),
-             (r".*lm_head\.weight", "llm.lm_head.weight"), (r"(language_model\.)?model\.(language_model\.)?(.+)", r"llm.\3")]
+             (r".*lm_head\.weight", "llm.lm_head.weight"),
+             (r"(language_model\.)?model\.(language_model\.)?(.+)", r"llm.\3")]
     return formats.name_rules.rename(name, rules)
 
 
@@ -789,7 +875,8 @@ def test_a_layout_in_shards_gives_the_same_model(copied, layout):
     refused(folder, "index.json", files[1], "not there")
 
 
-@pytest.mark.parametrize("layout, file", [("original", "pytorch_model.bin"), ("projector", "mm_projector.bin")])
+@pytest.mark.parametrize("layout, file",
+                         [("original", "pytorch_model.bin"), ("projector", "mm_projector.bin")])
 def test_code_in_a_pickle_is_refused_and_not_run(copied, small, tmp_path, layout, file):
     folder = copied(layout)
     state = read(folder / file)
@@ -813,7 +900,9 @@ def test_what_is_no_llava_is_named(tmp_path, small):
 
 @pytest.fixture(scope="module")
 def written(small, grouped, tmp_path_factory):
-    """{case: (checkpoint, folder that write_llava made of it)}; in the first, the tokenizer fills the vocabulary."""
+    """{case: (checkpoint, folder that write_llava made of it)}; in the first, the tokenizer fills
+    the vocabulary.
+    """
     root, made = tmp_path_factory.mktemp("written"), {}
     full = weights.load(str(small.folder("today")))
     full.model.cfg.llm.vocab = IDS
@@ -823,7 +912,8 @@ def written(small, grouped, tmp_path_factory):
     for case, point in {"full": full, "room": weights.load(str(small.folder("original"))),
                         "tied": weights.load(str(grouped.folder("today")))}.items():
         made[case] = point, str(root / case)
-        formats.export.write_llava(made[case][1], point.model, point.tokenizer, point.preprocess, point.system)
+        formats.export.write_llava(made[case][1], point.model, point.tokenizer, point.preprocess,
+                                   point.system)
     return made
 
 
@@ -838,12 +928,15 @@ def test_transformers_opens_the_llava_that_we_write_and_gives_our_logits_and_tok
     visual = torch.randn(4, 3, side, side)
     for ids, picture in zip(rows, visual):
         ours = answers(model, ids, picture)
-        logits = theirs(input_ids=torch.tensor([ids]).masked_fill(torch.tensor([ids]) == IMAGE, image),
+        logits = theirs(input_ids=torch.tensor([ids]).masked_fill(torch.tensor([ids]) == IMAGE,
+                                                                  image),
                         pixel_values=picture[None]).logits
         assert close(ours, logits[..., :ours.shape[-1]])
-        added = logits[..., ours.shape[-1]:]  # their rows are the mean of the others, and so never the likeliest
+        # their rows are the mean of the others, and so never the likeliest
+        added = logits[..., ours.shape[-1]:]
         assert (added - ours.mean(-1, keepdim=True)).abs().lt(1e-3).all()
-    assert generate(model, batch_of(rows, visual), 8, 2) == theirs_generate(theirs, rows, visual, 8, image)
+    assert generate(model, batch_of(rows, visual), 8, 2) == theirs_generate(theirs, rows, visual, 8,
+                                                                            image)
 
 
 @pytest.mark.parametrize("case", ["full", "room", "tied"])
@@ -861,7 +954,8 @@ def test_writing_what_was_loaded_gives_the_same_files(written, tmp_path):
         again = str(tmp_path / os.path.basename(folder))
         formats.export.write_llava(again, back.model, back.tokenizer, back.preprocess, back.system)
         for name in os.listdir(folder):
-            assert open(f"{folder}/{name}", "rb").read() == open(f"{again}/{name}", "rb").read(), name
+            assert open(f"{folder}/{name}", "rb").read() == open(f"{again}/{name}",
+                                                                 "rb").read(), name
 
 
 @pytest.mark.parametrize("aspect, size", [("pad", (40, 23)), ("pad", (23, 40)), ("crop", (40, 23))])
@@ -874,25 +968,31 @@ def test_the_processor_of_transformers_makes_our_pixels_and_ids(written, tmp_pat
     processor = transformers.AutoProcessor.from_pretrained(folder)
     text = lambda value: [{"type": "text", "text": value}]
     messages = [{"role": "user", "content": [{"type": "image"}, *text("what colour?")]},
-                {"role": "assistant", "content": text("a red circle")}, {"role": "user", "content": "is \"the\"\nring blue?"}]
+                {"role": "assistant", "content": text("a red circle")},
+                {"role": "user", "content": "is \"the\"\nring blue?"}]
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
-    made = processor(images=picture, text=processor.apply_chat_template(messages), return_tensors="pt")
-    sample = encode_prompt([("<image>\nwhat colour?", "a red circle")], "is \"the\"\nring blue?", point.tokenizer, point.prompt_format(), "x")
+    made = processor(images=picture, text=processor.apply_chat_template(messages),
+                     return_tensors="pt")
+    sample = encode_prompt([("<image>\nwhat colour?", "a red circle")], "is \"the\"\nring blue?",
+                           point.tokenizer, point.prompt_format(), "x")
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
-    assert made["input_ids"][0].tolist() == [image if i == IMAGE else i for i in sample.ids.tolist()]
+    assert made["input_ids"][0].tolist() == [image if i == IMAGE else i
+                                             for i in sample.ids.tolist()]
     assert (made["pixel_values"][0] - pixels(picture, prep)).abs().max() < 1e-6
 
 
 def test_a_model_with_experts_is_not_written(small, tmp_path):
     model = weights.load(str(small.folder("today")), experts={"visual_expert": "1"}).model
     with pytest.raises(UserError, match="visual_expert 1.*experts does not fit"):
-        formats.export.write_llava(str(tmp_path / "x"), model, small.tokenizer, Preprocess(28), SYSTEM)
+        formats.export.write_llava(str(tmp_path / "x"), model, small.tokenizer, Preprocess(28),
+                                   SYSTEM)
     assert not os.listdir(tmp_path)
 
 
 def test_export_writes_what_transformers_opens_and_overwrites_nothing(small, tmp_path, monkeypatch):
     out = str(tmp_path / "x")
-    monkeypatch.setattr(sys, "argv", ["weights.py", "--model", str(small.folder("ours")), "--export", out])
+    monkeypatch.setattr(sys, "argv",
+                        ["weights.py", "--model", str(small.folder("ours")), "--export", out])
     tools.export_llava.run()
     opened(transformers.LlavaForConditionalGeneration, out)
     with pytest.raises(UserError, match="holds a checkpoint already"):
@@ -910,13 +1010,17 @@ def stage_2(tmp_path_factory, small):
     root = tmp_path_factory.mktemp("data")
     rng, records = np.random.default_rng(0), []
     for i in range(4):
-        Image.fromarray(rng.integers(0, 255, (30, 20 + i, 3), dtype=np.uint8)).save(root / f"{i}.png")
+        Image.fromarray(rng.integers(0, 255, (30, 20 + i, 3), dtype=np.uint8)).save(
+            root / f"{i}.png")
         records.append({"id": str(i), "image": f"{i}.png", "conversations": [
-            {"from": "human", "value": "<image>\nwhat colour is it?"}, {"from": "gpt", "value": "a red circle"},
+            {"from": "human", "value": "<image>\nwhat colour is it?"},
+            {"from": "gpt", "value": "a red circle"},
             {"from": "human", "value": "a ring?"}, {"from": "gpt", "value": f"a square {i}"}]})
     (root / "data.json").write_text(json.dumps(records))
-    return {"preset": "7b", "data": str(root / "data.json"), "images": str(root), "val": str(root / "data.json"), "batch_size": 4,
-            "steps": 2, "dtype": "float32", "device": "cpu", "val_every": 1, "context": 512, "expert_embed": 4, "expert_rank": 2,
+    return {"preset": "7b", "data": str(root / "data.json"), "images": str(root),
+            "val": str(root / "data.json"), "batch_size": 4,
+            "steps": 2, "dtype": "float32", "device": "cpu", "val_every": 1, "context": 512,
+            "expert_embed": 4, "expert_rank": 2,
             "lr": 1e-3, "warmup": 0.0}
 
 
@@ -925,7 +1029,8 @@ def rows(out):
 
 
 def loss_of(point, given):
-    """Loss per token of a checkpoint on the data of a stage 2, computed without the training loop."""
+    """Loss per token of a checkpoint on the data of a stage 2, computed without the training loop.
+    """
     layout = point.prompt_format()
     data = Conversations(given["data"], given["images"], point.tokenizer, layout)
     order = training.feed.BatchSampler(4, 0, 4).step(0)
@@ -937,22 +1042,27 @@ def loss_of(point, given):
 
 
 @pytest.mark.parametrize("layout", ["until 4.51", "original"])
-def test_stage_2_starts_from_a_llava_with_its_very_loss_and_trains_experts_from_zero(small, stage_2, mesh, tmp_path, layout):
+def test_stage_2_starts_from_a_llava_with_its_very_loss_and_trains_experts_from_zero(
+    small, stage_2, mesh, tmp_path, layout):
     start = weights.load(str(small.folder(layout)))
     given = stage_2 | {"init": str(small.folder(layout)), "out": str(tmp_path)}
     train.run_stage(given, 2, mesh)
     log = rows(tmp_path)
-    assert log[0]["loss"] == pytest.approx(loss_of(start, given), abs=0, rel=1e-7)  # a sum divided first or last
+    # a sum divided first or last
+    assert log[0]["loss"] == pytest.approx(loss_of(start, given), abs=0, rel=1e-7)
     assert log[1]["loss"] < log[0]["loss"] - 0.01
     end = weights.load(str(tmp_path / "stage2"))
     assert (end.model.cfg.visual_expert, end.model.cfg.language_expert) == ("1", "posterior")
-    assert end.model.llm.layers[-1].expert.up.any() and end.model.projector.expert_1.expert.up.any()  # zero at the start
+    # zero at the start
+    assert end.model.llm.layers[-1].expert.up.any() and end.model.projector.expert_1.expert.up.any()
     # and from that one a further stage 2
-    train.run_stage(given | {"init": str(tmp_path / "stage2"), "out": str(tmp_path / "more")}, 2, mesh)
+    train.run_stage(given | {"init": str(tmp_path / "stage2"), "out": str(tmp_path / "more")}, 2,
+                    mesh)
     assert rows(tmp_path / "more")[0]["loss"] == pytest.approx(loss_of(end, given), abs=0, rel=1e-7)
 
 
-def test_experts_added_to_a_llava_leave_its_logits_as_they_were_bit_for_bit(small, stage_2, mesh, tmp_path):
+def test_experts_added_to_a_llava_leave_its_logits_as_they_were_bit_for_bit(small, stage_2, mesh,
+                                                                            tmp_path):
     given = stage_2 | {"init": str(small.folder("today")), "out": str(tmp_path)}
     stage = train.vlm_stage(training.options.complete(given, 2))
     static = weights.load(str(small.folder("today"))).model
@@ -965,8 +1075,10 @@ def test_experts_added_to_a_llava_leave_its_logits_as_they_were_bit_for_bit(smal
 
 
 @pytest.mark.parametrize("named", ["mm_projector.bin", ""])
-def test_stage_2_starts_from_the_projector_that_llavas_stage_1_left(small, stage_2, mesh, tmp_path, named):
-    given = stage_2 | {"init": str(small.folder("projector") / named), "out": str(tmp_path), "vision": str(small.root / "clip"),
+def test_stage_2_starts_from_the_projector_that_llavas_stage_1_left(small, stage_2, mesh, tmp_path,
+                                                                    named):
+    given = stage_2 | {"init": str(small.folder("projector") / named), "out": str(tmp_path),
+                       "vision": str(small.root / "clip"),
                        "llm": str(small.folder("llama"))}
     stage = train.vlm_stage(training.options.complete(given, 2))
     expected = state_of(weights.load(str(small.folder("today"))).model)
@@ -992,19 +1104,26 @@ def test_a_projector_of_another_kind_is_refused_by_the_name_of_the_field(copied)
 TINY = VisionConfig(28, 14, 32, 2, 2, 48), LlamaConfig(32, 2, 4, 4, 48, 300)
 
 
-@pytest.mark.parametrize("dtype, ending, shard", [("bfloat16", "safetensors", 5 * 10**9), ("float16", "bin", 40_000)])
-def test_bench_makes_a_llava_that_both_open_and_measures_its_loading(tmp_path, monkeypatch, capsys, dtype, ending, shard):
+@pytest.mark.parametrize("dtype, ending, shard",
+                         [("bfloat16", "safetensors", 5 * 10**9), ("float16", "bin", 40_000)])
+def test_bench_makes_a_llava_that_both_open_and_measures_its_loading(tmp_path, monkeypatch, capsys,
+                                                                     dtype, ending, shard):
     monkeypatch.setitem(experiments.bench.SHAPES, "7b", TINY)
     monkeypatch.setattr(formats.weight_files, "SHARD", shard)
     folder = str(tmp_path / "x")
-    experiments.bench.make(experiments.bench.Options(make="7b", out=folder, dtype=dtype, format=ending))
+    experiments.bench.make(experiments.bench.Options(make="7b", out=folder, dtype=dtype,
+                                                     format=ending))
     made = json.loads(capsys.readouterr().out)
-    assert made["files"] == sum(n.endswith(ending) for n in os.listdir(folder)) and (made["files"] > 2) == (ending == "bin")
+    assert made["files"] == sum(n.endswith(ending)
+                                for n in os.listdir(folder)) and (made["files"] > 2) == (
+                                ending == "bin")
     point = weights.load(folder)
-    assert point.model.cfg == VLMConfig(*TINY, "none", "none") and {str(p.dtype) for p in point.model.parameters()} == {f"torch.{dtype}"}
+    assert point.model.cfg == VLMConfig(*TINY, "none",
+                                        "none") and {str(p.dtype) for p in point.model.parameters()} == {f"torch.{dtype}"}
     assert len(point.tokenizer.inner.get_vocab()) == 300 and point.model.llm.embed_tokens.weight.std() > 0.01
     theirs = opened(transformers.LlavaForConditionalGeneration, folder)
-    assert torch.equal(theirs.model.language_model.norm.weight.to(point.model.llm.norm.weight), point.model.llm.norm.weight)
+    assert torch.equal(theirs.model.language_model.norm.weight.to(point.model.llm.norm.weight),
+                       point.model.llm.norm.weight)
     experiments.bench.measure(experiments.bench.Options(load=folder, only="ours"))
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {"load_s", "touch_s", "peak_bytes"} and found["load_s"] > 0
@@ -1013,7 +1132,8 @@ def test_bench_makes_a_llava_that_both_open_and_measures_its_loading(tmp_path, m
 def test_the_made_up_7b_has_the_shapes_of_llava_1_5():
     model = weights.build_empty(VLMConfig(*experiments.bench.SHAPES["7b"], "none", "none"))
     block = sum(p.numel() for p in model.vision.layers[0].parameters())
-    assert sum(p.numel() for p in model.parameters()) + block + 2 * 1024 == 7_062_902_784  # with the block and the norm left out
+    # with the block and the norm left out
+    assert sum(p.numel() for p in model.parameters()) + block + 2 * 1024 == 7_062_902_784
     state = formats.export.llava_state(model, 32064)
     assert len(state) == 686 and state["language_model.lm_head.weight"].shape == (32064, 4096)
 
@@ -1021,7 +1141,8 @@ def test_the_made_up_7b_has_the_shapes_of_llava_1_5():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, ending", [("bfloat16", "safetensors"), ("float16", "bin")])
 def test_a_model_loads_within_1_15_times_its_size(tmp_path, capfd, dtype, ending):
-    experiments.bench.make(experiments.bench.Options(make="1b", out=str(tmp_path / "x"), dtype=dtype, format=ending))
+    experiments.bench.make(experiments.bench.Options(make="1b", out=str(tmp_path / "x"),
+                                                     dtype=dtype, format=ending))
     experiments.bench.compare(experiments.bench.Options(load=str(tmp_path / "x")))
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert found["ours"]["peak"] < 1.15
@@ -1056,8 +1177,10 @@ def test_ids_beyond_the_embedding_are_refused_though_they_are_few(copied):
 
 @pytest.mark.parametrize("file, change", [
     ("config.json", {"tie_word_embeddings": "no"}),
-    ("preprocessor_config.json", {"image_mean": None}), ("preprocessor_config.json", {"image_std": [0.5]}),
-    ("preprocessor_config.json", {"rescale_factor": 1.0}), ("processor_config.json", {"image_processor": 3})])
+    ("preprocessor_config.json", {"image_mean": None}),
+    ("preprocessor_config.json", {"image_std": [0.5]}),
+    ("preprocessor_config.json", {"rescale_factor": 1.0}),
+    ("processor_config.json", {"image_processor": 3})])
 def test_a_value_of_another_type_is_one_line(copied, file, change):
     folder = copied("today")
     (folder / file).touch()
@@ -1087,7 +1210,8 @@ def test_a_file_without_named_tensors_is_one_line(copied, state):
     refused(folder, "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("weight_map", [{}, {"model.norm.weight": None}, {"model.norm.weight": ["x"]}])
+@pytest.mark.parametrize("weight_map",
+                         [{}, {"model.norm.weight": None}, {"model.norm.weight": ["x"]}])
 def test_an_index_of_nothing_is_one_line(copied, weight_map):
     folder = copied("original")
     (folder / "pytorch_model.bin").unlink()

@@ -1,4 +1,6 @@
-"""Training: what each stage moves, that a run is a function of its options, and that it says what went wrong."""
+"""Training: what each stage moves, that a run is a function of its options, and that it says what
+went wrong.
+"""
 import contextlib
 import dataclasses
 import json
@@ -43,7 +45,8 @@ from model import Block, generate, LlamaConfig, MLP, rotary, rotate, VisionConfi
 from training.feed import BatchSampler, padding_share, Question, split_across_ranks, TrainDataset
 
 
-TINY = {"batch_size": 4, "steps": 4, "dtype": "float32", "log_every": 1000, "muon_lr": 4e-3, "val_every": 2,
+TINY = {"batch_size": 4, "steps": 4, "dtype": "float32", "log_every": 1000, "muon_lr": 4e-3,
+        "val_every": 2,
         "allow_random_llm": True}
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -64,7 +67,8 @@ def run(tmp_path_factory, mesh):
 
 
 def log_of(out, stage, part=None):
-    return [json.loads(line) for line in open(os.path.join(training.options.folder_of(out, stage, part), "log.jsonl"))]
+    return [json.loads(line) for line in open(
+        os.path.join(training.options.folder_of(out, stage, part), "log.jsonl"))]
 
 
 def trained(given, number, mesh):
@@ -82,13 +86,17 @@ def trained(given, number, mesh):
 @pytest.mark.parametrize("stage, tune, moves", [
     (1, "full", ("projector.",)),
     (2, "full", ("projector.", "llm.")),
-    (2, "peft", ("projector.", "llm.hypernet.", "llm.guidance_norm.", *(f"llm.layers.{n}.expert." for n in (2, 3)))),
+    (2, "peft", ("projector.", "llm.hypernet.", "llm.guidance_norm.",
+                 *(f"llm.layers.{n}.expert." for n in (2, 3)))),
 ])
 def test_a_stage_moves_exactly_the_tensors_it_names(run, mesh, tmp_path, stage, tune, moves):
     given = {"out": str(tmp_path), "tune": tune, **TINY}
-    given |= {"data": f"{run}/world/{'captions' if stage == 1 else 'instruct'}.json", "images": f"{run}/world/images",
-              "val": f"{run}/world/validation.json", "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm"}
-    given |= {"val": f"{run}/world/validation_captions.json"} if stage == 1 else {"init": f"{run}/stage1"}
+    given |= {"data": f"{run}/world/{'captions' if stage == 1 else 'instruct'}.json",
+              "images": f"{run}/world/images",
+              "val": f"{run}/world/validation.json", "vision": f"{run}/stage0/clip",
+              "llm": f"{run}/stage0/llm"}
+    given |= {"val": f"{run}/world/validation_captions.json"} if stage == 1 else {
+        "init": f"{run}/stage1"}
     before, after = trained(given, stage, mesh)
     assert before.keys() == after.keys()
     moved = {n for n in before if not torch.equal(before[n], after[n])}
@@ -108,8 +116,10 @@ def test_stage_1_keeps_only_the_projector_and_names_its_sources(run):
 def test_the_log_has_a_line_a_step_with_the_held_out_loss_now_and_then(run):
     rows = log_of(run, 1)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert all(row.keys() >= {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait", "peak_gb", "eta_s"} for row in rows)
-    assert all(0 <= row["data_wait"] <= 1 and row["mfu"] is None and row["peak_gb"] > 0.1 for row in rows) and rows[-1]["eta_s"] == 0
+    assert all(row.keys() >= {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait",
+                              "peak_gb", "eta_s"} for row in rows)
+    assert all(0 <= row["data_wait"] <= 1 and row["mfu"] is None and row["peak_gb"] > 0.1
+               for row in rows) and rows[-1]["eta_s"] == 0
     assert [("held_out" in row) for row in rows] == [False, True, False, True]
 
 
@@ -119,23 +129,31 @@ def test_the_log_of_stage_2_tells_the_share_of_the_experts(run, mesh, tmp_path):
     assert len(shares) == 2 and 0 < shares[0] < shares[1]  # W_u starts at zero and grows
 
 
-def test_the_log_answers_a_held_out_question_as_the_checkpoint_will_and_leaves_training_alone(run, mesh, tmp_path, monkeypatch):
+def test_the_log_answers_a_held_out_question_as_the_checkpoint_will_and_leaves_training_alone(
+    run, mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(Question, "LENGTH", 12)
-    for name, more in (("seldom", {"val_every": 100}), ("often", {"val_every": 1, "checkpointing": "full"})):
+    for name, more in (("seldom", {"val_every": 100}),
+                       ("often", {"val_every": 1, "checkpointing": "full"})):
         train.run_stage(stage_2(run, tmp_path / name, **more), 2, mesh)
     seldom, often = (log_of(tmp_path / name, 2) for name in ("seldom", "often"))
-    assert [(r["loss"], r["grad_norm"]) for r in seldom] == [(r["loss"], r["grad_norm"]) for r in often]
-    files = [open(tmp_path / name / "stage2" / "model.safetensors", "rb").read() for name in ("seldom", "often")]
-    assert files[0] == files[1] and ["answer" in r for r in seldom] == [False] * 3 + [True] and all("answer" in r for r in often)
+    assert [(r["loss"], r["grad_norm"]) for r in seldom] == [(r["loss"], r["grad_norm"])
+                                                             for r in often]
+    files = [open(tmp_path / name / "stage2" / "model.safetensors", "rb").read()
+             for name in ("seldom", "often")]
+    assert files[0] == files[1] and ["answer" in r
+                                     for r in seldom] == [False] * 3 + [True] and all(
+                                     "answer" in r for r in often)
 
     record = json.load(open(f"{run}/world/validation.json"))[0]
     o = sample.Options(max_new_tokens=12, dtype="float32", device="cpu")
-    chat = sample.Chat(weights.load(str(tmp_path / "often" / "stage2")), Image.open(f"{run}/world/images/{record['image']}"), o)
+    chat = sample.Chat(weights.load(str(tmp_path / "often" / "stage2")),
+                       Image.open(f"{run}/world/images/{record['image']}"), o)
     said = "".join(chat.ask(record["conversations"][0]["value"].replace("<image>", "").strip()))
     assert said == often[-1]["answer"] == seldom[-1]["answer"] != often[0]["answer"]
 
 
-def test_the_answer_ends_where_the_model_ended_it_though_all_ranks_go_on(run, mesh, tmp_path, monkeypatch):
+def test_the_answer_ends_where_the_model_ended_it_though_all_ranks_go_on(run, mesh, tmp_path,
+                                                                         monkeypatch):
     o = training.options.complete(stage_2(run, tmp_path), 2)
     stage, tokenizer = train.vlm_stage(o), weights.load(f"{run}/stage1").tokenizer
     record = json.load(open(f"{run}/world/validation.json"))[0]
@@ -143,12 +161,15 @@ def test_the_answer_ends_where_the_model_ended_it_though_all_ranks_go_on(run, me
     prompts, found, question = [], [], stage.question
     answer = lambda: question.answer(stage.model, o.device, torch.float32)
     for ids in (words + [tokenizer.eos] + words, words):
-        monkeypatch.setattr(training.feed, "generate", lambda model, prompt, *_, **__: prompts.append(prompt) or [ids])
+        monkeypatch.setattr(training.feed, "generate", lambda model, prompt, *_,
+                            **__: prompts.append(prompt) or [ids])
         assert answer() == "a red star" and record["image"] in str(question)
     assert len(prompts[0].ids) == 1 and (prompts[0].target == IGNORE).all()
-    assert json.dumps(record["conversations"][1]["value"]) in str(question) and question.truth == record["conversations"][1]["value"]
+    assert json.dumps(record["conversations"][1]["value"]) in str(
+        question) and question.truth == record["conversations"][1]["value"]
     stage.model.llm.lm_head.weight.data.zero_()  # all logits are equal: always id 0
-    monkeypatch.setattr(training.feed, "generate", lambda *args, **more: found.extend(generate(*args, **more)) or found)
+    monkeypatch.setattr(training.feed, "generate", lambda *args,
+                        **more: found.extend(generate(*args, **more)) or found)
     with torch.no_grad():
         answer()
     assert found == [[0] * Question.LENGTH]
@@ -161,10 +182,12 @@ def test_held_out_data_is_dealt_to_the_ranks_in_batches_of_like_number(monkeypat
             monkeypatch.setattr(dist, "get_rank", lambda: rank)
             monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
             blank = Sample(*[np.zeros(3, np.int64)] * 4, 1, None, "")
-            make = lambda cut: dataclasses.replace(collate([blank], [], (1, 1)), at=torch.arange(2), target=torch.full((2,), cut))
+            make = lambda cut: dataclasses.replace(collate([blank], [], (1, 1)), at=torch.arange(2),
+                                                   target=torch.full((2,), cut))
             shares.append(split_across_ranks([*range(cuts)], make))
         assert len({len(share) for share in shares}) == 1
-        assert sorted(b.target[0].item() for share in shares for b in share if b.trained) == [*range(cuts)]
+        assert sorted(b.target[0].item() for share in shares for b in share
+                      if b.trained) == [*range(cuts)]
 
 
 def stage_2(run, out, **more):
@@ -181,64 +204,89 @@ def test_accumulation_leaves_the_run_as_it_is(run, mesh, tmp_path):
 
 
 PLACES = {  # stage, options
-    "stage 1, none": (1, {"visual_expert": "none"}), "stage 1, static": (1, {"weight_source": "static"}), "stage 1, generated": (1, {}),
-    "stage 2, none": (2, {"visual_expert": "none", "language_expert": "none"}), "stage 2, static": (2, {"weight_source": "static"}),
+    "stage 1, none": (1, {"visual_expert": "none"}),
+    "stage 1, static": (1, {"weight_source": "static"}), "stage 1, generated": (1, {}),
+    "stage 2, none": (2, {"visual_expert": "none", "language_expert": "none"}),
+    "stage 2, static": (2, {"weight_source": "static"}),
     "stage 2, generated": (2, {})}
 
 
-WAYS = {1: ([[[0, 1, 2, 3]]], [[[0, 1], [2, 3]]], [[[0], [1], [2], [3]]]),  # for each rank, the rows of each of its micro-batches
+# for each rank, the rows of each of its micro-batches
+WAYS = {1: ([[[0, 1, 2, 3]]], [[[0, 1], [2, 3]]], [[[0], [1], [2], [3]]]),
         2: ([[[0, 1]], [[2, 3]]], [[[0], [2]], [[3], [1]]])}
 
 
 def gradients(out, mesh):
-    """Write OUT/PLACE.pt for each of PLACES: a list of {name: gradient of a step}, one for each way to distribute four samples."""
+    """Write OUT/PLACE.pt for each of PLACES: a list of {name: gradient of a step}, one for each way
+    to distribute four samples.
+    """
     for place, (stage, options) in PLACES.items():
         found = []
         for ranks in WAYS[dist.get_world_size()]:
-            o = training.options.complete({"out": os.path.join(out, place.split(", ")[1]), "batch_size": 4, "dtype": "float32", "device": "cpu",
-                                "data": os.path.join(out, f"stage{stage}.json"), "images": os.path.join(out, "images"),
-                                "val": None, "vision": os.path.join(out, "clip"), "llm": os.path.join(out, "llm"),
+            o = training.options.complete(
+                {"out": os.path.join(out, place.split(", ")[1]), "batch_size": 4,
+                 "dtype": "float32", "device": "cpu",
+                                "data": os.path.join(out, f"stage{stage}.json"),
+                                "images": os.path.join(out, "images"),
+                                "val": None, "vision": os.path.join(out, "clip"),
+                                "llm": os.path.join(out, "llm"),
                                 "allow_random_llm": True, **options}, stage)
             built = train.vlm_stage(o)
-            for name, p in built.model.named_parameters():  # what starts at zero would hide what is behind it
+            # what starts at zero would hide what is behind it
+            for name, p in built.model.named_parameters():
                 if not p.any():
-                    p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 20
+                    p.data = torch.randn(p.shape,
+                                         generator=torch.Generator().manual_seed(len(name))) / 20
             model, opts = train.setup_model(built.model, o, mesh)
             for opt in opts:
                 opt.step = opt.zero_grad = lambda: None
-            train.train_step(model, opts, [built.data.batch(rows) for rows in ranks[dist.get_rank()]], 0, o, mesh)
-            found.append({name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad})
+            train.train_step(model, opts,
+                             [built.data.batch(rows) for rows in ranks[dist.get_rank()]], 0, o,
+                             mesh)
+            found.append({name: p.grad.full_tensor() for name,
+                          p in model.named_parameters() if p.requires_grad})
         if dist.get_rank() == 0:
             torch.save(found, os.path.join(out, f"{place} on {dist.get_world_size()}.pt"))
 
 
-def test_gradients_are_the_same_whole_accumulated_and_on_two_ranks_one_of_which_has_text_alone(run, mesh, tmp_path):
+def test_gradients_are_the_same_whole_accumulated_and_on_two_ranks_one_of_which_has_text_alone(
+    run, mesh, tmp_path):
     """The samples have 1 to 20 turns and 2 to 60 words; some have no picture."""
     for part in ("clip", "llm"):
         os.symlink(f"{run}/stage0/{part}", tmp_path / part)
     os.symlink(f"{run}/world/images", tmp_path / "images")
     names = sorted(os.listdir(f"{run}/world/images"))
-    said = lambda *texts: [{"from": who, "value": text} for pair in texts for who, text in zip(("human", "gpt"), pair)]
+    said = lambda *texts: [{"from": who, "value": text} for pair in texts for who,
+                           text in zip(("human", "gpt"), pair)]
     turn = ("Is there a red circle?", "yes")
-    captions = [{"image": name, "conversations": said(("<image>", "a red circle and " * n + "a star"))} for name, n in zip(names, (0, 15, 3, 1))]
-    talks = [{"image": names[0], "conversations": said(("<image>\nWhat colour is the star?", "green"), *[turn] * 6)},
-             {"image": names[1], "conversations": said(("How many things are there?\n<image>", "3"))},
-             {"conversations": said(*[turn, ("How many?", "5")] * 10)}, {"conversations": said(("What colour?", "blue"))}]
+    captions = [{"image": name, "conversations": said(
+        ("<image>", "a red circle and " * n + "a star"))} for name, n in zip(names, (0, 15, 3, 1))]
+    talks = [{"image": names[0], "conversations": said(
+        ("<image>\nWhat colour is the star?", "green"), *[turn] * 6)},
+             {"image": names[1], "conversations": said(
+             ("How many things are there?\n<image>", "3"))},
+             {"conversations": said(*[turn, ("How many?", "5")] * 10)},
+             {"conversations": said(("What colour?", "blue"))}]
     for stage, records in ((1, captions), (2, talks)):
         json.dump(records, open(tmp_path / f"stage{stage}.json", "w"))
     for place, (stage, options) in PLACES.items():
         if stage == 1:
-            given = {**TINY, "steps": 1, "out": str(tmp_path / place.split(", ")[1]), "data": str(tmp_path / "stage1.json"), "images": str(tmp_path / "images"),
-                     "vision": str(tmp_path / "clip"), "llm": str(tmp_path / "llm"), "val": None, **options}
+            given = {**TINY, "steps": 1, "out": str(tmp_path / place.split(", ")[1]),
+                     "data": str(tmp_path / "stage1.json"), "images": str(tmp_path / "images"),
+                     "vision": str(tmp_path / "clip"), "llm": str(tmp_path / "llm"), "val": None,
+                     **options}
             train.run_stage(given, 1, mesh)
     gradients(str(tmp_path), mesh)
     script = f"import tests.test_training as t; t.gradients({str(tmp_path)!r}, t.training.distributed.start_world('cpu')); t.dist.barrier()"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", script],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node", "2", "--no-python", sys.executable, "-c", script],
                           cwd=HERE, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     assert done.returncode == 0, done.stderr[-2000:]
     for place in PLACES:
-        whole, *others = [way for ranks in WAYS for way in torch.load(tmp_path / f"{place} on {ranks}.pt", weights_only=True)]
+        whole, *others = [way for ranks in WAYS
+                          for way in torch.load(tmp_path / f"{place} on {ranks}.pt",
+                                                weights_only=True)]
         assert len(others) == 4
         for name, expected in whole.items():
             largest = expected.abs().max()
@@ -248,10 +296,12 @@ def test_gradients_are_the_same_whole_accumulated_and_on_two_ranks_one_of_which_
 
 
 @pytest.mark.parametrize("stage, part", [(0, "clip"), (0, "llm"), (1, None), (2, None)])
-def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_run(run, mesh, tmp_path, monkeypatch, stage, part):
+def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_run(run, mesh, tmp_path, monkeypatch,
+                                                                stage, part):
     def given(name):
         return stage_2(run, tmp_path / name, steps=6, save_every=2, val_every=100, part=part) | (
-            {} if stage == 2 else {"data": f"{run}/world/captions.json", "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm",
+            {} if stage == 2 else {"data": f"{run}/world/captions.json",
+                                   "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm",
                                    "val": f"{run}/world/validation_captions.json"})
 
     def stopping(*args, step=train.train_step, count=[0], **more):
@@ -267,12 +317,15 @@ def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_run(run, mesh, tmp_p
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "train_step", stopping)
         train.run_stage(given("broken"), stage, mesh)
-    assert len(log_of(tmp_path / "broken", stage, part)) == 5 and not training.options.finished(tmp_path / "broken", stage, part)
+    assert len(log_of(tmp_path / "broken", stage, part)) == 5 and not training.options.finished(
+        tmp_path / "broken", stage, part)
     train.run_stage(given("broken") | {"resume": True}, stage, mesh)
 
     whole, broken = (log_of(tmp_path / name, stage, part) for name in ("whole", "broken"))
-    assert [(r["step"], r["loss"], r["grad_norm"]) for r in whole] == [(r["step"], r["loss"], r["grad_norm"]) for r in broken]
-    folders = [training.options.folder_of(tmp_path / name, stage, part) for name in ("whole", "broken")]
+    assert [(r["step"], r["loss"], r["grad_norm"])
+            for r in whole] == [(r["step"], r["loss"], r["grad_norm"]) for r in broken]
+    folders = [training.options.folder_of(tmp_path / name, stage, part)
+               for name in ("whole", "broken")]
     files = [open(os.path.join(folder, "model.safetensors"), "rb").read() for folder in folders]
     assert files[0] == files[1]
     assert not os.path.exists(os.path.join(folders[1], "state"))
@@ -317,9 +370,13 @@ def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(run, mesh, tm
 
 
 def test_only_its_parent_can_end_a_worker():
-    """If it ignored its parent too, a process with an error would never end: at exit it terminates its workers and waits."""
+    """If it ignored its parent too, a process with an error would never end: at exit it terminates
+    its workers and waits.
+    """
     ready = multiprocessing.get_context("fork").Event()
-    worker = multiprocessing.get_context("fork").Process(target=lambda: (training.distributed.ignore_signals(0), ready.set(), time.sleep(60)), daemon=True)
+    worker = multiprocessing.get_context("fork").Process(
+        target=lambda: (training.distributed.ignore_signals(0), ready.set(), time.sleep(60)),
+        daemon=True)
     worker.start()
     assert ready.wait(20)
     for name in ("TERM", "INT"):
@@ -347,7 +404,8 @@ def test_a_stopped_run_is_neither_lost_nor_continued_with_other_options(run, mes
     assert len(log_of(tmp_path, 2)) == 6
 
 
-def test_states_rotate_and_the_last_good_one_outlives_a_full_disk(run, mesh, tmp_path, monkeypatch, capfd):
+def test_states_rotate_and_the_last_good_one_outlives_a_full_disk(run, mesh, tmp_path, monkeypatch,
+                                                                  capfd):
     states, seen = tmp_path / "stage2" / "state", []
     saved, save = training.state.save_state, dcp.save
 
@@ -370,22 +428,28 @@ def test_states_rotate_and_the_last_good_one_outlives_a_full_disk(run, mesh, tmp
     names = [[f"step_{n:06d}" for n in kept] for kept in ([1], [1, 2], [1, 2], [2, 4], [4, 5])]
     assert [n for n, _ in seen] == names
     assert [bool(fault) for _, fault in seen] == [False, False, True, False, False]
-    assert ["save_s" in row for row in log_of(tmp_path, 2)] == [False] + 5 * [True]  # how long training waited, before this step
+    # how long training waited, before this step
+    assert ["save_s" in row for row in log_of(tmp_path, 2)] == [False] + 5 * [True]
     assert "No space left on device" in seen[2][1]
     assert capfd.readouterr().err.count("training goes on, older states are kept") == 1
 
 
 def damaged(run, out):
-    """Copy a run's data and damage the picture of record 1; returns (options of stage 2 on it, that record)."""
+    """Copy a run's data and damage the picture of record 1; returns (options of stage 2 on it, that
+    record).
+    """
     shutil.copytree(f"{run}/world", out / "world")
     record = json.load(open(out / "world" / "instruct.json"))[1]
     with open(out / "world" / "images" / record["image"], "wb") as f:
         f.write(b"no picture")
-    return stage_2(run, out / "run", data=f"{out}/world/instruct.json", images=f"{out}/world/images", batch_size=20), record
+    return stage_2(run, out / "run", data=f"{out}/world/instruct.json",
+                   images=f"{out}/world/images", batch_size=20), record
 
 
-@pytest.mark.parametrize("more", [{}, {"cache_features": False}, {"cache_features": False, "workers": 1}])
-def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_record(run, mesh, tmp_path, capfd, more):
+@pytest.mark.parametrize("more", [{}, {"cache_features": False},
+                                  {"cache_features": False, "workers": 1}])
+def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_record(
+    run, mesh, tmp_path, capfd, more):
     given, record = damaged(run, tmp_path)
     given |= more
     with pytest.raises(UserError, match="unreadable picture") as error:
@@ -394,25 +458,31 @@ def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_re
     data = train.vlm_stage(training.options.complete(given | {"skip_bad_images": True}, 2)).data
     assert data.batch([0, 1]).records[1].startswith("record 2 ") and len(data.take_skipped()) == 1
     if more:
-        train.run_stage(given | {"skip_bad_images": True}, 2, mesh)  # 4 steps of 20 of 40 records: twice over
+        # 4 steps of 20 of 40 records: twice over
+        train.run_stage(given | {"skip_bad_images": True}, 2, mesh)
         assert log_of(tmp_path / "run", 2)[-1]["skipped_images"] >= 2
         assert "2 times a picture could not be read" in capfd.readouterr().err
 
 
 def test_a_llama_that_guesses_is_refused_before_stage_1(run, mesh, tmp_path):
-    given = {"out": str(tmp_path), **TINY, "data": f"{run}/world/captions.json", "images": f"{run}/world/images",
-             "val": f"{run}/world/validation_captions.json", "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm"}
+    given = {"out": str(tmp_path), **TINY, "data": f"{run}/world/captions.json",
+             "images": f"{run}/world/images",
+             "val": f"{run}/world/validation_captions.json", "vision": f"{run}/stage0/clip",
+             "llm": f"{run}/stage0/llm"}
     o = training.options.complete(given | {"allow_random_llm": False}, 1)
     stage = train.vlm_stage(o)
     model, texts = stage.model, stage.data.text_batches()
-    assert sum(b.trained for b in texts) > 100 and all((b.ids >= 0).all() and not len(b.image_at) for b in texts)
+    assert sum(b.trained for b in texts) > 100 and all((b.ids >= 0).all() and not len(b.image_at)
+                                                       for b in texts)
     torch.nn.init.zeros_(model.llm.lm_head.weight)
-    with pytest.raises(UserError, match=r"loss 6\.4\d per token of text is near chance \(6\.46\): is --llm pretrained\?"):
+    with pytest.raises(UserError,
+                       match=r"loss 6\.4\d per token of text is near chance \(6\.46\): is --llm pretrained\?"):
         train.check_llm(model, texts, mesh)
     ids = torch.cat([b.target[b.target >= 0] for b in texts]).unique()
     known = torch.full((model.cfg.llm.vocab,), 0.0).index_fill(0, ids, 1.0)
     model.loss = lambda batch: torch.nn.functional.cross_entropy(
-        (known * 5).expand(len(batch.target), -1), batch.target, reduction="sum")  # has learnt only which words occur
+        # has learnt only which words occur
+        (known * 5).expand(len(batch.target), -1), batch.target, reduction="sum")
     train.check_llm(model, texts, mesh)
 
 
@@ -428,11 +498,13 @@ def test_the_memory_of_weights_gradients_and_optimiser_is_foreseen_to_the_byte(r
             opt.zero_grad = lambda *a: None
         train.train_step(model, opts, [batch], 0, o, mesh)
         local = lambda t: (t.to_local() if hasattr(t, "to_local") else t).numel() * t.element_size()
-        real = (sum(local(p) for p in model.parameters()), sum(local(p.grad) for p in model.parameters() if p.grad is not None),
+        real = (sum(local(p) for p in model.parameters()),
+                sum(local(p.grad) for p in model.parameters() if p.grad is not None),
                 sum(local(t) for opt in opts for kept in opt.state.values() for t in kept.values()))
         assert training.plan.state(model, opts, 1) == real
         parts = [training.plan.state(model, opts, ranks)[0] for ranks in (2, 4)]
-        assert real[0] / 2 <= parts[0] <= real[0] / 2 * 1.01 and real[0] / 4 <= parts[1] <= real[0] / 4 * 1.02
+        assert real[0] / 2 <= parts[0] <= real[0] / 2 * 1.01 and real[0] / 4 <= parts[1] <= real[
+            0] / 4 * 1.02
 
 
 RANK_3_OF_4 = """
@@ -483,34 +555,42 @@ print("right")
 @pytest.mark.parametrize("dims", [("4",), ("2", "2")], ids=["sharded", "in two copies"])
 def test_a_rank_reads_and_casts_its_own_rows_of_the_files_and_no_others(tmp_path, dims):
     """Runs only the last of four ranks."""
-    done = subprocess.run([sys.executable, "-c", RANK_3_OF_4, str(tmp_path / "model.safetensors"), *dims], capture_output=True, text=True, cwd=HERE)
+    done = subprocess.run([sys.executable, "-c", RANK_3_OF_4, str(tmp_path / "model.safetensors"),
+                           *dims], capture_output=True, text=True, cwd=HERE)
     assert done.stdout == "right\n", done.stderr[-2000:]
 
 
 def test_a_run_that_cannot_fit_is_refused_with_advice(run, mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(training.plan, "room", lambda device: 10e6)
-    with pytest.raises(UserError, match="needs about 0.[2-9] GB, the cpu has 0.0: a smaller --micro_batch_size"):
+    with pytest.raises(UserError,
+                       match="needs about 0.[2-9] GB, the cpu has 0.0: a smaller --micro_batch_size"):
         train.run_stage(stage_2(run, tmp_path, batch_size=32), 2, mesh)
 
 
-# Llama and options of three models whose weights, gradients and optimiser state take a gigabyte or more
+# Llama and options of three models whose weights, gradients and optimiser state take a gigabyte or
+# more
 SIZES = {
     "all of the Llama, twice accumulated": (
         LlamaConfig(width=768, depth=8, heads=12, kv_heads=12, hidden=2048, vocab=8000),
         dict(stage=2, dtype="bfloat16", micro_batch_size=4, batch_size=8)),
     "a frozen Llama": (
         LlamaConfig(width=1280, depth=25, heads=10, kv_heads=5, hidden=3456, vocab=8000),
-        dict(stage=2, tune="peft", dtype="bfloat16", micro_batch_size=4, batch_size=4, checkpointing="selective")),
+        dict(stage=2, tune="peft", dtype="bfloat16", micro_batch_size=4, batch_size=4,
+             checkpointing="selective")),
     "the projector": (
         LlamaConfig(width=1024, depth=20, heads=8, kv_heads=8, hidden=2816, vocab=8000),
-        dict(stage=1, dtype="float32", micro_batch_size=4, batch_size=4, checkpointing="full", kernels="eager")),
+        dict(stage=1, dtype="float32", micro_batch_size=4, batch_size=4, checkpointing="full",
+             kernels="eager")),
 }
 
 
 def rehearse(name, out):
-    """Print [state, estimate, measured peak over what this process had at first] in bytes of two steps of a random model."""
+    """Print [state, estimate, measured peak over what this process had at first] in bytes of two
+    steps of a random model.
+    """
     llm, options = SIZES[name]
-    o = training.options.Options(**options, lr=1e-4, steps=2, out=out, device="cpu", save_every=9, allow_random_llm=True)
+    o = training.options.Options(**options, lr=1e-4, steps=2, out=out, device="cpu", save_every=9,
+                                 allow_random_llm=True)
     os.makedirs(training.options.stage_folder(o))
     mesh, before = training.distributed.start_world("cpu"), training.plan.peak("cpu")
     torch.set_default_dtype(getattr(torch, o.dtype))
@@ -519,10 +599,12 @@ def rehearse(name, out):
     torch.set_default_dtype(torch.float32)
 
     def sample(i, length=192, answer=48):
-        ids = torch.randint(3, llm.vocab, (length,), generator=torch.Generator().manual_seed(i)).numpy()
+        ids = torch.randint(3, llm.vocab, (length,),
+                            generator=torch.Generator().manual_seed(i)).numpy()
         ids[1:1 + vision.tokens] = IMAGE
         turn, told = ids * 0, ids * 0 + (range(length) >= ids * 0 + length - answer)
-        return Sample(ids, np.where(told, ids, IGNORE), np.where(told, -1, turn), turn, 1, "a.png", f"record {i}", 1)
+        return Sample(ids, np.where(told, ids, IGNORE), np.where(told, -1, turn), turn, 1, "a.png",
+                      f"record {i}", 1)
 
     class Data:
         lengths, has_image, take_skipped = np.full(16, 192), None, staticmethod(list)
@@ -534,7 +616,8 @@ def rehearse(name, out):
             return sample(i)
 
         def batch(self, rows):
-            return collate([sample(i) for i in rows], [torch.randn(3, 112, 112) for _ in rows], None)
+            return collate([sample(i) for i in rows], [torch.randn(3, 112, 112) for _ in rows],
+                           None)
 
     found, foresee = [], training.plan.estimate_memory
     training.plan.estimate_memory = lambda *a: found.append(foresee(*a)) or found[0]
@@ -547,23 +630,28 @@ def rehearse(name, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_the_memory_of_a_step_is_foreseen_within_15_percent(tmp_path, name):
-    done = subprocess.run([sys.executable, "-c", f"import tests.test_training; tests.test_training.rehearse({name!r}, {str(tmp_path)!r})"], cwd=HERE,
+    done = subprocess.run([sys.executable, "-c",
+                           f"import tests.test_training; tests.test_training.rehearse({name!r}, {str(tmp_path)!r})"], cwd=HERE,
                           capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"})
+                          env={**os.environ, "OMP_NUM_THREADS": "1",
+                               "MALLOC_MMAP_THRESHOLD_": "131072"})
     assert done.returncode == 0, done.stderr[-2000:]
     state, foreseen, measured = json.loads(done.stdout)
     assert state >= 1e9 and abs(foreseen / measured - 1) < 0.15, (state, foreseen, measured)
 
 
-@pytest.mark.parametrize("eager, trains", [(False, True), (True, True), (False, False), (True, False)])
+@pytest.mark.parametrize("eager, trains",
+                         [(False, True), (True, True), (False, False), (True, False)])
 def test_the_activations_of_a_block_are_what_autograd_keeps(eager, trains):
-    cfg = VLMConfig(llm=LlamaConfig(width=64, depth=1, heads=4, kv_heads=2, hidden=160, vocab=10), language_expert="none")
+    cfg = VLMConfig(llm=LlamaConfig(width=64, depth=1, heads=4, kv_heads=2, hidden=160, vocab=10),
+                    language_expert="none")
     block = Block(cfg.llm).bfloat16().requires_grad_(trains)
     for part in (block.self_attn, block.input_layernorm, block.post_attention_layernorm):
         part.eager = eager
     x = torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)
     kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
-    keep = lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
+    keep = lambda t: kept.update({
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         out = block(x, *rotary(torch.arange(48)[None], 16, 10000.0))
     real = sum(size for at, size in kept.items() if at not in own)
@@ -583,7 +671,8 @@ def test_checkpointing_leaves_the_run_as_it_is(run, mesh, tmp_path, which):
 
 
 @pytest.mark.parametrize("which, runs", [("none", 4), ("selective", 6), ("full", 8)])
-def test_checkpointing_computes_each_second_block_or_all_again(run, mesh, tmp_path, monkeypatch, which, runs):
+def test_checkpointing_computes_each_second_block_or_all_again(run, mesh, tmp_path, monkeypatch,
+                                                               which, runs):
     o = training.options.complete(stage_2(run, tmp_path, checkpointing=which), 2)
     stage, seen, forward = train.vlm_stage(o), [], MLP.forward
     model, opts = train.setup_model(stage.model, o, mesh)
@@ -593,28 +682,34 @@ def test_checkpointing_computes_each_second_block_or_all_again(run, mesh, tmp_pa
 
 
 @pytest.mark.parametrize("stage, tune", [(1, "full"), (2, "full"), (2, "peft")])
-def test_the_operations_of_a_step_are_those_that_torch_counts(run, mesh, tmp_path, monkeypatch, stage, tune):
+def test_the_operations_of_a_step_are_those_that_torch_counts(run, mesh, tmp_path, monkeypatch,
+                                                              stage, tune):
     given = stage_2(run, tmp_path, tune=tune, cache_features=False)
-    given |= {} if stage == 2 else {"data": f"{run}/world/captions.json", "val": f"{run}/world/validation_captions.json",
+    given |= {} if stage == 2 else {"data": f"{run}/world/captions.json",
+                                    "val": f"{run}/world/validation_captions.json",
                                     "vision": f"{run}/stage0/clip", "llm": f"{run}/stage0/llm"}
     o = training.options.complete(given, stage)
     built = train.vlm_stage(o)
     model, opts = train.setup_model(built.model, o, mesh)
     monkeypatch.setattr(training.feed, "MULTIPLE", 1)
     batch = built.data.batch([3] * 4)  # without padding
-    foreseen, (B, T) = training.costs.step_flops(model.cfg, batch, (stage, tune) == (2, "full")), batch.ids.shape
+    foreseen, (B, T) = training.costs.step_flops(model.cfg, batch,
+                                                 (stage, tune) == (2, "full")), batch.ids.shape
     with FlopCounterMode(display=False) as counter:
         train.train_step(model, [], [batch], 0, o, mesh)
-    masked = model.cfg.llm.depth * 3 * 2 * B * T ** 2 * model.cfg.llm.width  # half of attention, which is causal
+    # half of attention, which is causal
+    masked = model.cfg.llm.depth * 3 * 2 * B * T ** 2 * model.cfg.llm.width
     expert = 3 * 2 * B * T * model.cfg.expert_rank * 3 * model.cfg.llm.width
-    others = len(model.cfg.expert_blocks()) * (batch.turns - 1) * expert  # every turn's weights are applied, a token's own are needed
+    # every turn's weights are applied, a token's own are needed
+    others = len(model.cfg.expert_blocks()) * (batch.turns - 1) * expert
     assert foreseen == pytest.approx(counter.get_total_flops() - masked - others, rel=0.02)
 
 
 def test_two_batches_are_learnt_by_heart(run, mesh, tmp_path):
     with open(f"{run}/world/instruct.json") as f:
         (tmp_path / "some.json").write_text(json.dumps(json.load(f)[:16]))
-    trained(stage_2(run, tmp_path, steps=60, batch_size=8, data=str(tmp_path / "some.json")), 2, mesh)
+    trained(stage_2(run, tmp_path, steps=60, batch_size=8, data=str(tmp_path / "some.json")), 2,
+            mesh)
     losses = [row["loss"] for row in log_of(tmp_path, 2)]
     assert losses[0] > 3 and max(losses[-2:]) < 0.7
 
@@ -646,7 +741,8 @@ def test_the_stand_in_llama_begins_by_looking_back():
     turned = rotary(torch.arange(T)[None], block.self_attn.width, toy.stand_ins.LLAMA.theta)
     q, k = (rotate(p(x).view(8, T, -1, block.self_attn.width).transpose(1, 2), *turned)
             for p in (block.self_attn.q_proj, block.self_attn.k_proj))
-    weight = (q @ k.mT * block.self_attn.width ** -0.5).masked_fill(torch.ones(T, T).triu(1) > 0, float("-inf")).softmax(-1)
+    weight = (q @ k.mT * block.self_attn.width ** -0.5).masked_fill(torch.ones(T, T).triu(1) > 0,
+                                                                    float("-inf")).softmax(-1)
     for head in range(toy.stand_ins.LLAMA.heads):
         assert weight[:, head].diagonal(-1 - head, dim1=-2, dim2=-1).mean() > 0.6
 
@@ -678,8 +774,10 @@ dist.barrier()
 @pytest.mark.slow
 @pytest.mark.parametrize("copies", [1, 2])
 def test_muon_takes_the_same_step_on_four_ranks_as_on_one(copies):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "--no-python", sys.executable, "-c",
-                           MUON_OF_4, str(copies)], cwd=HERE, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node", "4", "--no-python", sys.executable, "-c",
+                           MUON_OF_4, str(copies)], cwd=HERE, capture_output=True, text=True,
+                           timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -689,7 +787,8 @@ def test_muon_on_one_process_takes_the_step_of_torchs_muon():
     shapes = ((8, 32), (32, 8), (16, 16), (8, 32))
     ours = [torch.nn.Parameter(torch.full(shape, 0.5)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    optimisers = training.muon.Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
+    optimisers = training.muon.Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1,
+                                                                    weight_decay=0.0)
     for _ in range(3):
         for p, q in zip(ours, theirs):
             p.grad = q.grad = torch.randn(p.shape)
@@ -712,7 +811,8 @@ def test_muon_makes_the_update_of_each_matrix_orthogonal():
 
 
 def call(program, *words, **more):
-    return subprocess.run([sys.executable, os.path.join(HERE, program), *map(str, words)], capture_output=True, text=True, timeout=500,
+    return subprocess.run([sys.executable, os.path.join(HERE, program), *map(str, words)],
+                          capture_output=True, text=True, timeout=500,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
 
 
@@ -722,7 +822,8 @@ def test_mistakes_on_the_command_line_end_in_one_line(run, tmp_path, monkeypatch
         (["--steps", "many"], "--steps many: expected int"),
         (["--stage", "1", "--out", run], "is finished: --overwrite"),
         (["--stage", "2", "--out", str(tmp_path), "--preset", "7b"], "run --stage 1 first"),
-        (["--stage", "1", "--out", str(tmp_path), "--preset", "7b"], "needs --vision, --llm, --data, --images"),
+        (["--stage", "1", "--out", str(tmp_path), "--preset", "7b"],
+         "needs --vision, --llm, --data, --images"),
         (["--stage", "0", "--preset", "7b"], "expected 1 or 2"),
         (["--stage", "3"], "expected 1 or 2"),
         (["--steps", "0"], "--steps 0: expected more than 0"),
@@ -730,27 +831,36 @@ def test_mistakes_on_the_command_line_end_in_one_line(run, tmp_path, monkeypatch
         (["--part", "clip"], "--part clip: only stage 0 has parts"),
         (["--overwrite"], "--overwrite goes with --stage"),
         (["--stage", "2", "--out", str(tmp_path)], "run --stage 1 first"),
-        (["--stage", "1", "--out", run, "--overwrite", "--batch_size", "9", "--micro_batch_size", "2", "--pictures", "40"],
+        (["--stage", "1", "--out", run, "--overwrite", "--batch_size", "9", "--micro_batch_size",
+          "2", "--pictures", "40"],
          "batch_size 9 is not a multiple"),
-        (["--stage", "1", "--out", run, "--overwrite", "--resume", "--pictures", "40"], "--resume: no saved state"),
+        (["--stage", "1", "--out", run, "--overwrite", "--resume", "--pictures", "40"],
+         "--resume: no saved state"),
         (["--preset", "9b"], "expected one of toy, 7b, 13b, 1b"),
-        (["--stage", "1", "--out", run, "--overwrite", "--data", "no.json", "--pictures", "40"], "no.json"),
-        (["--stage", "1", "--out", run, "--overwrite", "--images", "nowhere", "--pictures", "40"], "--images nowhere: folder not found"),
+        (["--stage", "1", "--out", run, "--overwrite", "--data", "no.json", "--pictures", "40"],
+         "no.json"),
+        (["--stage", "1", "--out", run, "--overwrite", "--images", "nowhere", "--pictures", "40"],
+         "--images nowhere: folder not found"),
         (["--data", "no.json"], "--data no.json: file not found"),
         (["--out", str(tmp_path), "--resume"], "--resume: no saved state and no finished stage in"),
-        (["--stage", "1", "--preset", "7b"], "stage 1 with preset 7b needs --vision, --llm, --data, --images"),
+        (["--stage", "1", "--preset", "7b"],
+         "stage 1 with preset 7b needs --vision, --llm, --data, --images"),
     ]:
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        monkeypatch.setattr(train, "start_world", lambda device, replicate: init_device_mesh("cpu", (1,)))
+        monkeypatch.setattr(train, "start_world", lambda device,
+                            replicate: init_device_mesh("cpu", (1,)))
         with pytest.raises(UserError, match=expected):
             train.run()
 
 
 @pytest.mark.parametrize("name, value, expected", [
-    ("lr", 0.0, "more than 0"), ("lr", float("nan"), "more than 0"), ("muon_lr", float("inf"), "more than 0"),
+    ("lr", 0.0, "more than 0"), ("lr", float("nan"), "more than 0"),
+    ("muon_lr", float("inf"), "more than 0"),
     ("clip", -1.0, "more than 0"), ("warmup", 1.5, "0 to 1"), ("cooldown", -0.1, "0 to 1"),
-    ("val_every", 0, "more than 0"), ("workers", -1, "0 or more"), ("guidance_after", -1, "0 or more"),
-    ("context", 0, "more than 0"), ("vlora_rank", -4, "more than 0"), ("expert_embed", 0, "more than 0"),
+    ("val_every", 0, "more than 0"), ("workers", -1, "0 or more"),
+    ("guidance_after", -1, "0 or more"),
+    ("context", 0, "more than 0"), ("vlora_rank", -4, "more than 0"),
+    ("expert_embed", 0, "more than 0"),
     ("stage", -1, "1 or 2; the toy also has 0")])
 def test_a_number_out_of_range_is_refused_by_name(name, value, expected):
     with pytest.raises(UserError, match=f"^--{name} {value}: expected {expected}$"):
@@ -758,7 +868,8 @@ def test_a_number_out_of_range_is_refused_by_name(name, value, expected):
 
 
 def test_the_ends_of_the_ranges_are_allowed():
-    training.options.Options(lr=1e-12, warmup=0.0, cooldown=1.0, workers=0, seed=0, guidance_after=0, steps=1)
+    training.options.Options(lr=1e-12, warmup=0.0, cooldown=1.0, workers=0, seed=0,
+                             guidance_after=0, steps=1)
 
 
 def test_out_follows_the_preset():
@@ -778,10 +889,11 @@ def test_the_help_names_the_values_of_every_preset_in_80_columns():
 
 
 def llava_batches(lengths, pictured, size, ranks, rng):
-    """Micro-batches as LLaVA's --group_by_modality_length makes them (llava_trainer.py), but for what is left over at the end.
+    """Micro-batches as LLaVA's --group_by_modality_length makes them (llava_trainer.py), but for
+    what is left over at the end.
 
-    Of each modality, so many random samples as a step has are dealt out, the longest first, each to the micro-batch that has
-    the fewest words and still room.
+    Of each modality, so many random samples as a step has are dealt out, the longest first, each to
+    the micro-batch that has the fewest words and still room.
     """
     batches = []
     for kind in (True, False):
@@ -789,7 +901,8 @@ def llava_batches(lengths, pictured, size, ranks, rng):
         for i in range(0, len(order) // size * size, size):
             dealt = [[] for _ in range(ranks)]
             for j in sorted(order[i:i + size], key=lambda j: -lengths[j]):
-                min((d for d in dealt if len(d) < size // ranks), key=lambda d: lengths[d].sum() if d else 0).append(j)
+                min((d for d in dealt if len(d) < size // ranks),
+                    key=lambda d: lengths[d].sum() if d else 0).append(j)
             batches += dealt
     return batches
 
@@ -797,17 +910,22 @@ def llava_batches(lengths, pictured, size, ranks, rng):
 def test_grouping_leaves_a_sixth_of_the_padding_that_llavas_has():
     rng, n = np.random.default_rng(0), 20000
     pictured = rng.random(n) < 0.94  # as in LLaVA's 665K
-    text = np.where(pictured, np.exp(rng.normal(5.0, 0.8, n)), np.exp(rng.normal(6.3, 0.8, n))).astype(int) + 10
-    tokens, words = np.minimum(text + 576 * pictured, 2048), (text * rng.uniform(0.6, 0.9, n)).astype(int)
+    text = np.where(pictured, np.exp(rng.normal(5.0, 0.8, n)),
+                    np.exp(rng.normal(6.3, 0.8, n))).astype(int) + 10
+    tokens, words = np.minimum(text + 576 * pictured,
+                               2048), (text * rng.uniform(0.6, 0.9, n)).astype(int)
     ours = BatchSampler(n, 0, 128, words, pictured)
     steps = ours.epoch(0)[:n // 128 * 128].reshape(-1, 128)
     share = lambda batches: padding_share(tokens, batches)
-    assert 0.05 < share(steps.reshape(-1, 16)) < 0.075 and 0.35 < share(llava_batches(words, pictured, 128, 8, rng)) < 0.45
-    assert share(BatchSampler(n, 0, 128, words).epoch(0)[:len(steps) * 128].reshape(-1, 16)) > 0.085  # the modalities together
+    assert 0.05 < share(steps.reshape(-1, 16)) < 0.075 and 0.35 < share(
+        llava_batches(words, pictured, 128, 8, rng)) < 0.45
+    # the modalities together
+    assert share(BatchSampler(n, 0, 128, words).epoch(0)[:len(steps) * 128].reshape(-1, 16)) > 0.085
     kinds = pictured[steps].mean(1)
     assert ((kinds > 0) & (kinds < 1)).sum() == 1 and 0.03 < (kinds == 0).mean() < 0.09
     assert sorted(ours.epoch(3)) == [*range(n)] and (ours.epoch(3) != ours.epoch(0)).any()
-    assert ours.step(len(steps) + 5) == BatchSampler(n, 0, 128, words, pictured).step(len(steps) + 5)
+    assert ours.step(len(steps) + 5) == BatchSampler(n, 0, 128, words,
+                                                     pictured).step(len(steps) + 5)
 
 
 def test_the_plan_tells_the_padding_of_the_run(run, mesh, tmp_path):
@@ -817,7 +935,9 @@ def test_the_plan_tells_the_padding_of_the_run(run, mesh, tmp_path):
         for message in record["conversations"]:
             message["value"] = message["value"].replace("<image>", "").strip()
     json.dump(data, open(tmp_path / "data.json", "w"))
-    o = training.options.complete(stage_2(run, tmp_path, data=str(tmp_path / "data.json"), steps=20, batch_size=8, micro_batch_size=4), 2)
+    o = training.options.complete(
+        stage_2(run, tmp_path, data=str(tmp_path / "data.json"), steps=20, batch_size=8,
+                micro_batch_size=4), 2)
     data = train.vlm_stage(o).data
     dataset = TrainDataset(data, o)
     assert dataset.sampler.has_image.tolist() == [i % 3 > 0 for i in range(40)]
@@ -828,51 +948,64 @@ def test_the_plan_tells_the_padding_of_the_run(run, mesh, tmp_path):
 
 def test_a_checkpoint_that_was_set_aside_counts_as_finished(run, tmp_path):
     shutil.copytree(f"{run}/stage1", tmp_path / "stage1.old")
-    assert training.options.finished(str(tmp_path), 1) and not training.options.finished(str(tmp_path), 2) and not training.options.finished(str(tmp_path), 0)
+    assert training.options.finished(str(tmp_path),
+                                     1) and not training.options.finished(
+                                     str(tmp_path), 2) and not training.options.finished(
+                                     str(tmp_path), 0)
     with pytest.raises(UserError, match="stage1 is finished"):
         training.parts.check_options({"stage": 1, "out": str(tmp_path)})
 
 
 def test_compile_without_a_compiler_is_one_clear_line(run, mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match=r"--compile needs a compiler, and g\+\+ is not there: install one"):
+    with pytest.raises(UserError,
+                       match=r"--compile needs a compiler, and g\+\+ is not there: install one"):
         training.options.complete(stage_2(run, tmp_path, compile=True), 2)
     training.options.complete(stage_2(run, tmp_path), 2)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None,
+                    reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_train_as_plain_ones(run, mesh, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes forked from this one and its threads
+    # no pool of processes forked from this one and its threads
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     rows = []
     for name, more in (("plain", {}), ("compiled", {"compile": True, "checkpointing": "full"})):
-        train.run_stage(stage_2(run, tmp_path / name, steps=3, cache_features=False, val_every=1, **more), 2, mesh)
-        rows.append([(row["loss"], row["grad_norm"], row["held_out"]) for row in log_of(tmp_path / name, 2)])
+        train.run_stage(stage_2(run, tmp_path / name, steps=3, cache_features=False, val_every=1,
+                                **more), 2, mesh)
+        rows.append([(row["loss"], row["grad_norm"], row["held_out"])
+                     for row in log_of(tmp_path / name, 2)])
     assert np.allclose(rows[0], rows[1], rtol=1e-4)
     assert rows[0] != rows[1]  # other kernels did it
 
 
 @pytest.mark.slow
 def test_the_main_job_runs_from_nothing_to_scores(tmp_path):
-    words = ("--pictures", 60, "--steps", 4, "--batch_size", 8, "--allow_random_llm", "--out", tmp_path)
+    words = ("--pictures", 60, "--steps", 4, "--batch_size", 8, "--allow_random_llm", "--out",
+             tmp_path)
     done = call("train.py", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     scores = json.load(open(tmp_path / "scores.json"))
-    assert scores["splits"].keys() == {"heldout", "combination", "shuffled", "majority", "experts_off", "experts_swapped"}
-    assert set(scores["splits"]["heldout"]["families"]) == set(toy.world.FAMILIES) and (tmp_path / "gallery.png").exists()
+    assert scores["splits"].keys() == {"heldout", "combination", "shuffled", "majority",
+                                       "experts_off", "experts_swapped"}
+    assert set(scores["splits"]["heldout"]["families"]) == set(toy.world.FAMILIES) and (
+        tmp_path / "gallery.png").exists()
     before = os.path.getmtime(tmp_path / "stage2" / "config.json")
     again = call("train.py", *words)
     assert again.returncode == 0 and again.stderr.count("is finished, skipped") == 4
     assert os.path.getmtime(tmp_path / "stage2" / "config.json") == before
 
     picture = next((tmp_path / "world" / "images").iterdir())
-    asked = call("sample.py", "--model", tmp_path / "stage2", "--image", picture, "--prompt", "How many things are there?")
+    asked = call("sample.py", "--model", tmp_path / "stage2", "--image", picture, "--prompt",
+                 "How many things are there?")
     assert asked.returncode == 0 and asked.stdout.endswith("\n")
 
 
 @pytest.mark.slow
 def test_two_ranks_take_the_same_steps_as_one(run, tmp_path):
-    words = ["--stage", "1", "--steps", "3", "--batch_size", "8", "--dtype", "float32", "--pictures", "40", "--allow_random_llm"]
+    words = ["--stage", "1", "--steps", "3", "--batch_size", "8", "--dtype", "float32",
+             "--pictures", "40", "--allow_random_llm"]
     losses = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
@@ -887,15 +1020,19 @@ def test_two_ranks_take_the_same_steps_as_one(run, tmp_path):
 
 def launch(ranks, *words):
     """Start train.py under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.Popen([*command, os.path.join(HERE, "train.py"), *map(str, words)], stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})  # whatever the host is called
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               str(ranks)]
+    return subprocess.Popen([*command, os.path.join(HERE, "train.py"), *map(str, words)],
+                            stderr=subprocess.PIPE, text=True,
+                            # whatever the host is called
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
 
 
 def words_of(given, stage=2):
     """The words of a command line with these options."""
     options = {"stage": stage} | given
-    return [w for k, v in options.items() if v is not None for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    return [w for k, v in options.items() if v is not None
+            for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
 
 def rank_of(process, rank):
@@ -903,7 +1040,8 @@ def rank_of(process, rank):
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             parent = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1]
-            if parent == str(process.pid) and f"RANK={rank}" in open(f"/proc/{pid}/environ").read().split("\0"):
+            if parent == str(process.pid) and f"RANK={rank}" in open(
+                f"/proc/{pid}/environ").read().split("\0"):
                 return int(pid)
 
 
@@ -911,13 +1049,16 @@ def wait_for(process, out, lines):
     """Wait until the log of stage 2 has so many whole lines."""
     log, began = os.path.join(out, "stage2", "log.jsonl"), time.time()
     while not os.path.exists(log) or open(log).read().count("\n") < lines:
-        assert process.poll() is None and time.time() - began < 200, (process.kill(), process.communicate(timeout=60)[1][-2000:])
+        assert process.poll() is None and time.time() - began < 200, (
+            process.kill(), process.communicate(timeout=60)[1][-2000:])
         time.sleep(0.05)
 
 
 @pytest.mark.slow
-def test_a_state_of_two_ranks_goes_on_on_one_and_on_two_by_two_and_a_rank_that_dies_ends_the_other(run, mesh, tmp_path):
-    given = stage_2(run, tmp_path / "two", preset="1b", batch_size=8, micro_batch_size=2, steps=200, lr=1e-3, workers=0, keep=9,
+def test_a_state_of_two_ranks_goes_on_on_one_and_on_two_by_two_and_a_rank_that_dies_ends_the_other(
+    run, mesh, tmp_path):
+    given = stage_2(run, tmp_path / "two", preset="1b", batch_size=8, micro_batch_size=2, steps=200,
+                    lr=1e-3, workers=0, keep=9,
                     save_every=4, val_every=1000, system="", expert_embed=16) | {"muon_lr": None}
     process = launch(2, *words_of(given))
     wait_for(process, tmp_path / "two", 26)
@@ -926,7 +1067,8 @@ def test_a_state_of_two_ranks_goes_on_on_one_and_on_two_by_two_and_a_rank_that_d
     text = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and time.time() - began < 60
     assert text.count("error: rank 0 stops because another rank is gone") == 1 and "Signal 9 (SIGKILL) received" in text
-    assert training.state.saved_steps(tmp_path / "two" / "stage2" / "state") == [4, 8, 12, 16, 20, 24]
+    assert training.state.saved_steps(tmp_path / "two" / "stage2" / "state") == [4, 8, 12, 16, 20,
+                                                                                 24]
 
     for name in ("one", "two_by_two"):
         shutil.copytree(tmp_path / "two", tmp_path / name)
@@ -934,26 +1076,35 @@ def test_a_state_of_two_ranks_goes_on_on_one_and_on_two_by_two_and_a_rank_that_d
             shutil.rmtree(tmp_path / name / "stage2" / "state" / f"step_{step:06d}")
         log = tmp_path / name / "stage2" / "log.jsonl"
         log.write_text("".join(open(log).readlines()[:4]))
-    assert stopped(given | {"out": str(tmp_path / "one"), "resume": True}, mesh, signal.SIGTERM, 22) == 0
-    process = launch(4, *words_of(given | {"out": str(tmp_path / "two_by_two"), "resume": True, "replicate": 2}))
+    assert stopped(given | {"out": str(tmp_path / "one"), "resume": True}, mesh, signal.SIGTERM,
+                   22) == 0
+    process = launch(4, *words_of(
+        given | {"out": str(tmp_path / "two_by_two"), "resume": True, "replicate": 2}))
     wait_for(process, tmp_path / "two_by_two", 26)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=120)[1]
-    assert "4 processes on CPU in 2 copies, micro-batch 2" in text and text.count("stopped by SIGTERM after step") == 1
+    assert "4 processes on CPU in 2 copies, micro-batch 2" in text and text.count(
+        "stopped by SIGTERM after step") == 1
 
-    rows = [[r["loss"] for r in log_of(tmp_path / name, 2)[4:25]] for name in ("two", "one", "two_by_two")]
+    rows = [[r["loss"] for r in log_of(tmp_path / name, 2)[4:25]]
+            for name in ("two", "one", "two_by_two")]
     for other in rows[1:]:
-        assert len(other) == 21 and other[0] == pytest.approx(rows[0][0], rel=1e-6) and other == pytest.approx(rows[0], rel=1e-4)
+        assert len(other) == 21 and other[0] == pytest.approx(
+            rows[0][0], rel=1e-6) and other == pytest.approx(rows[0], rel=1e-4)
     assert rows[0][0] - rows[0][-1] > 0.1  # something was learnt meanwhile
 
 
 @pytest.mark.slow
-def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_one_after_the_other(tmp_path):
-    given = TINY | {"stage": 0, "steps": 6, "save_every": 1, "pictures": 40, "device": "cpu", "out": tmp_path / "turns"}
+def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_one_after_the_other(
+    tmp_path):
+    given = TINY | {"stage": 0, "steps": 6, "save_every": 1, "pictures": 40, "device": "cpu",
+                    "out": tmp_path / "turns"}
     start = lambda threads, **more: subprocess.Popen(
-        [sys.executable, os.path.join(HERE, "train.py"), *words_of(given | more)], stderr=subprocess.PIPE, text=True,
+        [sys.executable, os.path.join(HERE, "train.py"), *words_of(given | more)],
+        stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    logs = lambda out: [tmp_path / out / "stage0" / part / "log.jsonl" for part in training.options.PARTS]
+    logs = lambda out: [tmp_path / out / "stage0" / part / "log.jsonl"
+                        for part in training.options.PARTS]
     lines = lambda log: log.read_text().count("\n") if log.exists() else 0
     turns = start(1)
     text = turns.communicate(timeout=200)[1]
@@ -962,7 +1113,8 @@ def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_o
     def under_way(process):  # both parts have taken a step
         began = time.time()
         while not all(lines(log) > before for log, before in zip(logs("beside"), had)):
-            assert process.poll() is None and time.time() - began < 200, (process.kill(), process.communicate(timeout=60)[1][-2000:])
+            assert process.poll() is None and time.time() - began < 200, (
+                process.kill(), process.communicate(timeout=60)[1][-2000:])
             time.sleep(0.01)
 
     had, beside = [0, 0], {"out": tmp_path / "beside", "steps": 400}
@@ -970,7 +1122,8 @@ def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_o
     under_way(process)
     process.terminate()
     text = process.communicate(timeout=60)[1]
-    assert process.returncode == 0 and text.count("stopped by SIGTERM after step") == 2 and "leaked" not in text
+    assert process.returncode == 0 and text.count(
+        "stopped by SIGTERM after step") == 2 and "leaked" not in text
     text = start(2, **beside).communicate(timeout=60)[1]
     assert text.count("error: ") == 1 and "--resume goes on with it" in text
 
@@ -979,29 +1132,36 @@ def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_o
     under_way(process)
     process.kill()
     process.communicate(timeout=60)  # a child that lived on would keep its end of the pipe open
-    assert all(training.state.saved_steps(tmp_path / "beside" / "stage0" / part / "state") for part in training.options.PARTS)
+    assert all(training.state.saved_steps(tmp_path / "beside" / "stage0" / part / "state")
+               for part in training.options.PARTS)
 
     done = start(2, out=tmp_path / "beside", overwrite=True)
     text = done.communicate(timeout=200)[1]
     assert done.returncode == 0, text[-2000:]
     for part in training.options.PARTS:
-        files = [(tmp_path / out / "stage0" / part / "model.safetensors").read_bytes() for out in ("turns", "beside")]
+        files = [(tmp_path / out / "stage0" / part / "model.safetensors").read_bytes()
+                 for out in ("turns", "beside")]
         assert files[0] == files[1]
 
     for part in training.options.PARTS:
         shutil.rmtree(tmp_path / "turns" / "stage0" / part)
-    os.makedirs(tmp_path / "turns" / "stage0" / "llm" / "log.jsonl")  # a folder where a file should be
+    # a folder where a file should be
+    os.makedirs(tmp_path / "turns" / "stage0" / "llm" / "log.jsonl")
     process = start(2, steps=400)
     text = process.communicate(timeout=100)[1]
-    assert process.returncode == 1 and text.count("error: ") == 1 and "log.jsonl" in text.partition("error: ")[2]
-    assert not (tmp_path / "turns" / "stage0" / "clip" / "config.json").exists()  # it was ended, too
+    assert process.returncode == 1 and text.count("error: ") == 1 and "log.jsonl" in text.partition(
+        "error: ")[2]
+    # it was ended, too
+    assert not (tmp_path / "turns" / "stage0" / "clip" / "config.json").exists()
 
     shutil.rmtree(tmp_path / "turns" / "stage0")
     process = start(2, steps=400)
-    while process.poll() is None and not open(f"/proc/{process.pid}/task/{process.pid}/children").read():
+    while process.poll() is None and not open(
+        f"/proc/{process.pid}/task/{process.pid}/children").read():
         time.sleep(0.1)  # until it starts the parts
     time.sleep(4)
-    process.send_signal(signal.SIGINT)  # perhaps before the parts can save: no traceback all the same
+    # perhaps before the parts can save: no traceback all the same
+    process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=100)[1]
     assert process.returncode == 130 and "stopped by SIGINT" in text and "Traceback" not in text
 
@@ -1014,28 +1174,34 @@ def sleep_or_die(given, stage, mesh, place):
 
 
 @pytest.mark.slow
-def test_the_part_that_was_killed_is_named_though_the_other_part_is_ended_too(mesh, tmp_path, capfd):
+def test_the_part_that_was_killed_is_named_though_the_other_part_is_ended_too(mesh, tmp_path,
+                                                                              capfd):
     runs = [{"out": str(tmp_path), "part": part} for part in training.options.PARTS]
     with pytest.raises(UserError, match="^stage 0 llm was ended by SIGKILL$"):
         training.parts.run_parts_in_parallel(sleep_or_die, runs, 0)
 
 
-UNITS = ("stage0/clip", "stage0/llm", "stage1", "stage2")  # what a run of all stages leaves, one after the other
+# what a run of all stages leaves, one after the other
+UNITS = ("stage0/clip", "stage0/llm", "stage1", "stage2")
 
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_times_in_all_stages_lose_nothing(tmp_path):
-    given = TINY | {"stage": None, "steps": 40, "save_every": 1, "pictures": 40, "val_every": 15, "out": tmp_path / "quiet"}
+    given = TINY | {"stage": None, "steps": 40, "save_every": 1, "pictures": 40, "val_every": 15,
+                    "out": tmp_path / "quiet"}
     quiet = call("train.py", *words_of(given))
     assert quiet.returncode == 0, quiet.stderr[-2000:]
     out, rng = tmp_path / "loud", random.Random(0)
 
     def kept(unit):  # steps that will not be taken again
-        return 40 if os.path.exists(out / unit / "config.json") else max(training.state.saved_steps(out / unit / "state"), default=0)
+        return 40 if os.path.exists(out / unit / "config.json") else max(
+            training.state.saved_steps(out / unit / "state"), default=0)
 
     for unit in (unit for unit in UNITS for _ in range(5)):
-        process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *words_of(given | {"out": out, "resume": out.exists()})],
-                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"),
+                                    *words_of(given | {"out": out, "resume": out.exists()})],
+                                   stderr=subprocess.DEVNULL, env={**os.environ,
+                                                                   "OMP_NUM_THREADS": "1"})
         due, began = kept(unit) + rng.choice([1, 2, 3]), time.time()
         while process.poll() is None and kept(unit) < min(due, 40) and time.time() - began < 200:
             time.sleep(0.01)
@@ -1047,20 +1213,27 @@ def test_twenty_kills_at_random_times_in_all_stages_lose_nothing(tmp_path):
     done = call("train.py", *words_of(given | {"out": out, "resume": True}))
     assert done.returncode == 0, done.stderr[-2000:]
     for unit in UNITS:
-        logs = [[json.loads(line) for line in open(tmp_path / name / unit / "log.jsonl")] for name in ("quiet", "loud")]
-        rows = [[(r["step"], r["loss"], r["grad_norm"], r.get("held_out")) for r in log] for log in logs]
+        logs = [[json.loads(line) for line in open(tmp_path / name / unit / "log.jsonl")]
+                for name in ("quiet", "loud")]
+        rows = [[(r["step"], r["loss"], r["grad_norm"], r.get("held_out")) for r in log]
+                for log in logs]
         assert rows[0] == rows[1] and len(rows[0]) == 40
-        files = [open(tmp_path / name / unit / "model.safetensors", "rb").read() for name in ("quiet", "loud")]
+        files = [open(tmp_path / name / unit / "model.safetensors", "rb").read()
+                 for name in ("quiet", "loud")]
         assert files[0] == files[1] and not (out / unit / "state").exists()
 
 
 @pytest.mark.slow
 def test_a_day_in_miniature(run, tmp_path):
     toy.files.write_world(str(tmp_path / "world"), pictures=300, texts=100, test_pictures=20)
-    pictured, texts = (json.load(open(tmp_path / "world" / name)) for name in ("instruct.json", "text.json"))
-    json.dump(pictured + texts, open(tmp_path / "world" / "data.json", "w"))  # texts are grouped: whole steps have no picture
-    given = stage_2(run, tmp_path / "quiet", preset="1b", steps=300, batch_size=2, micro_batch_size=1, val_every=150, save_every=75,
-                    lr=1e-3, muon_lr=None, checkpointing="none", workers=1, system="", expert_embed=16, data=tmp_path / "world/data.json",
+    pictured, texts = (json.load(open(tmp_path / "world" / name))
+                       for name in ("instruct.json", "text.json"))
+    # texts are grouped: whole steps have no picture
+    json.dump(pictured + texts, open(tmp_path / "world" / "data.json", "w"))
+    given = stage_2(run, tmp_path / "quiet", preset="1b", steps=300, batch_size=2,
+                    micro_batch_size=1, val_every=150, save_every=75,
+                    lr=1e-3, muon_lr=None, checkpointing="none", workers=1, system="",
+                    expert_embed=16, data=tmp_path / "world/data.json",
                     val=tmp_path / "world/validation.json", images=tmp_path / "world/images")
     done = call("train.py", *words_of(given))  # on one rank, which is the same and takes less time
     assert done.returncode == 0, done.stderr[-2000:]
@@ -1089,17 +1262,21 @@ def test_two_ranks_end_together(run, tmp_path):
     given, record = damaged(run, tmp_path)
     given |= {"pictures": 40, "cache_features": False, "workers": 1}
     began = time.time()
-    failed = launch(2, *words_of({k: v for k, v in given.items() if v is not False}), "--no_cache_features")
+    failed = launch(2, *words_of({k: v for k, v in given.items() if v is not False}),
+                    "--no_cache_features")
     text = failed.communicate(timeout=170)[1]
-    assert failed.returncode == 1 and text.count("unreadable picture") == 1 and "Traceback" not in text.split("error:")[0]
+    assert failed.returncode == 1 and text.count(
+        "unreadable picture") == 1 and "Traceback" not in text.split("error:")[0]
     assert record["image"] in text and time.time() - began < 170
 
     out = tmp_path / "stopped"
-    process = launch(2, *words_of(stage_2(run, out, steps=500, pictures=40, workers=1)))  # the worker gets the signal, too
+    # the worker gets the signal, too
+    process = launch(2, *words_of(stage_2(run, out, steps=500, pictures=40, workers=1)))
     wait_for(process, out, 3)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=60)[1]
     assert text.count("stopped by SIGTERM after step") == 1
     assert training.state.saved_steps(out / "stage2" / "state") == [len(log_of(out, 2))]
-    on_one = call("train.py", *words_of(stage_2(run, out, steps=len(log_of(out, 2)) + 2, pictures=40, resume=True)))
+    on_one = call("train.py", *words_of(
+        stage_2(run, out, steps=len(log_of(out, 2)) + 2, pictures=40, resume=True)))
     assert on_one.returncode == 0, on_one.stderr[-2000:]

@@ -1,6 +1,7 @@
 """What vlora.py claims, one test per sentence. CPU, no network.
 
-W_s starts at zero, which hides a wrong product, a leak and a mixed-up row: `random_up` makes it random.
+W_s starts at zero, which hides a wrong product, a leak and a mixed-up row: `random_up` makes it
+random.
 """
 import contextlib
 import dataclasses
@@ -34,11 +35,14 @@ from data import encode, encode_prompt, IGNORE, IMAGE, Preprocess, PromptFormat
 from formats.name_rules import vlora_rules
 from model import Batch, generate, LlamaConfig, stream, VisionConfig, VLM, VLMConfig
 from sample import Chat
-from tests.helpers import (ask_dictated, batch_of, conversations, count_flops, counted, EVEN, GROUPED,
-    hf_clip, hf_llama, logits_of, look, noise, pictures, row_of_text, segments, size, TOKENIZER, TOWER,
+from tests.helpers import (ask_dictated, batch_of, conversations, count_flops, counted, EVEN,
+                           GROUPED,
+    hf_clip, hf_llama, logits_of, look, noise, pictures, row_of_text, segments, size, TOKENIZER,
+    TOWER,
     TURNS)
 from training.costs import forward_flops, paper_flops, token_flops
-from vlora import (add_delta, Decoder, DeltaLinear, GeneratorConfig, merged, PerceptualWeights, SITES,
+from vlora import (add_delta, Decoder, DeltaLinear, GeneratorConfig, merged, PerceptualWeights,
+                   SITES,
     skip_tag, VLoRA, VLoRAConfig)
 
 VISION = VisionConfig(image_size=28, patch=14, width=12, depth=1, heads=2, hidden=20)
@@ -60,9 +64,13 @@ def small_vlora(cfg=SMALL, dtype=torch.float64):
 
 
 def run(model, x, deltas=None, tag=None):
-    """Logits float[B, T, V] of the Llama of a VLoRA on embeddings x, with these deltas; None: plain."""
+    """Logits float[B, T, V] of the Llama of a VLoRA on embeddings x, with these deltas; None:
+    plain.
+    """
     B, T, _ = x.shape
-    assert deltas is None or {n for n, delta in enumerate(deltas) if delta} <= set(model.cfg.vlora.blocks(model.cfg.llm))
+    assert deltas is None or {n for n,
+                              delta in enumerate(deltas) if delta} <= set(
+                              model.cfg.vlora.blocks(model.cfg.llm))
     model.set_deltas(deltas, tag)
     ids = torch.zeros(B, T, dtype=torch.int64)  # only their shape matters
     return model.llm.head(model.llm(x, Batch(ids, torch.full((B,), T))))
@@ -81,7 +89,8 @@ def random_up(part):
 
 
 def features(n, dtype=torch.float64, seed=3):
-    return torch.randn(n, VISION.tokens, VISION.width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(n, VISION.tokens, VISION.width,
+                       generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def prompts(model, rows, T=9, same=False):
@@ -95,7 +104,8 @@ def close(a, b, tolerance):
     return a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-# ---- The authors' modules, as far as names, shapes and order of operations go; a reference for ours
+# ---- The authors' modules, as far as names, shapes and order of operations go; a reference for
+# ours
 
 
 class TheirBlock(nn.Module):
@@ -135,7 +145,8 @@ class Theirs(nn.Module):
         self.cfg, self.llm, queries = cfg, llm, llm.depth // cfg.every
         self.visual_proj = nn.Linear(vision.width, cfg.embed)
         self.pos_embed = nn.Parameter(torch.randn(1, vision.tokens, cfg.embed))
-        self.gen = nn.ModuleList(TheirGenerator(cfg.embed, cfg.depth, cfg.heads, queries, llm.width * cfg.rank)
+        self.gen = nn.ModuleList(TheirGenerator(cfg.embed, cfg.depth, cfg.heads, queries,
+                                                llm.width * cfg.rank)
                                  for _ in cfg.sites)
         self.Bs = nn.Parameter(torch.randn(1, len(cfg.sites) * queries, llm.width * cfg.rank))
 
@@ -166,8 +177,10 @@ def loaded(state, folder):
 def test_each_of_the_749_published_tensors_has_its_place_and_no_place_is_left():
     with torch.device("meta"):
         theirs = published(Theirs(GeneratorConfig(), VisionConfig(), LlamaConfig()))
-        ours = in_a_model(PerceptualWeights(GeneratorConfig(), VisionConfig(), LlamaConfig())).state_dict()
-    norms, attention = ["weight", "bias"], ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
+        ours = in_a_model(PerceptualWeights(GeneratorConfig(), VisionConfig(),
+                                            LlamaConfig())).state_dict()
+    norms, attention = ["weight", "bias"], ["in_proj_weight", "in_proj_bias", "out_proj.weight",
+                                            "out_proj.bias"]
     block = [f"{a}.{p}" for a in ("self_attn", "multihead_attn") for p in attention]
     block += [f"{m}.{p}" for m in ("linear1", "linear2", "norm1", "norm2", "norm3") for p in norms]
     one = ["queries", "norm.weight", "norm.bias", "weights_head.weight", "weights_head.bias"]
@@ -175,16 +188,19 @@ def test_each_of_the_749_published_tensors_has_its_place_and_no_place_is_left():
     names = ["visual_proj.weight", "visual_proj.bias", "pos_embed", "Bs"]
     names += [f"gen.{g}.{name}" for g in range(5) for name in one]
     assert len(names) == 749 and set(theirs) == {f"model.mm_projector.{n}" for n in names}
-    mapped = {formats.name_rules.rename(name, vlora_rules()): tensor.shape for name, tensor in theirs.items()}
+    mapped = {formats.name_rules.rename(name, vlora_rules()): tensor.shape for name,
+              tensor in theirs.items()}
     assert len(mapped) == 749 and mapped == {name: tensor.shape for name, tensor in ours.items()}
     shapes = {"Bs": (1, 40, 262144), "pos_embed": (1, 576, 512), "visual_proj.weight": (512, 1024),
               "gen.4.queries": (1, 8, 512), "gen.0.weights_head.weight": (262144, 512),
-              "gen.2.decoders.7.self_attn.in_proj.weight": (1536, 512), "gen.2.decoders.7.linear1.weight": (2048, 512)}
+              "gen.2.decoders.7.self_attn.in_proj.weight": (1536, 512),
+              "gen.2.decoders.7.linear1.weight": (2048, 512)}
     assert all(mapped[f"perceptual.{name}"] == shape for name, shape in shapes.items())
 
 
 def test_the_rules_leave_the_llama_and_the_tower_to_others():
-    for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight", "model.vision_tower.vision_tower.x"):
+    for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight",
+                 "model.vision_tower.vision_tower.x"):
         assert formats.name_rules.rename(name, vlora_rules()) is None
 
 
@@ -209,7 +225,8 @@ def test_loading_is_strict(tmp_path):
     state = published(Theirs(SMALL, VISION, LLAMA))
     loaded(state, tmp_path)
     name = "model.mm_projector.gen.1.decoders.0.self_attn.in_proj_bias"
-    with pytest.raises(UserError, match=r"no tensor for perceptual\.gen\.1\.decoders\.0\.self_attn\.in_proj\.bias"):
+    with pytest.raises(UserError,
+                       match=r"no tensor for perceptual\.gen\.1\.decoders\.0\.self_attn\.in_proj\.bias"):
         loaded({k: v for k, v in state.items() if k != name}, tmp_path)
     with pytest.raises(UserError, match="has no place in the model"):
         loaded({**state, "model.mm_projector.gen.5.queries": torch.zeros(1, 2, 16)}, tmp_path)
@@ -230,7 +247,8 @@ def test_the_full_generator_has_as_many_parameters_as_the_authors():
     assert list(part.blocks) == [3, 7, 11, 15, 19, 23, 27, 31]
 
 
-@pytest.mark.parametrize("cfg", [SMALL, GeneratorConfig("qkm", 1, 2, 8, 3, 2), GeneratorConfig("o", 5, 7, 24, 1, 8)],
+@pytest.mark.parametrize("cfg", [SMALL, GeneratorConfig("qkm", 1, 2, 8, 3, 2),
+                                 GeneratorConfig("o", 5, 7, 24, 1, 8)],
                          ids=lambda c: c.sites)
 def test_the_number_of_parameters_follows_from_the_choices(cfg):
     E, Q, D, R, F_ = cfg.embed, 5 // cfg.every, 32, cfg.rank, 4 * cfg.embed
@@ -250,8 +268,10 @@ def test_every_parameter_is_given_its_first_value():
 
 
 @pytest.mark.parametrize("embed, std", [(512, 0.02), (128, 0.04), (1024, 0.02)])
-def test_first_values_are_the_authors_at_their_widths_and_as_large_in_effect_at_smaller_ones(embed, std):
-    part = generators(GeneratorConfig("m", every=5, rank=8, embed=embed, depth=1, heads=16), torch.float32)
+def test_first_values_are_the_authors_at_their_widths_and_as_large_in_effect_at_smaller_ones(
+    embed, std):
+    part = generators(GeneratorConfig("m", every=5, rank=8, embed=embed, depth=1, heads=16),
+                      torch.float32)
     g = part.gen[0]
     block = g.decoders[0]
     for linear in (part.visual_proj, g.weights_head, block.linear1, block.multihead_attn.out_proj):
@@ -260,7 +280,8 @@ def test_first_values_are_the_authors_at_their_widths_and_as_large_in_effect_at_
     for attention in (block.self_attn, block.multihead_attn):
         assert 0.95 * bound < attention.in_proj.weight.abs().max() <= bound and not attention.in_proj.bias.any()
     assert 0.8 < g.queries.std() < 1.2 and 0.9 < part.pos_embed.std() < 1.1 and not part.Bs.any()
-    assert 0.88 < g(torch.randn(1, 4, embed), torch.tensor([0])).std() / (std * embed ** 0.5) < 1.1  # W_v
+    # W_v
+    assert 0.88 < g(torch.randn(1, 4, embed), torch.tensor([0])).std() / (std * embed ** 0.5) < 1.1
 
 
 def test_a_generator_built_without_storage_starts_as_one_built_with_it():
@@ -269,7 +290,8 @@ def test_a_generator_built_without_storage_starts_as_one_built_with_it():
     weights.initialise(shell, seed=0)
     assert all(p.isfinite().all() and p.device.type == "cpu" for p in shell.parameters())
     built = in_a_model(generators(dtype=torch.float32))
-    for p, q in zip(shell.parameters(), built.parameters(), strict=True):  # drawn alike, from another seed
+    # drawn alike, from another seed
+    for p, q in zip(shell.parameters(), built.parameters(), strict=True):
         assert p.shape == q.shape and 0.5 * q.norm() <= p.norm() <= 2 * q.norm()
 
 
@@ -278,7 +300,8 @@ def test_a_generator_built_without_storage_starts_as_one_built_with_it():
 
 def test_a_grouped_query_llama_is_refused_with_the_reason():
     grouped = LlamaConfig(width=32, depth=4, heads=4, kv_heads=2, hidden=48, vocab=64)
-    with pytest.raises(UserError, match="keys and values are as wide as its states.*kv_heads 2, heads 4"):
+    with pytest.raises(UserError,
+                       match="keys and values are as wide as its states.*kv_heads 2, heads 4"):
         PerceptualWeights(SMALL, VISION, grouped)
 
 
@@ -297,7 +320,8 @@ def test_a_llama_with_too_few_blocks_is_refused():
         PerceptualWeights(GeneratorConfig(every=6, embed=16), VISION, LLAMA)
 
 
-@pytest.mark.parametrize("every, depth, blocks", [(4, 32, [3, 7, 11, 15, 19, 23, 27, 31]), (4, 6, [3]), (2, 5, [1, 3]),
+@pytest.mark.parametrize("every, depth, blocks",
+                         [(4, 32, [3, 7, 11, 15, 19, 23, 27, 31]), (4, 6, [3]), (2, 5, [1, 3]),
                                                   (1, 3, [0, 1, 2]), (3, 3, [2])])
 def test_the_last_of_every_so_many_blocks_is_changed(every, depth, blocks):
     assert list(GeneratorConfig(every=every).blocks(LlamaConfig(depth=depth))) == blocks
@@ -318,7 +342,8 @@ def test_at_the_start_the_model_is_the_plain_llama_bit_for_bit():
 def gradients(part, model):
     part.zero_grad()
     logits = run(model, prompts(model, 2), part(features(2), torch.arange(2)))
-    F.cross_entropy(logits.flatten(0, 1), torch.arange(logits.shape[0] * logits.shape[1]) % LLAMA.vocab).backward()
+    F.cross_entropy(logits.flatten(0, 1),
+                    torch.arange(logits.shape[0] * logits.shape[1]) % LLAMA.vocab).backward()
     return {name: p.grad.abs().max().item() for name, p in part.named_parameters()}
 
 
@@ -330,7 +355,8 @@ def test_at_the_start_only_W_s_learns_and_one_step_later_all_of_the_generator_do
     torch.optim.SGD(part.parameters(), lr=1.0).step()
     then = gradients(part, model)
     assert len(then) == len(dict(part.named_parameters())) and min(then.values()) > 0
-    for generator in part.gen:  # in_proj holds three matrices; a bias of keys shifts all scores alike, to no effect
+    # in_proj holds three matrices; a bias of keys shifts all scores alike, to no effect
+    for generator in part.gen:
         for block in generator.decoders:
             for attention in (block.self_attn, block.multihead_attn):
                 assert all(g.any() for g in attention.in_proj.weight.grad.chunk(3))
@@ -361,9 +387,11 @@ def test_a_branch_is_the_explicit_product_with_W_plus_the_change():
             down, up = linear.delta = deltas[n][site]
             change = torch.stack([w @ up for w in down])  # ΔW, D x D for each row
             explicit = plain + torch.stack([row @ w for row, w in zip(x, change)])
-            assert close(linear(x), explicit, 1e-5) and torch.equal(linear(x), add_delta(plain, x, down, up))
+            assert close(linear(x), explicit, 1e-5) and torch.equal(linear(x),
+                                                                    add_delta(plain, x, down, up))
             assert not close(plain, explicit, 1e-2)
-            assert all(torch.linalg.matrix_rank(w) == 3 for w in change[[0, 1, 3]]) and not change[2].any()
+            assert all(torch.linalg.matrix_rank(w) == 3
+                       for w in change[[0, 1, 3]]) and not change[2].any()
             assert not close(x @ change.mT, x @ change, 1e-2)  # nor would its transpose do
 
 
@@ -384,11 +412,13 @@ def test_the_ffns_change_leads_around_the_whole_ffn():
     deltas, x = random_up(generators(cfg))(features(1), torch.tensor([0])), prompts(model, 1)
     seen = {}
     last = model.llm.layers[-1]
-    hook = last.post_attention_layernorm.register_forward_hook(lambda module, args, out: seen.update(y=out, h=args[0]))
+    hook = last.post_attention_layernorm.register_forward_hook(lambda module, args,
+                                                               out: seen.update(y=out, h=args[0]))
     run(model, x)
     hook.remove()
     y, (down, up) = seen["y"], deltas[4]["m"]
-    state = seen["h"] + last.mlp.down_proj(F.silu(last.mlp.gate_proj(y)) * last.mlp.up_proj(y)) + y @ down[0] @ up
+    state = seen["h"] + last.mlp.down_proj(
+        F.silu(last.mlp.gate_proj(y)) * last.mlp.up_proj(y)) + y @ down[0] @ up
     assert close(run(model, x, deltas), model.llm.head(model.llm.norm(state)), 1e-12)
 
 
@@ -408,7 +438,8 @@ def test_a_row_of_text_alone_is_the_plain_llamas_bit_for_bit():
 
 def test_a_batch_of_text_alone_touches_every_parameter_and_moves_none():
     model, part = small_vlora(), random_up(generators())
-    run(model, prompts(model, 2), part(torch.zeros_like(features(1)), torch.tensor([-1, -1]))).sum().backward()
+    run(model, prompts(model, 2),
+        part(torch.zeros_like(features(1)), torch.tensor([-1, -1]))).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in part.parameters())
 
 
@@ -465,16 +496,20 @@ def test_merged_weights_answer_as_branches_do(sites):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_after_merging_the_llama_is_what_it_was_bit_for_bit_even_after_an_error(dtype):
-    model, deltas = small_vlora(dtype=dtype), random_up(generators(dtype=dtype))(features(1, dtype), torch.tensor([0]))
+    model, deltas = small_vlora(dtype=dtype), random_up(generators(dtype=dtype))(features(1, dtype),
+                                                                                 torch.tensor([0]))
     before = dict(model.llm.named_parameters())
     bits = {name: p.detach().clone() for name, p in before.items()}
     with pytest.raises(KeyboardInterrupt), merged(model.llm.layers, deltas):
-        changed = {name for name, p in model.llm.named_parameters() if not torch.equal(p, bits[name])}
-        assert changed == {f"layers.{n}.self_attn.{site}_proj.weight" for n in (1, 3) for site in "qkvo"}
+        changed = {name for name, p in model.llm.named_parameters()
+                   if not torch.equal(p, bits[name])}
+        assert changed == {f"layers.{n}.self_attn.{site}_proj.weight" for n in (1, 3)
+                           for site in "qkvo"}
         assert all(p.dtype == dtype for p in model.llm.parameters())
         raise KeyboardInterrupt
     after = dict(model.llm.named_parameters())
-    assert all(after[name] is p and torch.equal(p, bits[name]) and p.requires_grad for name, p in before.items())
+    assert all(after[name] is p and torch.equal(p, bits[name]) and p.requires_grad for name,
+               p in before.items())
 
 
 def test_a_change_is_added_in_fp32_and_rounded_once():
@@ -514,15 +549,19 @@ def test_cached_decoding_equals_one_pass(tag):
 def test_without_the_hidden_token_the_others_keep_the_positions_they_were_trained_with():
     model = small_vlora(dataclasses.replace(SMALL, tag=True))
     theirs = LlamaForCausalLM(HFLlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
+        num_attention_heads=4,
         rms_norm_eps=LLAMA.eps, attn_implementation="eager")).double().eval()
-    names = {k if k == "lm_head.weight" else f"model.{k}": v for k, v in model.llm.state_dict().items()}
+    names = {k if k == "lm_head.weight" else f"model.{k}": v for k,
+             v in model.llm.state_dict().items()}
     theirs.load_state_dict(names)
     ids = torch.randint(1, 64, (2, 10), generator=torch.Generator().manual_seed(5))
     tags, mask = torch.tensor([1, 6]), torch.ones(2, 10, dtype=torch.int64)
-    ids[[0, 1], tags], mask[[0, 1], tags] = 0, 0  # the authors put <unk> there, and nobody attends to it
+    # the authors put <unk> there, and nobody attends to it
+    ids[[0, 1], tags], mask[[0, 1], tags] = 0, 0
     with torch.no_grad():
-        expected = theirs(ids, attention_mask=mask, position_ids=torch.arange(10)[None].expand(2, -1)).logits
+        expected = theirs(ids, attention_mask=mask,
+                          position_ids=torch.arange(10)[None].expand(2, -1)).logits
         there = mask.bool()
         x = model.llm.embed_tokens(ids[there].view(2, 9))
         assert close(run(model, x, [{}] * 5, tags), expected[there].view(2, 9, -1), 1e-6)
@@ -541,7 +580,8 @@ def test_skip_tag_moves_what_follows_the_tag_by_one():
 
 def test_the_papers_figures():
     found = {name: round(count, 1) for name, count in paper_flops().items()}
-    assert found == {"text": 412.9, "table": 619.0, "merged": 620.6, "branches": 670.6, "llava": 8027.8}
+    assert found == {"text": 412.9, "table": 619.0, "merged": 620.6, "branches": 670.6,
+                     "llava": 8027.8}
     for visual, figure in [(32, 827), (256, 3754), (576, 8027)]:  # other rows of its Table 1
         assert int(paper_flops(visual=visual)["llava"] + 0.5 * (visual == 32)) == figure
 
@@ -567,10 +607,13 @@ def test_the_count_for_llava_and_hyperllava_is_what_torch_counts(llm, experts, t
     assert sum(found["Global"].values()) == B * sum(parts.values())
     assert sum(found["VLM.vision"].values()) == B * parts["vision"]
     if experts == dict(visual_expert="none", language_expert="none"):
-        assert sum(found["VLM.projector"].values()) == B * parts["projector"] and not parts["experts"]
+        assert sum(found["VLM.projector"].values()) == B * parts["projector"] and not parts[
+            "experts"]
 
 
-@pytest.mark.parametrize("vlora", [SMALL, GeneratorConfig("qkm", 1, 8, 32, 3, 2), GeneratorConfig("o", 3, 2, 48, 1, 8)],
+@pytest.mark.parametrize("vlora",
+                         [SMALL, GeneratorConfig("qkm", 1, 8, 32, 3, 2),
+                          GeneratorConfig("o", 3, 2, 48, 1, 8)],
                          ids=lambda v: v.sites)
 def test_the_count_for_vlora_is_what_torch_counts(vlora):
     cfg, text, B = VLoRAConfig(TOWER, EVEN, vlora=vlora), 9, 2
@@ -582,9 +625,12 @@ def test_the_count_for_vlora_is_what_torch_counts(vlora):
 
 
 @pytest.mark.parametrize("llm, options", [
-    (GROUPED, dict(visual_expert="none", language_expert="none")), (GROUPED, dict()), (EVEN, dict(language_expert="all", guidance_after=0)),
-    (GROUPED, dict(weight_source="static")), (GROUPED, dict(weight_source="latent")), (GROUPED, dict(weight_source="mlp")),
-    (GROUPED, dict(visual_expert="none", weight_source="lora")), (EVEN, dict(visual_expert="none", language_expert="none", vlora=SMALL)),
+    (GROUPED, dict(visual_expert="none", language_expert="none")), (GROUPED, dict()),
+    (EVEN, dict(language_expert="all", guidance_after=0)),
+    (GROUPED, dict(weight_source="static")), (GROUPED, dict(weight_source="latent")),
+    (GROUPED, dict(weight_source="mlp")),
+    (GROUPED, dict(visual_expert="none", weight_source="lora")),
+    (EVEN, dict(visual_expert="none", language_expert="none", vlora=SMALL)),
 ], ids=["LLaVA", "paper's", "all", "static", "latent", "mlp", "lora", "VLoRA"])
 def test_the_count_of_a_further_token_is_what_torch_counts(llm, options):
     cfg = weights.make_config(TOWER, llm, **{"expert_embed": 12, "expert_rank": 5, **options})
@@ -595,21 +641,24 @@ def test_the_count_of_a_further_token_is_what_torch_counts(llm, options):
     for tokens in (1, 2):
         cache = model.new_cache(1, "cpu", torch.float32)
         cache.reserve(length)
-        found.append(count_flops(lambda: list(stream(model, batch, tokens, -1, cache=cache)), model))
+        found.append(count_flops(lambda: list(stream(model, batch, tokens, -1, cache=cache)),
+                                 model))
     one, two = (sum(counts["Global"].values()) for counts in found)
     assert two - one == token_flops(cfg, length)
 
 
 # ---- The whole model: collate, forward, chat, generate
 
-TEXT = LlamaConfig(width=32, depth=4, heads=4, kv_heads=4, hidden=48, vocab=TOKENIZER.vocab, context=200)
+TEXT = LlamaConfig(width=32, depth=4, heads=4, kv_heads=4, hidden=48, vocab=TOKENIZER.vocab,
+                   context=200)
 PLACES = PromptFormat(system="A chat.", image_tokens=0, context=200)
 
 
 def vlm(dtype=torch.float64, start=False, **changes):
     """A VLoRA in which attention is far from uniform and pictures matter; with `start` not yet."""
     torch.manual_seed(0)
-    whole = VLoRA(VLoRAConfig(VISION, TEXT, vlora=dataclasses.replace(SMALL, **changes))).to(dtype).eval()
+    whole = VLoRA(VLoRAConfig(VISION, TEXT, vlora=dataclasses.replace(SMALL, **changes))).to(
+        dtype).eval()
     for block in [*whole.vision.layers, *whole.llm.layers]:
         for part in block.self_attn.children():
             nn.init.normal_(part.weight, std=(2 / part.in_features) ** 0.5)
@@ -636,12 +685,14 @@ def without_pictures(whole, batch):
 
 
 def test_a_picture_takes_no_position_and_each_row_knows_its_own():
-    samples, longer = conversations(PLACES), conversations(dataclasses.replace(PLACES, image_tokens=4))
+    samples, longer = conversations(PLACES), conversations(
+        dataclasses.replace(PLACES, image_tokens=4))
     batch = batch_of(samples, pictures(2))
     assert batch.picture.tolist() == [0, -1, 1] and (batch.ids >= 0).all()
     for short, long, tag in zip(samples, longer, batch.tag.tolist()):
         assert short.ids.tolist() == long.ids[long.ids != IMAGE].tolist()
-        assert short.labels[short.labels != IGNORE].tolist() == long.labels[long.labels != IGNORE].tolist()
+        assert short.labels[short.labels != IGNORE].tolist() == long.labels[long.labels
+                                                                            != IGNORE].tolist()
         places = (long.ids == IMAGE).nonzero()[0]
         assert tag == (places[0] if len(places) else -1)
     turn = samples[0].tag
@@ -653,7 +704,8 @@ def test_a_picture_beyond_the_context_is_not_shown():
     whole = encode(turns, TOKENIZER, PLACES, "r", "x")
     for context, shown in ((whole.tag, False), (whole.tag + 1, True)):
         sample = encode(turns, TOKENIZER, dataclasses.replace(PLACES, context=context), "r", "x")
-        assert (sample.image is not None) == shown == (sample.tag >= 0) and len(sample.ids) == context
+        assert (sample.image is not None) == shown == (sample.tag
+                                                       >= 0) and len(sample.ids) == context
 
 
 def test_at_the_start_a_vlora_is_its_llama_bit_for_bit():
@@ -668,9 +720,11 @@ def test_the_first_step_of_stage_1_moves_W_s_alone_and_the_second_all_of_the_gen
     for _ in range(2):
         whole.zero_grad()
         whole.loss(batch).backward()
-        moving.append({name for name, p in whole.named_parameters() if p.grad is not None and p.grad.any()})
+        moving.append({name for name,
+                       p in whole.named_parameters() if p.grad is not None and p.grad.any()})
         torch.optim.SGD(whole.perceptual.parameters(), lr=0.1).step()
-    assert moving[0] == {"perceptual.Bs"} and moving[1] == {f"perceptual.{n}" for n, _ in whole.perceptual.named_parameters()}
+    assert moving[0] == {"perceptual.Bs"} and moving[1] == {f"perceptual.{n}" for n,
+                                                            _ in whole.perceptual.named_parameters()}
 
 
 def test_text_alone_is_the_llamas_and_other_pictures_make_other_answers_to_one_prompt():
@@ -701,7 +755,8 @@ def test_no_trained_position_knows_what_comes_after_it():
     for p in batch.at[::5].tolist():
         b, i = divmod(p, batch.ids.shape[1])
         gradient, = torch.autograd.grad(logits[b, i].sum(), x, retain_graph=True)
-        assert not gradient[b, i + 1:].any() and gradient[b, :i + 1].any() and not gradient[:b].any()
+        assert not gradient[b, i + 1:].any() and gradient[b, :i + 1].any() and not gradient[
+            :b].any()
 
 
 def checkpoint_of(whole):
@@ -739,7 +794,8 @@ def test_a_batch_answers_as_each_of_its_rows_does_alone_and_as_a_merged_chat_doe
     checkpoint = checkpoint_of(vlm(torch.float32))
     o, images = sample.Options(max_new_tokens=12), [noise(0), None, noise(1)]
     asked = ["How many?", "Is there a square?", "How many?"]
-    samples = [encode_prompt([], q, TOKENIZER, checkpoint.prompt_format(), i and "x") for q, i in zip(asked, images)]
+    samples = [encode_prompt([], q, TOKENIZER, checkpoint.prompt_format(), i and "x") for q,
+               i in zip(asked, images)]
     visual = [look(i) for i in images if i]
     batch = sample.make_batch(samples, visual, checkpoint.model)
     texts = [TOKENIZER.decode(ids) for ids in generate(checkpoint.model, batch, 12, TOKENIZER.eos)]
@@ -758,13 +814,15 @@ def test_after_a_merged_answer_the_llama_is_what_it_was_however_it_ended(end):
     pieces = chat.ask("How many?")
     with contextlib.suppress(KeyboardInterrupt):
         for i, _ in enumerate(pieces):
-            during |= {name for name, p in checkpoint.model.named_parameters() if not torch.equal(p, bits[name])}
+            during |= {name for name, p in checkpoint.model.named_parameters()
+                       if not torch.equal(p, bits[name])}
             if i == 2 and end == "stopped":
                 pieces.throw(KeyboardInterrupt)
             if i == 2 and end == "closed":
                 pieces.close()
                 break
-    assert during == {f"llm.layers.{n}.self_attn.{site}_proj.weight" for n in (1, 3) for site in "qkvo"}
+    assert during == {f"llm.layers.{n}.self_attn.{site}_proj.weight" for n in (1, 3)
+                      for site in "qkvo"}
     after = dict(checkpoint.model.named_parameters())
     assert all(after[name] is p and torch.equal(p, bits[name]) for name, p in before.items())
 
@@ -797,7 +855,8 @@ def test_without_its_generated_weights_a_vlora_is_blind_and_with_anothers_it_see
 
 def test_a_llama_with_grouped_queries_and_experts_beside_a_vlora_are_refused():
     grouped = dataclasses.replace(TEXT, kv_heads=2)
-    with pytest.raises(UserError, match="keys and values are as wide as its states; this one has kv_heads 2, heads 4"):
+    with pytest.raises(UserError,
+                       match="keys and values are as wide as its states; this one has kv_heads 2, heads 4"):
         VLoRAConfig(VISION, grouped, vlora=SMALL)
     for experts in (("1", "none"), ("none", "posterior")):
         with pytest.raises(UserError, match="VLoRA has no experts, both must be none"):
@@ -808,7 +867,8 @@ def test_a_llama_with_grouped_queries_and_experts_beside_a_vlora_are_refused():
 
 
 def saved(whole, folder, **more):
-    held = {n: p.detach().clone() for n, p in whole.named_parameters() if n.startswith(more.pop("part", ""))}
+    held = {n: p.detach().clone() for n,
+            p in whole.named_parameters() if n.startswith(more.pop("part", ""))}
     weights.save(str(folder), whole.cfg, held, TOKENIZER, Preprocess(28), "A chat.", stage=2,
                  sources=more.pop("sources", {}), training={})
     return str(folder)
@@ -823,9 +883,12 @@ def test_a_saved_vlora_loads_with_the_same_logits(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop("perceptual.Bs"), "no tensor for perceptual.Bs"),
-    (lambda t: t.update({"perceptual.gen.5.queries": t.pop("perceptual.gen.0.queries")}), "gen.5.queries has no place"),
-    (lambda t: t.update({"perceptual.pos_embed": torch.zeros(1, 9, 16)}), r"perceptual.pos_embed is \[1, 9, 16\]"),
-    (lambda t: t.update({"projector.linear_1.weight": torch.zeros(2, 2)}), "projector.linear_1.weight has no place"),
+    (lambda t: t.update({"perceptual.gen.5.queries": t.pop("perceptual.gen.0.queries")}),
+     "gen.5.queries has no place"),
+    (lambda t: t.update({"perceptual.pos_embed": torch.zeros(1, 9, 16)}),
+     r"perceptual.pos_embed is \[1, 9, 16\]"),
+    (lambda t: t.update({"projector.linear_1.weight": torch.zeros(2, 2)}),
+     "projector.linear_1.weight has no place"),
 ], ids=["dropped", "renamed", "reshaped", "extra"])
 def test_a_damaged_vlora_is_refused_by_the_name_of_the_tensor(tmp_path, change, words):
     folder = saved(vlm(torch.float32), tmp_path / "x")
@@ -836,18 +899,23 @@ def test_a_damaged_vlora_is_refused_by_the_name_of_the_tensor(tmp_path, change, 
         weights.load(folder)
 
 
-@pytest.mark.parametrize("field, other", [("sites", "qk"), ("every", 1), ("rank", 2), ("embed", 32), ("depth", 1),
+@pytest.mark.parametrize("field, other",
+                         [("sites", "qk"), ("every", 1), ("rank", 2), ("embed", 32), ("depth", 1),
                                           ("heads", 2)])
 def test_a_trained_generator_keeps_its_form(tmp_path, field, other):
     whole = vlm(torch.float32, tag=True)
     folder = saved(whole, tmp_path / "x")
     asked = {"visual_expert": "none", "language_expert": "none", "vlora": SMALL}
-    assert weights.load(folder, experts=asked).model.cfg == whole.cfg  # which counts the tag, whatever is asked for
-    with pytest.raises(UserError, match=f"{field} is {getattr(SMALL, field)} there, not {other}.*--vlora_{field}"):
-        weights.load(folder, experts=asked | {"vlora": dataclasses.replace(SMALL, **{field: other})})
+    # which counts the tag, whatever is asked for
+    assert weights.load(folder, experts=asked).model.cfg == whole.cfg
+    with pytest.raises(UserError,
+                       match=f"{field} is {getattr(SMALL, field)} there, not {other}.*--vlora_{field}"):
+        weights.load(folder, experts=asked
+                     | {"vlora": dataclasses.replace(SMALL, **{field: other})})
 
 
-def test_neither_method_goes_on_with_the_others_checkpoint_nor_does_a_vlora_pass_for_a_llava(tmp_path):
+def test_neither_method_goes_on_with_the_others_checkpoint_nor_does_a_vlora_pass_for_a_llava(
+    tmp_path):
     asked = {"visual_expert": "none", "language_expert": "none", "vlora": SMALL}
     folder = saved(vlm(torch.float32), tmp_path / "vlora")
     with pytest.raises(UserError, match="holds a VLoRA.*--method vlora"):
@@ -857,19 +925,26 @@ def test_neither_method_goes_on_with_the_others_checkpoint_nor_does_a_vlora_pass
         weights.load(static, experts=asked)
     point = weights.load(folder)
     with pytest.raises(UserError, match="a VLoRA does not fit into LLaVA's layout"):
-        formats.export.write_llava(str(tmp_path / "out"), point.model, TOKENIZER, point.preprocess, "")
+        formats.export.write_llava(str(tmp_path / "out"), point.model, TOKENIZER, point.preprocess,
+                                   "")
     assert not (tmp_path / "out").exists()
 
 
-# ---- The published checkpoint's layout, in small shapes: the generator as above, transformers' CLIP and Llama
+# ---- The published checkpoint's layout, in small shapes: the generator as above, transformers'
+# CLIP and Llama
 
-GEN = GeneratorConfig(every=2, rank=3, embed=32, depth=2, tag=True)  # 16 heads, which are in the authors' code alone
+# 16 heads, which are in the authors' code alone
+GEN = GeneratorConfig(every=2, rank=3, embed=32, depth=2, tag=True)
 
 
-CONFIG = {"model_type": "llava_vlora", "mm_vision_tower": "clip", "mm_projector_type": "vlora", "mm_hidden_size": 32,
-          "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
-          "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad", "vlora_dim": 32, "vlora_depth": 2,
-          "vlora_visual_dim": 32, "vlora_pos_num": 4, "vlora_llm_dim": 32, "vlora_llm_depth": 4, "vlora_rank": 3,
+CONFIG = {"model_type": "llava_vlora", "mm_vision_tower": "clip", "mm_projector_type": "vlora",
+          "mm_hidden_size": 32,
+          "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+          "mm_use_im_start_end": False,
+          "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad",
+          "vlora_dim": 32, "vlora_depth": 2,
+          "vlora_visual_dim": 32, "vlora_pos_num": 4, "vlora_llm_dim": 32, "vlora_llm_depth": 4,
+          "vlora_rank": 3,
           "vlora_type": "qkvom", "vlora_alpha": 3, "weights_sep": True, "skip_layers": 2}
 
 
@@ -886,10 +961,13 @@ class Published:
         for p in self.theirs.parameters():
             nn.init.normal_(p, std=0.3)
         self.cfg = cfg
-        self.state = {n: p.detach().clone() for n, p in self.llama.named_parameters()} | published(self.theirs)
-        tower = {f"model.vision_tower.vision_tower.{n}": p.detach().clone() for n, p in self.clip.named_parameters()}
+        self.state = {n: p.detach().clone() for n,
+                      p in self.llama.named_parameters()} | published(self.theirs)
+        tower = {f"model.vision_tower.vision_tower.{n}": p.detach().clone() for n,
+                 p in self.clip.named_parameters()}
         if inside:  # as the authors' transformers spelt it
-            self.state |= {n.replace("vision_tower.vision_tower.", "vision_tower.vision_tower.vision_model.") if
+            self.state |= {n.replace("vision_tower.vision_tower.",
+                                     "vision_tower.vision_tower.vision_model.") if
                            "vision_model." not in n else n: t for n, t in tower.items()}
         self.clip.save_pretrained(root / "clip")
         self.folder.mkdir()
@@ -902,7 +980,9 @@ class Published:
         torch.save(self.state, self.folder / "pytorch_model.bin")
 
     def logits(self, ids, tag, pixels):
-        """Their forward pass: <unk> in the tag's place, which nobody attends to; branches around five modules."""
+        """Their forward pass: <unk> in the tag's place, which nobody attends to; branches around
+        five modules.
+        """
         f = self.clip(pixels[None], output_hidden_states=True).hidden_states[-2][:, 1:]
         A = self.theirs(f).view(5, 2, 32, 3)
         B = self.theirs.Bs.view(5, 2, 32, 3)
@@ -911,11 +991,13 @@ class Published:
             layer = self.llama.model.layers[n]
             places = [getattr(layer.self_attn, f"{s}_proj") for s in "qkvo"] + [layer.mlp]
             for place, a, b in zip(places, A[:, slot], B[:, slot]):
-                handles.append(place.register_forward_hook(lambda m, args, out, a=a, b=b: out + args[0] @ a @ b.T))
+                handles.append(place.register_forward_hook(lambda m, args, out, a=a,
+                                                           b=b: out + args[0] @ a @ b.T))
         whole = torch.tensor([[*ids[:tag], 0, *ids[tag:]]])
         mask = torch.ones_like(whole)
         mask[0, tag] = 0
-        out = self.llama(whole, attention_mask=mask, position_ids=torch.arange(whole.shape[1])[None]).logits[0]
+        out = self.llama(whole, attention_mask=mask,
+                         position_ids=torch.arange(whole.shape[1])[None]).logits[0]
         for handle in handles:
             handle.remove()
         return torch.cat([out[:tag], out[tag + 1:]])
@@ -929,27 +1011,36 @@ def theirs(request, tmp_path):
 @torch.no_grad()
 def test_the_published_layout_opens_with_the_logits_of_the_authors_modules(theirs):
     point = weights.load(str(theirs.folder))
-    assert point.model.cfg == dataclasses.replace(theirs.cfg, llm=dataclasses.replace(theirs.cfg.llm, context=128))
+    assert point.model.cfg == dataclasses.replace(theirs.cfg,
+                                                  llm=dataclasses.replace(theirs.cfg.llm,
+                                                                          context=128))
     assert point.system == data.SYSTEM and point.prompt_format().image_tokens == 0 and point.preprocess.aspect == "pad"
-    conversation = encode(TURNS, TOKENIZER, dataclasses.replace(point.prompt_format(), system="A chat."), "r", "x")
+    conversation = encode(TURNS, TOKENIZER,
+                          dataclasses.replace(point.prompt_format(), system="A chat."), "r", "x")
     batch = batch_of([conversation], pictures(1, torch.float32), torch.float32)
     expected = theirs.logits(conversation.ids.tolist(), conversation.tag, batch.visual[0])
     assert close(answer(point.model, batch)[0], expected, 1e-4)
-    assert not close(answer(point.model, batch, tag=torch.tensor([-1]))[0], expected, 1e-2)  # positions matter
+    # positions matter
+    assert not close(answer(point.model, batch, tag=torch.tensor([-1]))[0], expected, 1e-2)
     chat = Chat(dataclasses.replace(point, system="A chat."), noise(0), sample.Options())
     said = [ask_dictated(chat, q, TOKENIZER.encode(a)) for q, a in TURNS]
     expected = theirs.logits(conversation.ids.tolist(), conversation.tag, look(noise(0)))
-    for (_, own), logits in zip(segments(conversation), said):  # their own decoding is one position short here
+    # their own decoding is one position short here
+    for (_, own), logits in zip(segments(conversation), said):
         assert close(logits, expected[own.start - 1:own.stop - 1], 1e-4)
 NAME = "model.mm_projector.gen.1.decoders.0.self_attn.in_proj_bias"
 
 
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop(NAME), "no tensor for perceptual.gen.1.decoders.0.self_attn.in_proj.bias"),
-    (lambda t: t.update({NAME.replace("gen.1", "gen.5"): t.pop(NAME)}), "gen.5.decoders.0.self_attn.in_proj_bias has no place"),
-    (lambda t: t.update({"model.mm_projector.Bs": torch.zeros(1, 8, 96)}), r"mm_projector.Bs is \[1, 8, 96\]"),
-    (lambda t: t.update({"model.mm_projector.0.weight": torch.zeros(2, 2)}), "mm_projector.0.weight has no place"),
-    (lambda t: t.pop("model.layers.2.mlp.up_proj.weight"), "no tensor for llm.layers.2.mlp.up_proj.weight"),
+    (lambda t: t.update({NAME.replace("gen.1", "gen.5"): t.pop(NAME)}),
+     "gen.5.decoders.0.self_attn.in_proj_bias has no place"),
+    (lambda t: t.update({"model.mm_projector.Bs": torch.zeros(1, 8, 96)}),
+     r"mm_projector.Bs is \[1, 8, 96\]"),
+    (lambda t: t.update({"model.mm_projector.0.weight": torch.zeros(2, 2)}),
+     "mm_projector.0.weight has no place"),
+    (lambda t: t.pop("model.layers.2.mlp.up_proj.weight"),
+     "no tensor for llm.layers.2.mlp.up_proj.weight"),
     (lambda t: t.update({NAME: torch.zeros(96, dtype=torch.int8)}), "int8"),
 ], ids=["dropped", "renamed", "reshaped", "extra", "llama", "quantised"])
 def test_a_damaged_published_checkpoint_is_refused_by_the_name_of_the_tensor(theirs, change, words):
@@ -960,14 +1051,17 @@ def test_a_damaged_published_checkpoint_is_refused_by_the_name_of_the_tensor(the
 
 
 @pytest.mark.parametrize("field, value", [
-    ("mm_projector_type", "mlp2x_gelu"), ("weights_sep", False), ("vlora_alpha", 6), ("vlora_pos_num", 9),
-    ("vlora_llm_depth", 8), ("vlora_llm_dim", 64), ("vlora_visual_dim", 16), ("vlora_type", "qx"), ("skip_layers", 9), ("vlora_rank", "3"),
+    ("mm_projector_type", "mlp2x_gelu"), ("weights_sep", False), ("vlora_alpha", 6),
+    ("vlora_pos_num", 9),
+    ("vlora_llm_depth", 8), ("vlora_llm_dim", 64), ("vlora_visual_dim", 16), ("vlora_type", "qx"),
+    ("skip_layers", 9), ("vlora_rank", "3"),
     ("num_key_value_heads", 2), ("mm_vision_select_layer", -1)])
 def test_another_vlora_than_ours_is_refused_by_the_name_of_the_field(tmp_path, field, value):
     theirs = Published(tmp_path, False)
     theirs.config[field] = value
     theirs.write()
-    words = {"num_key_value_heads": "kv_heads 2", "skip_layers": "every 9", "vlora_type": "sites 'qx'"}.get(field, field)
+    words = {"num_key_value_heads": "kv_heads 2", "skip_layers": "every 9",
+             "vlora_type": "sites 'qx'"}.get(field, field)
     with pytest.raises(UserError, match=words):
         weights.load(str(theirs.folder))
 
@@ -991,13 +1085,17 @@ def given(tmp_path_factory):
         noise(i).save(root / f"{i}.png")
         first = turn("<image>\nHow many?", f"{i % 5}.")
         captions.append({"id": str(i), "image": f"{i}.png", "conversations": first})
-        talks.append({"id": f"t{i}", "image": f"{i}.png", "conversations": first + turn("Is there a square?", "no.")})
+        talks.append({"id": f"t{i}", "image": f"{i}.png",
+                      "conversations": first + turn("Is there a square?", "no.")})
     talks += [{"id": f"x{i}", "conversations": turn("How many?", "of what?")} for i in range(4)]
     (root / "captions.json").write_text(json.dumps(captions))
     (root / "talks.json").write_text(json.dumps(talks))
-    return {"method": "vlora", "preset": "7b", "vision": str(root / "clip"), "llm": str(root / "llama"), "images": str(root),
-            "data": str(root / "captions.json"), "batch_size": 4, "micro_batch_size": 4, "steps": 4, "workers": 0,
-            "dtype": "float32", "device": "cpu", "context": 128, "checkpointing": "none", "allow_random_llm": True, "lr": 1e-2,
+    return {"method": "vlora", "preset": "7b", "vision": str(root / "clip"),
+            "llm": str(root / "llama"), "images": str(root),
+            "data": str(root / "captions.json"), "batch_size": 4, "micro_batch_size": 4, "steps": 4,
+            "workers": 0,
+            "dtype": "float32", "device": "cpu", "context": 128, "checkpointing": "none",
+            "allow_random_llm": True, "lr": 1e-2,
             "warmup": 0.0, "val_every": 2, **FLAGS}
 
 
@@ -1012,7 +1110,8 @@ def aligned(given, mesh, tmp_path_factory):
 def tuning(given, aligned, out, **more):
     """Options of stage 2."""
     talks = given["data"].replace("captions", "talks")
-    return given | {"data": talks, "init": f"{aligned}/stage1", "out": str(out), "system": ""} | more
+    return given | {"data": talks, "init": f"{aligned}/stage1", "out": str(out),
+                    "system": ""} | more
 
 
 def log_of(out, stage):
@@ -1025,14 +1124,18 @@ def losses(out, stage=2):
 
 @pytest.mark.parametrize("part", training.options.PARTS)
 def test_the_stand_ins_of_the_toy_are_trained_alike_for_both_methods(part, mesh):
-    plain, other = (training.options.complete({"part": part, "method": method}, 0) for method in ("hyperllava", "vlora"))
+    plain, other = (training.options.complete({"part": part, "method": method}, 0)
+                    for method in ("hyperllava", "vlora"))
     assert dataclasses.replace(other, method="hyperllava") == plain
 
 
-@pytest.mark.parametrize("stage, tune, moves", [(1, "full", ("perceptual.",)), (2, "full", ("perceptual.", "llm.")),
+@pytest.mark.parametrize("stage, tune, moves",
+                         [(1, "full", ("perceptual.",)), (2, "full", ("perceptual.", "llm.")),
                                                 (2, "peft", ("perceptual.",))])
-def test_a_stage_of_vlora_moves_exactly_what_it_names(given, aligned, mesh, tmp_path, stage, tune, moves):
-    options = (tuning(given, aligned, tmp_path) if stage == 2 else given | {"out": str(tmp_path)}) | {"tune": tune}
+def test_a_stage_of_vlora_moves_exactly_what_it_names(given, aligned, mesh, tmp_path, stage, tune,
+                                                      moves):
+    options = (tuning(given, aligned, tmp_path) if stage == 2
+               else given | {"out": str(tmp_path)}) | {"tune": tune}
     o = training.options.complete(options, stage)
     os.makedirs(training.options.stage_folder(o))
     stage, after = train.vlm_stage(o), {}
@@ -1040,14 +1143,17 @@ def test_a_stage_of_vlora_moves_exactly_what_it_names(given, aligned, mesh, tmp_
     stage.write, stage.keeps = after.update, ("",)
     train.train(stage, o, mesh)
     assert before.keys() == after.keys()
-    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if n.startswith(moves)}
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before
+                                                                           if n.startswith(moves)}
 
 
-def test_stage_1_keeps_the_generator_alone_and_stage_2_goes_on_from_its_very_loss(given, aligned, mesh, tmp_path):
+def test_stage_1_keeps_the_generator_alone_and_stage_2_goes_on_from_its_very_loss(given, aligned,
+                                                                                  mesh, tmp_path):
     names = {name for name, _, _ in formats.weight_files.tensors(f"{aligned}/stage1")}
     assert names and all(name.startswith("perceptual.") for name in names)
     point = weights.load(f"{aligned}/stage1")
-    assert point.model.cfg.vlora == GeneratorConfig("qkvom", 2, 3, 32, 2, 4) and point.model.perceptual.Bs.any()
+    assert point.model.cfg.vlora == GeneratorConfig("qkvom", 2, 3, 32, 2,
+                                                    4) and point.model.perceptual.Bs.any()
     train.run_stage(tuning(given, aligned, tmp_path, batch_size=12, micro_batch_size=12), 2, mesh)
     o = training.options.complete(tuning(given, aligned, tmp_path, batch_size=12), 2)
     batch = train.vlm_stage(o).data.batch(range(12))
@@ -1059,19 +1165,24 @@ def test_stage_1_keeps_the_generator_alone_and_stage_2_goes_on_from_its_very_los
 
 
 def test_vlora_learns_by_heart_what_each_picture_shows(given, aligned, mesh, tmp_path):
-    options = tuning(given, aligned, tmp_path, data=given["data"], steps=50, batch_size=8, micro_batch_size=8, lr=5e-3)
+    options = tuning(given, aligned, tmp_path, data=given["data"], steps=50, batch_size=8,
+                     micro_batch_size=8, lr=5e-3)
     train.run_stage(options, 2, mesh)
     found = [row["loss"] for row in log_of(tmp_path, 2)]
     captions = data.Conversations(given["data"], given["images"], TOKENIZER, PLACES)
     tokens = sum(int((captions[i].labels != IGNORE).sum()) for i in range(8))
-    # Who does not see the picture pays for the digit of each of 8 rows, three digits being there twice: ln 8 - 3/4 ln 2 nats
+    # Who does not see the picture pays for the digit of each of 8 rows, three digits being there
+    # twice: ln 8 - 3/4 ln 2 nats
     assert found[0] > 2 and found[-1] < 0.5 * (math.log(8) - 0.75 * math.log(2)) * 8 / tokens
 
 
-def test_accumulation_and_checkpointing_leave_a_run_of_vlora_as_it_is(given, aligned, mesh, tmp_path):
-    for name, more in (("plain", {}), ("one by one", {"micro_batch_size": 1}), ("again", {"checkpointing": "full"})):
+def test_accumulation_and_checkpointing_leave_a_run_of_vlora_as_it_is(given, aligned, mesh,
+                                                                      tmp_path):
+    for name, more in (("plain", {}), ("one by one", {"micro_batch_size": 1}),
+                       ("again", {"checkpointing": "full"})):
         train.run_stage(tuning(given, aligned, tmp_path / name, **more), 2, mesh)
-    plain, cut, again = (torch.tensor(losses(tmp_path / name)) for name in ("plain", "one by one", "again"))
+    plain, cut, again = (torch.tensor(losses(tmp_path / name))
+                         for name in ("plain", "one by one", "again"))
     assert torch.allclose(plain, cut, rtol=2e-4) and torch.equal(plain, again)
 
 
@@ -1090,17 +1201,25 @@ def test_a_stopped_run_of_vlora_goes_on_bit_for_bit(given, aligned, mesh, tmp_pa
         train.run_stage(tuning(given, aligned, tmp_path / "broken", save_every=2), 2, mesh)
     train.run_stage(tuning(given, aligned, tmp_path / "broken", save_every=2, resume=True), 2, mesh)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    files = [(tmp_path / name / "stage2" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    files = [(tmp_path / name / "stage2" / "model.safetensors").read_bytes()
+             for name in ("whole", "broken")]
     assert files[0] == files[1]
 
 
 def test_the_presets_are_the_papers_and_the_scripts(given, mesh, tmp_path):
-    bare = {k: given[k] for k in ("method", "preset", "vision", "llm", "images", "data", "device")} | {"out": str(tmp_path)}
-    one, two = training.options.complete(bare, 1), training.options.complete(bare | {"init": str(tmp_path)}, 2)
-    assert (one.batch_size, one.lr, one.template, one.aspect, one.epochs) == (768, 5e-5, "plain", "crop", 1)
-    assert (two.batch_size, two.lr, two.template, two.aspect, two.group_by_length) == (128, 2e-5, "v1", "pad", True)
-    assert train.model_options(one)["vlora"] == GeneratorConfig() == train.model_options(two)["vlora"]
-    assert one.micro_batch_size == 96 and training.options.complete(bare | {"preset": "1b"}, 1).micro_batch_size == 16  # of one small card
+    bare = {k: given[k] for k in ("method", "preset", "vision", "llm", "images", "data",
+                                  "device")} | {"out": str(tmp_path)}
+    one, two = training.options.complete(bare, 1), training.options.complete(
+        bare | {"init": str(tmp_path)}, 2)
+    assert (one.batch_size, one.lr, one.template, one.aspect, one.epochs) == (768, 5e-5, "plain",
+                                                                              "crop", 1)
+    assert (two.batch_size, two.lr, two.template, two.aspect,
+            two.group_by_length) == (128, 2e-5, "v1", "pad", True)
+    assert train.model_options(one)["vlora"] == GeneratorConfig() == train.model_options(two)[
+        "vlora"]
+    # of one small card
+    assert one.micro_batch_size == 96 and training.options.complete(bare | {"preset": "1b"},
+                                                                    1).micro_batch_size == 16
 
 
 @pytest.mark.parametrize("more, words", [
@@ -1117,10 +1236,12 @@ def test_flags_that_do_not_fit_are_refused(given, tmp_path, more, words):
 def test_a_projector_is_no_start_for_vlora(given, mesh, tmp_path):
     torch.save({}, tmp_path / "mm_projector.bin")
     with pytest.raises(UserError, match="a projector, but VLoRA has none"):
-        train.vlm_stage(training.options.complete(given | {"out": str(tmp_path), "init": str(tmp_path / "mm_projector.bin")}, 2))
+        train.vlm_stage(training.options.complete(
+            given | {"out": str(tmp_path), "init": str(tmp_path / "mm_projector.bin")}, 2))
 
 
-def test_a_step_counts_the_operations_of_generators_and_branches_instead_of_a_projector(given, aligned, mesh, tmp_path):
+def test_a_step_counts_the_operations_of_generators_and_branches_instead_of_a_projector(
+    given, aligned, mesh, tmp_path):
     o = training.options.complete(tuning(given, aligned, tmp_path), 2)
     stage = train.vlm_stage(o)
     batch, cfg = stage.data.batch([0, 1]), stage.model.cfg
@@ -1146,7 +1267,8 @@ def test_what_autograd_keeps_of_a_generator_and_its_branches_is_foreseen(given):
 
     def kept(run_it):
         found = {}
-        keep = lambda t: found.update({t.untyped_storage().data_ptr(): (t, t.untyped_storage().nbytes())}) or t
+        keep = lambda t: found.update(
+            {t.untyped_storage().data_ptr(): (t, t.untyped_storage().nbytes())}) or t
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             run_it()
         return sum(bytes for at, (_, bytes) in found.items() if at not in own)
@@ -1154,7 +1276,8 @@ def test_what_autograd_keeps_of_a_generator_and_its_branches_is_foreseen(given):
     plain = kept(lambda: run(model, x))
     real = kept(lambda: run(model, x, model.image_weights(f, torch.arange(2)))) - plain
     bare = VLMConfig(small, text, "none", "none")
-    with_pictures, text_only = training.plan.MicroBatch(2, 48, 0, 2), training.plan.MicroBatch(2, 48, 0, 0)
+    with_pictures, text_only = training.plan.MicroBatch(2, 48, 0,
+                                                        2), training.plan.MicroBatch(2, 48, 0, 0)
     foreseen = (training.plan.activations(cfg, with_pictures, size=2, trains_llm=True)
                 - training.plan.activations(bare, text_only, size=2, trains_llm=True))
     assert abs(foreseen / real - 1) < 0.15, (foreseen, real)
@@ -1164,12 +1287,18 @@ def test_what_autograd_keeps_of_a_generator_and_its_branches_is_foreseen(given):
 def test_two_ranks_take_the_same_steps_of_vlora_as_one(given, aligned, tmp_path):
     """A row at a time, so that a rank often has text alone where the other has a picture."""
     for ranks in (1, 2):
-        options = tuning(given, aligned, tmp_path / str(ranks), batch_size=4, micro_batch_size=1, steps=6)
-        words = ["--stage", "2"] + [w for k, v in options.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-                               os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py"), *words],
+        options = tuning(given, aligned, tmp_path / str(ranks), batch_size=4, micro_batch_size=1,
+                         steps=6)
+        words = ["--stage", "2"] + [w for k,
+                                    v in options.items() for w in ([f"--{k}"] if v is True
+                                                                   else [f"--{k}", str(v)])]
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc_per_node", str(ranks),
+                               os.path.join(os.path.dirname(os.path.dirname(
+                               os.path.abspath(__file__))), "train.py"), *words],
                               capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+                              env={**os.environ, "OMP_NUM_THREADS": "1",
+                                   "GLOO_SOCKET_IFNAME": "lo"})
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (torch.tensor(losses(tmp_path / str(ranks))) for ranks in (1, 2))
     assert torch.allclose(one, two, rtol=1e-4)
@@ -1178,9 +1307,11 @@ def test_two_ranks_take_the_same_steps_of_vlora_as_one(given, aligned, tmp_path)
 @pytest.mark.slow
 def test_the_toy_runs_with_vlora_from_nothing_to_scores(tmp_path):
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    call = lambda *words: subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=here, timeout=500,
+    call = lambda *words: subprocess.run([sys.executable, *map(str, words)], capture_output=True,
+                                         text=True, cwd=here, timeout=500,
                                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    words = ("--method", "vlora", "--pictures", 40, "--steps", 3, "--batch_size", 8, "--allow_random_llm")
+    words = ("--method", "vlora", "--pictures", 40, "--steps", 3, "--batch_size", 8,
+             "--allow_random_llm")
     done = call("train.py", *words, "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr[-2000:]
     scores = json.load(open(tmp_path / "a" / "scores.json"))
@@ -1189,8 +1320,10 @@ def test_the_toy_runs_with_vlora_from_nothing_to_scores(tmp_path):
     assert config["model"]["vlora"]["every"] == 1 and config["model"]["visual_expert"] == "none"
     picture = next((tmp_path / "a" / "world" / "images").iterdir())
     for more in ((), ("--merge",)):
-        asked = call("sample.py", "--model", tmp_path / "a" / "stage2", "--image", picture, "--prompt", "How many?", *more)
+        asked = call("sample.py", "--model", tmp_path / "a" / "stage2", "--image", picture,
+                     "--prompt", "How many?", *more)
         assert asked.returncode == 0, asked.stderr[-2000:]
-    again = call("train.py", *words, "--stage", 1, "--out", tmp_path / "b", "--vision", tmp_path / "a" / "stage0" / "clip",
+    again = call("train.py", *words, "--stage", 1, "--out", tmp_path / "b", "--vision",
+                 tmp_path / "a" / "stage0" / "clip",
                  "--llm", tmp_path / "a" / "stage0" / "llm")
     assert again.returncode == 0 and not (tmp_path / "b" / "stage0").exists(), again.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""What weights.py claims: the same numbers as transformers, strictness, and checkpoints that survive being killed."""
+"""What weights.py claims: the same numbers as transformers, strictness, and checkpoints that
+survive being killed.
+"""
 import dataclasses
 import json
 import os
@@ -31,16 +33,22 @@ STATIC = dict(visual_expert="none", language_expert="none")
 
 
 CLIPS = [  # image_size, patch, width, depth, heads, hidden
-    dict(image_size=28, patch_size=14, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48),
-    dict(image_size=40, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=64),
+    dict(image_size=28, patch_size=14, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+         intermediate_size=48),
+    dict(image_size=40, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=6,
+         intermediate_size=64),
 ]
 
 
 LLAMAS = [
-    dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4),
-    dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-         tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-4),
-    dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=1),
+    dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+         num_key_value_heads=4),
+    dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+         num_key_value_heads=2,
+         tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+         rms_norm_eps=1e-4),
+    dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=8,
+         num_key_value_heads=1),
 ]
 
 
@@ -50,7 +58,9 @@ def tokenizer():
 
 
 def randomised(model):
-    """Random values everywhere, so that no bias or norm is neutral; large enough for greedy choices to be clear."""
+    """Random values everywhere, so that no bias or norm is neutral; large enough for greedy choices
+    to be clear.
+    """
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn_like(p) * (2 / p.shape[-1]) ** 0.5
         p.data = 1 + 0.2 * noise if "norm" in name and name.endswith("weight") else noise
@@ -59,12 +69,14 @@ def randomised(model):
 
 def hf_clip(seed=0, **kind):
     torch.manual_seed(seed)
-    return randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**{**CLIPS[0], **kind})))
+    return randomised(transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(**{**CLIPS[0], **kind})))
 
 
 def hf_llama(seed=0, **kind):
     torch.manual_seed(seed + 100)
-    kind = {**LLAMAS[0], "vocab_size": 300, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, **kind}
+    kind = {**LLAMAS[0], "vocab_size": 300, "max_position_embeddings": 128, "bos_token_id": 1,
+            "eos_token_id": 2, **kind}
     return randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**kind)))
 
 
@@ -115,10 +127,13 @@ def llama_logits(llm, ids):
 def test_our_tower_gives_the_features_of_transformers_clip(tmp_path, tokenizer, kind, whole):
     theirs = hf_clip(**kind)
     clip, llama = folders(tmp_path, tokenizer, theirs)
-    if whole:  # a CLIPModel: vision_model. prefixes, a text tower and projections beside it, a nested config
-        text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=60,
+    # a CLIPModel: vision_model. prefixes, a text tower and projections beside it, a nested config
+    if whole:
+        text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                    num_attention_heads=2, vocab_size=60,
                     bos_token_id=1, eos_token_id=2)
-        cfg = transformers.CLIPConfig(text_config=text, vision_config=theirs.config.to_dict(), projection_dim=8)
+        cfg = transformers.CLIPConfig(text_config=text, vision_config=theirs.config.to_dict(),
+                                      projection_dim=8)
         both = transformers.CLIPModel(cfg)
         both.vision_model.load_state_dict(theirs.state_dict())
         shutil.rmtree(clip)
@@ -127,7 +142,8 @@ def test_our_tower_gives_the_features_of_transformers_clip(tmp_path, tokenizer, 
     assert len(model.vision.layers) == kind["num_hidden_layers"] - 1
     for batch in (1, 4):
         pixels = torch.randn(batch, 3, kind["image_size"], kind["image_size"])
-        assert close(model.vision(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2])
+        assert close(model.vision(pixels),
+                     theirs(pixels, output_hidden_states=True).hidden_states[-2])
 
 
 @pytest.mark.parametrize("kind", LLAMAS)
@@ -141,8 +157,11 @@ def test_our_llama_gives_the_logits_of_transformers_llama(tmp_path, tokenizer, k
 
 
 def hf_llava(clip, llama, model):
-    """transformers' LLaVA from the same two parts, with the projector of our `model`; image token 299."""
-    cfg = transformers.LlavaConfig(vision_config=clip.config, text_config=llama.config, image_token_index=299,
+    """transformers' LLaVA from the same two parts, with the projector of our `model`; image token
+    299.
+    """
+    cfg = transformers.LlavaConfig(vision_config=clip.config, text_config=llama.config,
+                                   image_token_index=299,
                                    tie_word_embeddings=llama.config.tie_word_embeddings)
     llava = transformers.LlavaForConditionalGeneration(cfg)
     tower = getattr(llava.model.vision_tower, "vision_model", llava.model.vision_tower)
@@ -150,22 +169,28 @@ def hf_llava(clip, llama, model):
     llava.model.language_model.load_state_dict(llama.model.state_dict())
     llava.lm_head.load_state_dict(llama.lm_head.state_dict())
     for name in ("linear_1", "linear_2"):
-        getattr(llava.model.multi_modal_projector, name).load_state_dict(getattr(model.projector, name).state_dict())
+        getattr(llava.model.multi_modal_projector,
+                name).load_state_dict(getattr(model.projector, name).state_dict())
     return llava.eval()
 
 
 def theirs_generate(llava, rows, visual, steps, image=299):
-    """Their greedy tokens, a row at a time without padding, cut at the end token; `image` is their id of it."""
+    """Their greedy tokens, a row at a time without padding, cut at the end token; `image` is their
+    id of it.
+    """
     answers = []
     for row, picture in zip(rows, visual):
         ids = torch.tensor([[image if i == IMAGE else i for i in row]])
-        out = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=picture[None],
-                             max_new_tokens=steps, do_sample=False, eos_token_id=2, pad_token_id=0)[0, len(row):].tolist()
+        out = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                             pixel_values=picture[None],
+                             max_new_tokens=steps, do_sample=False, eos_token_id=2,
+                             pad_token_id=0)[0, len(row):].tolist()
         answers.append(out[:out.index(2)] if 2 in out else out)
     return answers
 
 
-@pytest.mark.parametrize("clip_kind, llama_kind", [(CLIPS[0], LLAMAS[0]), (CLIPS[1], LLAMAS[1]), (CLIPS[0], LLAMAS[2])])
+@pytest.mark.parametrize("clip_kind, llama_kind",
+                         [(CLIPS[0], LLAMAS[0]), (CLIPS[1], LLAMAS[1]), (CLIPS[0], LLAMAS[2])])
 @torch.no_grad()
 def test_the_static_model_gives_the_logits_and_greedy_tokens_of_transformers_llava(
         tmp_path, tokenizer, clip_kind, llama_kind):
@@ -175,7 +200,8 @@ def test_the_static_model_gives_the_logits_and_greedy_tokens_of_transformers_lla
     llava = hf_llava(clip, llama, model)
     side, image = clip_kind["image_size"], [IMAGE] * model.cfg.vision.tokens
     visual = torch.randn(4, 3, side, side)
-    rows = [[1, *torch.randint(3, 299, (n,)).tolist(), *image, *torch.randint(3, 299, (5 + 3 * n,)).tolist()]
+    rows = [[1, *torch.randint(3, 299, (n,)).tolist(), *image,
+             *torch.randint(3, 299, (5 + 3 * n,)).tolist()]
             for n in range(1, 5)]
     for row, picture in zip(rows, visual):
         ids = torch.tensor([row])
@@ -229,7 +255,9 @@ class Spoilt:
             json.dump({k: v for k, v in values.items() if v is not ...}, f)
 
     def shard(self, ending, repeat=None, forget=None):
-        """Write two shards and an index instead; `repeat` a tensor in the second, `forget` one in the index."""
+        """Write two shards and an index instead; `repeat` a tensor in the second, `forget` one in
+        the index.
+        """
         os.remove(self.file)
         names, write = sorted(self.state), {"safetensors": save_file, "bin": torch.save}[ending]
         stem = {"safetensors": "model", "bin": "pytorch_model"}[ending]
@@ -253,11 +281,14 @@ def to_bin(s, **kind):
 
 @pytest.mark.parametrize("rewrite", [
     to_bin, lambda s: to_bin(s, _use_new_zipfile_serialization=False),
-    lambda s: s.shard("safetensors"), lambda s: s.shard("bin")], ids=["bin", "old bin", "shards", "bin shards"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # as stored and mapped once; cast and mapped anew for each
+    lambda s: s.shard("safetensors"), lambda s: s.shard("bin")],
+    ids=["bin", "old bin", "shards", "bin shards"])
+# as stored and mapped once; cast and mapped anew for each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_file_format_gives_the_same_model(spoilt, pair, rewrite, dtype, monkeypatch):
     maps, open_shard = [], formats.weight_files.open_shard
-    monkeypatch.setattr(formats.weight_files, "open_shard", lambda path: maps.append(path) or open_shard(path))
+    monkeypatch.setattr(formats.weight_files, "open_shard",
+                        lambda path: maps.append(path) or open_shard(path))
     monkeypatch.setattr(formats.weight_files, "REMAP", 0)
     rewrite(spoilt)
     expected = weights.assemble(*pair, STATIC)[0]
@@ -273,7 +304,8 @@ def test_weights_that_need_no_cast_are_not_copied(pair):
         assert f.keys()
     mapped = [line for line in open("/proc/self/maps") if pair[1] in line]
     address = model.llm.norm.weight.data_ptr()
-    assert any(int(a, 16) <= address < int(b, 16) for a, b in (line.split()[0].split("-") for line in mapped))
+    assert any(int(a, 16) <= address < int(b, 16) for a,
+               b in (line.split()[0].split("-") for line in mapped))
 
 
 def test_a_cast_model_has_one_dtype(pair):
@@ -292,21 +324,25 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop(NORM), ["llm.layers.1.input_layernorm.weight"]),
-    (lambda t: t.update({"model.layers.1.norm.weight": t.pop(NORM)}), ["model.layers.1.norm.weight"]),
+    (lambda t: t.update({"model.layers.1.norm.weight": t.pop(NORM)}),
+     ["model.layers.1.norm.weight"]),
     (lambda t: t.update({NORM: torch.ones(31)}), [NORM, "[31]", "[32]"]),
     (lambda t: t.update({NORM: torch.ones(1, 32)}), [NORM, "[1, 32]"]),
     (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), [NORM, "int8"]),
     (lambda t: t.update({"model.extra.weight": torch.ones(2)}), ["model.extra.weight", "no place"]),
-    (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.ones(2)}), ["model.layers.3.mlp.up_proj.weight"]),
+    (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.ones(2)}),
+     ["model.layers.3.mlp.up_proj.weight"]),
     (lambda t: t.pop("lm_head.weight"), ["llm.lm_head.weight"]),
-], ids=["dropped", "renamed", "reshaped", "unsqueezed", "quantised", "extra", "another layer", "head"])
+], ids=["dropped", "renamed", "reshaped", "unsqueezed", "quantised", "extra", "another layer",
+        "head"])
 def test_a_tensor_that_is_not_as_it_should_be_is_named(spoilt, change, words):
     spoil(change)(spoilt)
     spoilt.refused("llama", *words)
 
 
 def test_buffers_of_old_versions_are_skipped(spoilt, pair):
-    spoil(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))(spoilt)
+    spoil(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))(
+        spoilt)
     assert equal(state_of(spoilt.load()), state_of(weights.assemble(*pair, STATIC)[0]))
 
 
@@ -323,7 +359,8 @@ def test_a_tensor_in_two_shards_is_refused(spoilt, ending):
 
 def test_two_names_of_one_parameter_are_refused(pair):
     model = weights.build_empty(weights.assemble(*pair, STATIC)[0].cfg)
-    rules = [(r"model\.layers\.\d\.(mlp\..+)", r"llm.layers.0.\1")] + formats.name_rules.llama_rules(False)
+    rules = [(r"model\.layers\.\d\.(mlp\..+)",
+              r"llm.layers.0.\1")] + formats.name_rules.llama_rules(False)
     with pytest.raises(UserError, match="llm.layers.0.mlp.*but so does.*layers.0"):
         weights.fill(model, [(pair[1], rules)])
 
@@ -402,7 +439,8 @@ def test_a_folder_without_config_is_refused(spoilt):
 
 @pytest.mark.parametrize("changes", [
     dict(model_type="mistral"), dict(rope_scaling={"type": "linear", "factor": 2.0}),
-    dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), dict(hidden_act="gelu"), dict(attention_bias=True),
+    dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), dict(hidden_act="gelu"),
+    dict(attention_bias=True),
     dict(mlp_bias=True), dict(sliding_window=128), dict(head_dim=16), dict(num_attention_heads=5),
     dict(num_key_value_heads=3), dict(hidden_size="32"), dict(num_hidden_layers=0),
     dict(rope_theta=None, rope_parameters=None),
@@ -413,7 +451,8 @@ def test_a_llama_that_we_do_not_build_is_refused_by_the_name_of_the_field(spoilt
 
 
 @pytest.mark.parametrize("changes", [
-    dict(hidden_act="gelu"), dict(num_attention_heads=5), dict(num_channels=1), dict(model_type="siglip_vision_model")],
+    dict(hidden_act="gelu"), dict(num_attention_heads=5), dict(num_channels=1),
+    dict(model_type="siglip_vision_model")],
     ids=lambda c: next(iter(c)))
 def test_a_tower_that_we_do_not_build_is_refused_by_the_name_of_the_field(tmp_path, pair, changes):
     s = Spoilt(pair, str(shutil.copytree(pair[0], tmp_path / "clip")))
@@ -423,7 +462,8 @@ def test_a_tower_that_we_do_not_build_is_refused_by_the_name_of_the_field(tmp_pa
 
 
 def test_absent_fields_of_a_llama_mean_what_they_mean_to_transformers(spoilt, pair):
-    spoilt.config(rope_parameters=..., head_dim=..., num_key_value_heads=..., tie_word_embeddings=..., torch_dtype="float16")
+    spoilt.config(rope_parameters=..., head_dim=..., num_key_value_heads=...,
+                  tie_word_embeddings=..., torch_dtype="float16")
     assert formats.configs.llama_config(spoilt.folder) == formats.configs.llama_config(pair[1])
     spoilt.config(rope_theta=500, rope_scaling=None)
     assert formats.configs.llama_config(spoilt.folder).theta == 500.0
@@ -431,12 +471,15 @@ def test_absent_fields_of_a_llama_mean_what_they_mean_to_transformers(spoilt, pa
 
 def test_absent_fields_of_a_clip_mean_what_they_mean_to_transformers(tmp_path):
     for inner in ("vision_config", "vision_config_dict"):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", inner: {"patch_size": 16}}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": "clip", inner: {"patch_size": 16}}))
         d = transformers.CLIPVisionConfig()
         assert formats.configs.vision_config(str(tmp_path))[0] == VisionConfig(
-            d.image_size, 16, d.hidden_size, d.num_hidden_layers - 1, d.num_attention_heads, d.intermediate_size,
+            d.image_size, 16, d.hidden_size, d.num_hidden_layers - 1, d.num_attention_heads,
+            d.intermediate_size,
             d.layer_norm_eps)
-    both = {"vision_config": {"hidden_size": 64, "num_attention_heads": 4}, "vision_config_dict": {"hidden_size": 128}}
+    both = {"vision_config": {"hidden_size": 64, "num_attention_heads": 4},
+            "vision_config_dict": {"hidden_size": 128}}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", **both}))
     assert formats.configs.vision_config(str(tmp_path))[0].width == 128
 
@@ -445,8 +488,10 @@ def test_absent_fields_of_a_clip_mean_what_they_mean_to_transformers(tmp_path):
 def test_the_preprocessor_file_is_obeyed(tmp_path, pair, crop):
     folder = shutil.copytree(pair[0], tmp_path / "clip")
     path = folder / "preprocessor_config.json"
-    path.write_text(json.dumps({"crop_size": crop, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))
-    assert formats.configs.vision_config(str(folder))[1] == Preprocess(28, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    path.write_text(json.dumps({"crop_size": crop, "image_mean": [0.1, 0.2, 0.3],
+                                "image_std": [0.4, 0.5, 0.6]}))
+    assert formats.configs.vision_config(str(folder))[1] == Preprocess(28, (0.1, 0.2, 0.3),
+                                                                       (0.4, 0.5, 0.6))
     path.write_text(json.dumps({"crop_size": 56}))
     with pytest.raises(UserError, match="crop_size 56.*28"):
         formats.configs.vision_config(str(folder))
@@ -457,7 +502,8 @@ def test_a_name_that_leads_nowhere_is_refused_in_one_line(name, monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("no network\nat all")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=f"{name}(: no such folder| is not a folder here)") as caught:
+    with pytest.raises(UserError,
+                       match=f"{name}(: no such folder| is not a folder here)") as caught:
         formats.folders.resolve(name)
     assert "\n" not in str(caught.value)
 
@@ -479,7 +525,8 @@ def test_a_hub_name_is_fetched_in_one_format_only(tmp_path, monkeypatch, held):
 
 
 def test_new_parts_start_as_the_modules_themselves_would_start_them(pair):
-    state = state_of(weights.assemble(*pair, dict(visual_expert="both", language_expert="all"), seed=1)[0])
+    state = state_of(weights.assemble(*pair, dict(visual_expert="both", language_expert="all"),
+                                      seed=1)[0])
     for name, value in state.items():
         if name.endswith(("hypernet.up.weight", "expert.up")):
             assert not value.any(), name
@@ -499,7 +546,8 @@ def test_the_seed_alone_decides_how_a_new_part_starts(pair):
     assert torch.equal(before, torch.get_rng_state())  # the caller's own draws go on undisturbed
     assert equal(first, projector(1, language_expert="none"))
     assert not torch.equal(first["linear_1.weight"], projector(2)["linear_1.weight"])
-    assert not torch.equal(first["linear_1.weight"].flatten()[:64], first["linear_2.weight"].flatten()[:64])
+    assert not torch.equal(first["linear_1.weight"].flatten()[:64],
+                           first["linear_2.weight"].flatten()[:64])
 
 
 # ---- Our own checkpoints
@@ -510,7 +558,8 @@ class World:
 
     def __init__(self, pair, tokenizer):
         self.pair, self.tokenizer = pair, tokenizer
-        self.model, _, self.preprocess = weights.assemble(*pair, dict(expert_embed=4, expert_rank=2))
+        self.model, _, self.preprocess = weights.assemble(
+            *pair, dict(expert_embed=4, expert_rank=2))
         torch.manual_seed(3)
         for p in [*self.model.projector.parameters(), *self.model.llm.hypernet.parameters()]:
             p.data = p.data + 0.1 * torch.randn_like(p)
@@ -521,7 +570,8 @@ class World:
         if stage == 1:
             cfg = dataclasses.replace(cfg, language_expert="none", guidance_after=None)
             state = {n: t for n, t in state.items() if n.startswith("projector.")}
-            sources = {"vision": weights.source_entry(self.pair[0], folder), "llm": weights.source_entry(self.pair[1], folder)}
+            sources = {"vision": weights.source_entry(self.pair[0], folder),
+                       "llm": weights.source_entry(self.pair[1], folder)}
         weights.save(str(folder), cfg, state, self.tokenizer, self.preprocess, "Be kind.",
                      stage=stage, sources=sources, training={"lr": 1e-3})
 
@@ -544,9 +594,11 @@ def test_a_saved_model_loads_with_the_same_logits(world, tmp_path):
     loaded = weights.load(str(tmp_path / "x"))
     assert torch.equal(world.logits(loaded.model), world.logits(world.model))
     assert loaded.model.cfg == world.model.cfg and loaded.preprocess == world.preprocess
-    assert loaded.system == "Be kind." and loaded.config["training"] == {"lr": 1e-3} and loaded.config["stage"] == 2
+    assert loaded.system == "Be kind." and loaded.config["training"] == {
+        "lr": 1e-3} and loaded.config["stage"] == 2
     assert loaded.tokenizer.encode("a red ring") == world.tokenizer.encode("a red ring")
-    assert {p.dtype for p in weights.load(str(tmp_path / "x"), torch.float16).model.parameters()} == {torch.float16}
+    assert {p.dtype for p in weights.load(str(tmp_path / "x"),
+                                          torch.float16).model.parameters()} == {torch.float16}
 
 
 def test_whoever_may_read_the_config_may_read_the_weights(world, tmp_path):
@@ -555,7 +607,8 @@ def test_whoever_may_read_the_config_may_read_the_weights(world, tmp_path):
     assert len(modes) == 1
 
 
-def test_a_large_model_is_saved_in_shards_with_an_index_and_loads_the_same(world, tmp_path, monkeypatch):
+def test_a_large_model_is_saved_in_shards_with_an_index_and_loads_the_same(world, tmp_path,
+                                                                           monkeypatch):
     world.save(tmp_path / "x")
     monkeypatch.setattr(formats.weight_files, "SHARD", 80_000)
     world.save(tmp_path / "x")
@@ -570,7 +623,8 @@ def test_the_bytes_of_the_weights_depend_on_the_weights_alone(world, tmp_path, s
     monkeypatch.setattr(formats.weight_files, "SHARD", shard)
     world.save(tmp_path / "x")
     turned = dict(reversed(state_of(world.model).items()))
-    weights.save(str(tmp_path / "y"), world.model.cfg, turned, world.tokenizer, world.preprocess, "Other.", stage=2, sources={}, training={"a": 1})
+    weights.save(str(tmp_path / "y"), world.model.cfg, turned, world.tokenizer, world.preprocess,
+                 "Other.", stage=2, sources={}, training={"a": 1})
     content = lambda n: {p.name: p.read_bytes() for p in (tmp_path / n).glob("model*")}
     assert content("x") == content("y")
     world.save(tmp_path / "y", shift=0.5)
@@ -580,10 +634,12 @@ def test_the_bytes_of_the_weights_depend_on_the_weights_alone(world, tmp_path, s
 def test_a_model_loaded_from_a_folder_can_be_saved_over_it(world, tmp_path):
     world.save(tmp_path / "x")
     world.model = weights.load(str(tmp_path / "x")).model
-    weights.save(str(tmp_path / "x"), world.model.cfg, dict(world.model.named_parameters()), world.tokenizer,
+    weights.save(str(tmp_path / "x"), world.model.cfg, dict(world.model.named_parameters()),
+                 world.tokenizer,
                  world.preprocess, "", stage=2, sources={}, training={})
     assert equal(state_of(weights.load(str(tmp_path / "x")).model), state_of(world.model))
-EXPERTS = dict(visual_expert="1", language_expert="posterior", guidance_after=None, expert_embed=4, expert_rank=2)
+EXPERTS = dict(visual_expert="1", language_expert="posterior", guidance_after=None, expert_embed=4,
+               expert_rank=2)
 
 
 def test_a_stage_1_checkpoint_holds_what_was_trained_and_finds_the_rest(world, tmp_path):
@@ -591,7 +647,8 @@ def test_a_stage_1_checkpoint_holds_what_was_trained_and_finds_the_rest(world, t
     held = load_file(tmp_path / "x" / "model.safetensors")
     assert held and all(n.startswith("projector.") for n in held)
     expected = {n: p for n, p in state_of(world.model).items()
-                if not any(part in n for part in (".layers.1.expert", ".layers.2.expert", "llm.hypernet", "guidance_norm"))}
+                if not any(part in n for part in (".layers.1.expert", ".layers.2.expert",
+                                                  "llm.hypernet", "guidance_norm"))}
     assert equal(state_of(weights.load(str(tmp_path / "x")).model), expected)
 
 
@@ -606,12 +663,16 @@ def test_language_experts_join_a_stage_1_checkpoint_as_they_would_join_the_llama
     assert torch.equal(world.logits(model), world.logits(static))  # at first they add nothing
 
 
-@pytest.mark.parametrize("field, other", [("visual_expert", "both"), ("language_expert", "all"), ("expert_embed", 8),
+@pytest.mark.parametrize("field, other",
+                         [("visual_expert", "both"), ("language_expert", "all"),
+                          ("expert_embed", 8),
                                           ("expert_rank", 1), ("guidance_after", 2)])
 def test_experts_that_were_trained_keep_their_form(world, tmp_path, field, other):
     world.save(tmp_path / "x")
-    assert torch.equal(world.logits(weights.load(str(tmp_path / "x"), experts=EXPERTS).model), world.logits(world.model))
-    with pytest.raises(UserError, match=f"{field} is {getattr(world.model.cfg, field)} there, not {other}"):
+    assert torch.equal(world.logits(weights.load(str(tmp_path / "x"), experts=EXPERTS).model),
+                       world.logits(world.model))
+    with pytest.raises(UserError,
+                       match=f"{field} is {getattr(world.model.cfg, field)} there, not {other}"):
         weights.load(str(tmp_path / "x"), experts={**EXPERTS, field: other})
 
 
@@ -635,8 +696,10 @@ def test_a_stage_1_checkpoint_is_strict_about_what_it_holds(world, tmp_path):
 def test_a_stage_1_checkpoint_gives_its_dtype_to_the_frozen_parts(world, tmp_path):
     world.model.bfloat16()
     world.save(tmp_path / "x", stage=1)
-    assert {p.dtype for p in weights.load(str(tmp_path / "x")).model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in weights.load(str(tmp_path / "x"), torch.float32).model.parameters()} == {torch.float32}
+    assert {p.dtype for p in weights.load(str(tmp_path / "x")).model.parameters()} == {
+        torch.bfloat16}
+    assert {p.dtype for p in weights.load(str(tmp_path / "x"),
+                                          torch.float32).model.parameters()} == {torch.float32}
 
 
 def test_a_stage_1_checkpoint_moves_together_with_its_sources(world, tmp_path):
@@ -644,7 +707,8 @@ def test_a_stage_1_checkpoint_moves_together_with_its_sources(world, tmp_path):
     world.pair = str(tmp_path / "a" / "clip"), str(tmp_path / "a" / "llama")
     world.save(tmp_path / "a" / "out" / "x", stage=1)
     os.rename(tmp_path / "a", tmp_path / "b")
-    assert torch.equal(weights.load(str(tmp_path / "b" / "out" / "x")).model.llm.norm.weight, world.model.llm.norm.weight)
+    assert torch.equal(weights.load(str(tmp_path / "b" / "out" / "x")).model.llm.norm.weight,
+                       world.model.llm.norm.weight)
     shutil.rmtree(tmp_path / "b" / "clip")
     with pytest.raises(UserError, match="needs the model.*clip"):
         weights.load(str(tmp_path / "b" / "out" / "x"))
@@ -686,18 +750,24 @@ def test_our_own_checkpoints_are_read_as_strictly(world, tmp_path, change, words
     (lambda c: c["model"]["llm"].update(colour="red"), "model.llm: unknown key 'colour'"),
     (lambda c: c["model"]["llm"].pop("heads"), "model.llm: no 'heads'"),
     (lambda c: c.pop("preprocess"), "no 'preprocess'"),
-    (lambda c: c["model"]["llm"].update(heads=0), "model.llm: heads is 0, expected a whole number more than 0"),
+    (lambda c: c["model"]["llm"].update(heads=0),
+     "model.llm: heads is 0, expected a whole number more than 0"),
     (lambda c: c["model"]["llm"].update(heads=3), "model.llm: width 32 does not divide by heads 3"),
-    (lambda c: c["model"]["vision"].update(heads=5), "model.vision: width .* does not divide by heads 5"),
-    (lambda c: c["model"]["llm"].update(kv_heads=3), "model.llm: 4 heads of 8, 3 of keys: expected heads of an even size"),
-    (lambda c: c["model"].update(guidance_after=-1), "guidance_after is -1, expected a whole number of 0 or more, or null"),
-    (lambda c: c["model"]["llm"].update(width="192"), "model.llm: width is '192', expected a whole number more than 0"),
+    (lambda c: c["model"]["vision"].update(heads=5),
+     "model.vision: width .* does not divide by heads 5"),
+    (lambda c: c["model"]["llm"].update(kv_heads=3),
+     "model.llm: 4 heads of 8, 3 of keys: expected heads of an even size"),
+    (lambda c: c["model"].update(guidance_after=-1),
+     "guidance_after is -1, expected a whole number of 0 or more, or null"),
+    (lambda c: c["model"]["llm"].update(width="192"),
+     "model.llm: width is '192', expected a whole number more than 0"),
     (lambda c: c["model"]["llm"].update(tied=1), "model.llm: tied is 1, expected true or false"),
     (lambda c: c["model"]["llm"].update(eps=float("nan")), "model.llm: eps is nan"),
     (lambda c: c["model"]["vision"].update(patch=8.5), "model.vision: patch is 8.5"),
     (lambda c: c["model"].update(guidance_after="1"), "model: guidance_after is '1'"),
     (lambda c: c["model"].update(guidance_after=0.0), "model: guidance_after is 0.0"),
-    (lambda c: c["model"].update(visual_expert=[]), "model: visual_expert is .., expected one of 'none', '1', '2', 'both'"),
+    (lambda c: c["model"].update(visual_expert=[]),
+     "model: visual_expert is .., expected one of 'none', '1', '2', 'both'"),
     (lambda c: c["model"].update(vlora=[]), "model.vlora: expected an object"),
     (lambda c: c["preprocess"].update(mean=[0.5, 0.5]), "preprocess: mean is"),
 ])
@@ -714,7 +784,8 @@ def test_a_config_of_ours_that_says_more_or_less_is_refused(world, tmp_path, cha
 def test_opening_what_is_no_checkpoint_says_so(tmp_path, pair):
     with pytest.raises(UserError, match="config.json: file not found"):
         weights.load(str(tmp_path))
-    with pytest.raises(UserError, match="format 'llama' cannot be opened, expected one of hyperllava"):
+    with pytest.raises(UserError,
+                       match="format 'llama' cannot be opened, expected one of hyperllava"):
         weights.load(pair[1])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="a file, expected the folder"):
@@ -729,9 +800,12 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, k):
-    """Raise Killed at the k-th call that changes the disk, and at every later one: nothing is tidied up either."""
+    """Raise Killed at the k-th call that changes the disk, and at every later one: nothing is
+    tidied up either.
+    """
     calls = []
-    for owner, name in [(os, "replace"), (os, "remove"), (os, "unlink"), (os, "rmdir"), (os, "link"), (os, "makedirs"),
+    for owner, name in [(os, "replace"), (os, "remove"), (os, "unlink"), (os, "rmdir"),
+                        (os, "link"), (os, "makedirs"),
                         (formats.weight_files, "save_file"), (weights, "write_json"),
                         (formats.weight_files, "write_json")]:
         def dying(*args, act=getattr(owner, name), **kwargs):
@@ -752,7 +826,8 @@ def shift_of(folder, world):
     return round(value(weights.load(str(folder)).model) - value(world.model), 3)
 
 
-def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new_checkpoint(world, tmp_path, monkeypatch):
+def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new_checkpoint(world, tmp_path,
+                                                                             monkeypatch):
     found, k = set(), 0
     while True:
         k += 1
@@ -772,7 +847,8 @@ def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new_checkpoint(wor
         world.save(folder, shift=2.0)  # the next one succeeds whatever the killed one left
         assert shift_of(folder, world) == 2.0
         assert os.listdir(folder.parent) == ["x"]
-        assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl", "model.safetensors", "tokenizer.json"]
+        assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl", "model.safetensors",
+                                              "tokenizer.json"]
         if len(calls) < k:
             break
     assert found == {0.0, 1.0} and k > 15
@@ -805,7 +881,8 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint(world, tmp_path):
 
 
 @pytest.mark.parametrize("call", ["makedirs", "replace", "remove"])
-def test_a_folder_that_may_not_be_written_leaves_the_old_checkpoint(world, tmp_path, monkeypatch, call):
+def test_a_folder_that_may_not_be_written_leaves_the_old_checkpoint(world, tmp_path, monkeypatch,
+                                                                    call):
     world.save(tmp_path / "x")
 
     def forbidden(*args, **kwargs):
@@ -842,30 +919,35 @@ def test_a_folder_called_old_that_a_user_made_is_not_removed(world, tmp_path):
 
 def opened(kind, folder):
     model, info = kind.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info[
+        "mismatched_keys"], info
     return model.eval()
 
 
 @pytest.mark.parametrize("kind", CLIPS)
 @torch.no_grad()
 def test_transformers_opens_the_tower_that_we_write(tmp_path, kind):
-    cfg = VisionConfig(kind["image_size"], kind["patch_size"], kind["hidden_size"], kind["num_hidden_layers"],
+    cfg = VisionConfig(kind["image_size"], kind["patch_size"], kind["hidden_size"],
+                       kind["num_hidden_layers"],
                        kind["num_attention_heads"], kind["intermediate_size"], eps=1e-4)
     torch.manual_seed(0)
     tower, norm = randomised(CLIP(cfg)), torch.nn.LayerNorm(cfg.width, 1e-4)
     state = {**state_of(tower), **{f"post_layernorm.{n}": t for n, t in state_of(norm).items()}}
-    formats.export.write_vision(str(tmp_path / "x"), state, cfg, Preprocess(cfg.image_size, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    formats.export.write_vision(str(tmp_path / "x"), state, cfg,
+                                Preprocess(cfg.image_size, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
     theirs = opened(transformers.CLIPVisionModel, tmp_path / "x")
     pixels = torch.randn(2, 3, cfg.image_size, cfg.image_size)
     assert close(tower(pixels), theirs(pixels).last_hidden_state)
     processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "x")
-    assert tuple(processor.image_mean) == (0.1, 0.2, 0.3) and processor.crop_size["height"] == cfg.image_size
+    assert tuple(processor.image_mean) == (0.1, 0.2,
+                                           0.3) and processor.crop_size["height"] == cfg.image_size
     back, preprocess = formats.configs.vision_config(str(tmp_path / "x"))
     assert back.depth == cfg.depth - 1 and back.eps == 1e-4 and preprocess.std == (0.4, 0.5, 0.6)
 
 
 @pytest.mark.parametrize("cfg", [LlamaConfig(32, 2, 4, 4, 48, 300, 1e-5, 10000.0, 128),
-                                 LlamaConfig(48, 2, 6, 2, 64, 300, 1e-4, 500.0, 64, tied=True)], ids=["plain", "tied"])
+                                 LlamaConfig(48, 2, 6, 2, 64, 300, 1e-4, 500.0, 64, tied=True)],
+                                 ids=["plain", "tied"])
 @torch.no_grad()
 def test_transformers_opens_the_llama_that_we_write(tmp_path, tokenizer, cfg):
     torch.manual_seed(0)
@@ -874,4 +956,5 @@ def test_transformers_opens_the_llama_that_we_write(tmp_path, tokenizer, cfg):
     theirs = opened(transformers.LlamaForCausalLM, tmp_path / "x")
     ids = torch.randint(300, (2, 20))
     assert close(llama_logits(ours, ids), theirs(ids).logits)
-    assert theirs.config.eos_token_id == 2 and formats.configs.llama_config(str(tmp_path / "x")) == cfg
+    assert theirs.config.eos_token_id == 2 and formats.configs.llama_config(
+        str(tmp_path / "x")) == cfg

@@ -1,1 +1,1 @@
-"""How does a long run survive? Options, ranks, sharding, saved state, data order, memory plan, optimiser."""
+"""How does a long run survive? Options, ranks, sharding, saved state, order of data, memory."""
