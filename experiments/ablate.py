@@ -43,7 +43,7 @@ BASE = ("world/captions.json", "world/instruct.json", "world/dialect.json", "wor
 @dataclass
 class Options:
     """Train the rows of a table of the papers on the toy, with several seeds, and compare them."""
-    table: Literal[(*TABLES, "embeddings")] = "2"  # vlora, vlora3 ..: VLoRA's Tables 2, 3 ..
+    table: Literal[(*TABLES, "embeddings")] = "2"  # vlora, vlora3, ..: VLoRA's Tables 2, 3, ..
     base: str = "out/toy"      # run of train.py with world and stage 0 of all rows; made if missing
     out: str = "out/ablate"    # folder of the rows, the tables and the plots
     seeds: int = 3             # of stages 1 and 2: new weights and the order of the data
@@ -52,7 +52,7 @@ class Options:
     pictures: int = 16000      # of the base's world
     jobs: int = os.cpu_count() or 1  # rows trained at a time, which share the processor's cores
     allow_random_llm: bool = False  # as in train.py, for a quick try
-    score: str | None = None   # only score the row in this folder; the program calls itself so
+    score: str | None = None   # only score the row in this folder (internal)
 
     def __post_init__(self):
         for name, least in {"seeds": 1, "steps": 2, "align": 1, "pictures": 1, "jobs": 1}.items():

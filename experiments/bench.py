@@ -236,7 +236,7 @@ def write_parts(folder, size):
     torch.manual_seed(0)
     with torch.device("meta"):
         clip = CLIP(vision).to(torch.bfloat16)
-        llama = Llama(llm, VLMConfig(vision, llm, "none", "none")).to(torch.bfloat16)
+        llama = Llama(VLMConfig(vision, llm, "none", "none")).to(torch.bfloat16)
         norm = torch.empty(vision.width, dtype=torch.bfloat16)
     write = functools.partial(write_random, ending="safetensors")
     tokenizer, preprocess = meaningless_tokenizer(llm.vocab), Preprocess(vision.image_size)

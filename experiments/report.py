@@ -56,8 +56,8 @@ def measure_costs(o, rounds=60, tokens=16):
         model, cfg = checkpoint.model.eval(), checkpoint.model.cfg
         freeze(model, TRAINS[2, row.options.get("tune", "full")])
         question = "What colour is the thing at the top left?"
-        sample = encode_prompt([], question, checkpoint.tokenizer, checkpoint.prompt_format(),
-                               "picture")
+        layout = checkpoint.prompt_format()
+        sample = encode_prompt([], question, checkpoint.tokenizer, layout, "picture")
         batch = collate([sample], [torch.zeros(cfg.vision.tokens, cfg.vision.width)], None)
         length = len(sample.ids)
         flops = forward_flops(cfg, length - cfg.image_tokens, at=1)
@@ -103,7 +103,7 @@ def hits(runs, split):
 
 
 def difference(scores, others, split):
-    """How much better `scores` are than `others`, lists by seed, in points of the mean of families.
+    """How much better `scores` are than `others`, lists by seed; in points of the families' mean.
 
     returns  (difference, half of its 95 % interval over questions, the same over seeds or None)
 
