@@ -461,7 +461,7 @@ def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_re
         # 4 steps of 20 of 40 records: twice over
         train.run_stage(given | {"skip_bad_images": True}, 2, mesh)
         assert log_of(tmp_path / "run", 2)[-1]["skipped_images"] >= 2
-        assert "2 times a picture could not be read" in capfd.readouterr().err
+        assert "2 pictures could not be read" in capfd.readouterr().err
 
 
 def test_a_llama_that_guesses_is_refused_before_stage_1(run, mesh, tmp_path):
@@ -1247,7 +1247,7 @@ def test_a_day_in_miniature(run, tmp_path):
     assert text.count("stopped by SIGTERM after step") == 1
     process = launch(2, *words_of(given | {"resume": True}))
     text = process.communicate(timeout=600)[1]
-    assert process.returncode == 0 and "a picture could not be read" in text, text[-2000:]
+    assert process.returncode == 0 and "pictures could not be read" in text, text[-2000:]
 
     quiet, loud = log_of(tmp_path / "quiet", 2), log_of(tmp_path / "loud", 2)
     assert [row["step"] for row in loud] == [row["step"] for row in quiet] == [*range(1, 301)]
