@@ -243,8 +243,7 @@ def row_of_text(cfg, text, rows=1, turns=1, at=None):
 
 
 def count_flops(run, *parts):
-    """torch's count of the operations of run(): {module: {operation: FLOPs}}; "Global" is the
-    whole.
+    """torch's count for run(): {module: {operation: FLOPs}}; "Global" is the whole.
 
     parts  the models that it runs
     """
@@ -267,18 +266,35 @@ def randomised(reference):
     return reference.eval()
 
 
+CLIPS = [
+    dict(image_size=28, patch_size=14, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+         intermediate_size=48),
+    dict(image_size=40, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=6,
+         intermediate_size=64),
+]
+
+
+LLAMAS = [
+    dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+         num_key_value_heads=4),
+    dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+         num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-4,
+         rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=8,
+         num_key_value_heads=1),
+]
+
+
 def hf_clip(seed=0, **kind):
-    """A small CLIPVisionModel; `kind`: fields of its config."""
+    """A small CLIPVisionModel; `kind`: fields of its config beside CLIPS[0]."""
     torch.manual_seed(seed)
-    kind = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": 3,
-            "num_attention_heads": 2, "intermediate_size": 48, **kind}
-    return randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**kind)))
+    cfg = transformers.CLIPVisionConfig(**{**CLIPS[0], **kind})
+    return randomised(transformers.CLIPVisionModel(cfg))
 
 
 def hf_llama(seed=0, **kind):
-    """A small LlamaForCausalLM; `kind`: fields of its config."""
+    """A small LlamaForCausalLM; `kind`: fields of its config beside LLAMAS[0]."""
     torch.manual_seed(seed + 100)
-    kind = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 300,
-            "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, **kind}
-    return randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**kind)))
+    more = {"vocab_size": 300, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
+    cfg = transformers.LlamaConfig(**{**LLAMAS[0], **more, **kind})
+    return randomised(transformers.LlamaForCausalLM(cfg))

@@ -136,7 +136,7 @@ def test_static_and_latent_weights_are_the_same_for_all_and_generated_ones_each_
 @sources
 @torch.no_grad()
 def test_another_picture_or_question_changes_generated_weights_only(source):
-    """Of LLaVA's own path through one block: the expert's shift of the same features."""
+    """The shift that one block's expert adds to the same features, for two guidances."""
     model = tuned(source)
     block = model.llm.layers[1]
     x = torch.randn(1, 5, D, dtype=torch.float64)
@@ -273,7 +273,7 @@ def matrix(inputs, outputs):
     return (inputs * E + E) + inputs * outputs  # E_n, b^(n)
 
 
-NUMBERS = {  # of one site from G = inputs to outputs, and of what a modality shares
+NUMBERS = {  # parameters of one site, with G = inputs; parameters that a modality shares
     "hyper": (lambda i, o: i * E + E + R * (2 * i + o), lambda i,
               o: E * E + E + E * R * (2 * i + o)),
     "static": (lambda i, o: R * (2 * i + o), lambda i, o: 0),
@@ -433,7 +433,7 @@ def given(tmp_path_factory, mesh):
 @pytest.mark.parametrize("tune", ["full", "peft"])
 def test_stage_2_trains_what_its_source_adds_and_the_llama_only_if_asked_to(given, mesh, tmp_path,
                                                                             source, tune):
-    """And what a LoRA is put beside starts out as it was stored."""
+    """And the linear layers beside a LoRA start as they were stored."""
     o = training.options.complete(
         given | {"out": str(tmp_path), "weight_source": source, "tune": tune}, 2)
     (tmp_path / "stage2").mkdir()

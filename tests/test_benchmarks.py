@@ -18,7 +18,7 @@ import toy.stand_ins
 import toy.world
 import weights
 from data import encode_prompt
-from test_model import (batch_of, close, LAYOUT, logits_of, pictures, static, TOKENIZER, trained,
+from tests.helpers import (batch_of, close, LAYOUT, logits_of, pictures, static, TOKENIZER, trained,
     TURNS, whole_batch)
 
 torch.set_num_threads(1)

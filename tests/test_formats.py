@@ -39,10 +39,11 @@ from data import collate, Conversations, encode_prompt, IMAGE, MULTIPLE, pixels,
 from formats.tokenizer import Tokenizer, train_tokenizer
 from model import LlamaConfig, VisionConfig, VLMConfig
 from projector import Projector
+from tests.helpers import CLIPS, hf_clip, hf_llama, LLAMAS, randomised
 from tests.sentencepiece_files import (BASE, field, LETTERS, message, model_proto, TEXTS,
     train_sentencepiece, WRITTEN)
-from tests.test_weights import (batch_of, Bomb, CLIPS, close, equal, generate, hf_clip, hf_llama,
-    hf_llava, LLAMAS, opened, randomised, state_of, STATIC, TEXTS as SHORT_TEXTS, theirs_generate)
+from tests.test_weights import (batch_of, Bomb, close, equal, generate, hf_llava, opened, state_of,
+    STATIC, TEXTS as SHORT_TEXTS, theirs_generate)
 
 VOCAB, IDS = 320, 291  # rows of the embedding; ids of the tokenizer and of what a text may hold
 

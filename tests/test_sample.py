@@ -11,7 +11,6 @@ import pty
 import signal
 import subprocess
 import sys
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,25 +22,18 @@ from PIL import Image
 import cli
 import data
 import formats.answers
-import model
 import sample
 import weights
 from data import collate, encode, encode_prompt, IMAGE, pad_right, Preprocess
 from formats.runs import choose_checkpoint
 from model import end_turn, generate, stream, VLM
 from sample import Chat, Options
-from test_model import (batch_of, close, EVERY, KINDS, LAYOUT, logits_of, pictures, segments,
-    TOKENIZER, trained, TURNS)
-from tests.test_weights import hf_clip, hf_llama, randomised
+from tests.helpers import (ask_dictated, batch_of, close, counted, dictated, EVERY, hf_clip,
+    hf_llama, KINDS, LAYOUT, logits_of, look, noise, pictures, randomised, segments, TOKENIZER,
+    trained, TURNS)
 
 CPU = ["--device=cpu", "--dtype=float32"]
 CONTEXT = 20_000  # of the checkpoints on disk: an answer that never ends takes longer than any test
-
-
-def noise(seed, size=(40, 30)):
-    """A picture."""
-    shape = (size[1], size[0], 3)
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
 
 
 def checkpoint_of(model, pool="instruction"):
@@ -60,42 +52,6 @@ def answer_of(checkpoint, image, *questions, o=Options(max_new_tokens=6)):
 
 
 # ---- A chat is the whole conversation
-
-
-@contextlib.contextmanager
-def dictated(tokens):
-    """In this context the model gives these tokens, int64[B] each; yields a list of its logits."""
-    seen, tokens, real = [], iter(tokens), model.sample_token
-    model.sample_token = lambda logits, *_: seen.append(logits) or next(tokens)
-    try:
-        yield seen
-    finally:
-        model.sample_token = real
-
-
-def ask_dictated(chat, question, ids, cut=False):
-    """Logits float[P, V] of an answer that is dictated, its end token included unless it is cut."""
-    ids = ids if cut else ids + [TOKENIZER.eos]
-    chat.o = dataclasses.replace(chat.o, max_new_tokens=len(ids))
-    with dictated(torch.tensor([i]) for i in ids) as seen:
-        list(chat.ask(question))
-    return torch.cat(seen)
-
-
-@contextlib.contextmanager
-def counted(model):
-    """Yields a Counter of the tokens that the Llama and the pictures that the tower processes."""
-    count = Counter()
-    handles = [model.llm.embed_tokens.register_forward_hook(
-                   lambda m, x, y: count.update(tokens=x[0].numel())),
-               model.vision.register_forward_hook(lambda m, x, y: count.update(pictures=len(x[0])))]
-    yield count
-    for handle in handles:
-        handle.remove()
-
-
-def look(image, dtype=torch.float32):
-    return data.pixels(image, Preprocess(28)).to(dtype)
 
 
 @torch.no_grad()

@@ -68,9 +68,8 @@ def run(model, x, deltas=None, tag=None):
     plain.
     """
     B, T, _ = x.shape
-    assert deltas is None or {n for n,
-                              delta in enumerate(deltas) if delta} <= set(
-                              model.cfg.vlora.blocks(model.cfg.llm))
+    changed = {n for n, delta in enumerate(deltas or []) if delta}
+    assert changed <= set(model.cfg.vlora.blocks(model.cfg.llm)), "deltas of another config"
     model.set_deltas(deltas, tag)
     ids = torch.zeros(B, T, dtype=torch.int64)  # only their shape matters
     return model.llm.head(model.llm(x, Batch(ids, torch.full((B,), T))))
@@ -104,8 +103,7 @@ def close(a, b, tolerance):
     return a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-# ---- The authors' modules, as far as names, shapes and order of operations go; a reference for
-# ours
+# ---- A reference: the authors' modules, with their names, shapes and order of operations
 
 
 class TheirBlock(nn.Module):
@@ -225,8 +223,8 @@ def test_loading_is_strict(tmp_path):
     state = published(Theirs(SMALL, VISION, LLAMA))
     loaded(state, tmp_path)
     name = "model.mm_projector.gen.1.decoders.0.self_attn.in_proj_bias"
-    with pytest.raises(UserError,
-                       match=r"no tensor for perceptual\.gen\.1\.decoders\.0\.self_attn\.in_proj\.bias"):
+    words = r"no tensor for perceptual\.gen\.1\.decoders\.0\.self_attn\.in_proj\.bias"
+    with pytest.raises(UserError, match=words):
         loaded({k: v for k, v in state.items() if k != name}, tmp_path)
     with pytest.raises(UserError, match="has no place in the model"):
         loaded({**state, "model.mm_projector.gen.5.queries": torch.zeros(1, 2, 16)}, tmp_path)
@@ -243,7 +241,8 @@ def test_the_full_generator_has_as_many_parameters_as_the_authors():
         decoder = Decoder(GeneratorConfig())
     assert size(decoder) == 4_204_032 and size(part) == 851_891_712
     assert size(part.gen[0]) == 168_117_248 and size(part.gen[0].weights_head) == 134_479_872
-    assert size(part.visual_proj) + part.pos_embed.numel() == 819_712 and part.Bs.numel() == 10_485_760
+    assert size(part.visual_proj) + part.pos_embed.numel() == 819_712
+    assert part.Bs.numel() == 10_485_760
     assert list(part.blocks) == [3, 7, 11, 15, 19, 23, 27, 31]
 
 
@@ -278,7 +277,8 @@ def test_first_values_are_the_authors_at_their_widths_and_as_large_in_effect_at_
         assert 0.95 * std < linear.weight.std() < 1.05 * std and not linear.bias.any()
     bound = (6 / (4 * embed)) ** 0.5  # Xavier's, for one matrix of E x 3E
     for attention in (block.self_attn, block.multihead_attn):
-        assert 0.95 * bound < attention.in_proj.weight.abs().max() <= bound and not attention.in_proj.bias.any()
+        assert 0.95 * bound < attention.in_proj.weight.abs().max() <= bound
+        assert not attention.in_proj.bias.any()
     assert 0.8 < g.queries.std() < 1.2 and 0.9 < part.pos_embed.std() < 1.1 and not part.Bs.any()
     # W_v
     assert 0.88 < g(torch.randn(1, 4, embed), torch.tensor([0])).std() / (std * embed ** 0.5) < 1.1
@@ -355,7 +355,7 @@ def test_at_the_start_only_W_s_learns_and_one_step_later_all_of_the_generator_do
     torch.optim.SGD(part.parameters(), lr=1.0).step()
     then = gradients(part, model)
     assert len(then) == len(dict(part.named_parameters())) and min(then.values()) > 0
-    # in_proj holds three matrices; a bias of keys shifts all scores alike, to no effect
+    # in_proj holds three matrices. A bias of keys shifts all scores equally, which changes nothing.
     for generator in part.gen:
         for block in generator.decoders:
             for attention in (block.self_attn, block.multihead_attn):
@@ -557,7 +557,7 @@ def test_without_the_hidden_token_the_others_keep_the_positions_they_were_traine
     theirs.load_state_dict(names)
     ids = torch.randint(1, 64, (2, 10), generator=torch.Generator().manual_seed(5))
     tags, mask = torch.tensor([1, 6]), torch.ones(2, 10, dtype=torch.int64)
-    # the authors put <unk> there, and nobody attends to it
+    # the authors put <unk> there, and no token attends to it
     ids[[0, 1], tags], mask[[0, 1], tags] = 0, 0
     with torch.no_grad():
         expected = theirs(ids, attention_mask=mask,
@@ -674,7 +674,7 @@ def answer(whole, batch, **changes):
 
 
 def talked(dtype=torch.float64):
-    """Three turns about one picture, two of text alone, one turn about another picture."""
+    """Three turns about one picture, two turns of text only, one turn about another picture."""
     return batch_of(conversations(PLACES), pictures(2, dtype), dtype)
 
 
@@ -720,11 +720,11 @@ def test_the_first_step_of_stage_1_moves_W_s_alone_and_the_second_all_of_the_gen
     for _ in range(2):
         whole.zero_grad()
         whole.loss(batch).backward()
-        moving.append({name for name,
-                       p in whole.named_parameters() if p.grad is not None and p.grad.any()})
+        moving.append({name for name, p in whole.named_parameters()
+                       if p.grad is not None and p.grad.any()})
         torch.optim.SGD(whole.perceptual.parameters(), lr=0.1).step()
-    assert moving[0] == {"perceptual.Bs"} and moving[1] == {f"perceptual.{n}" for n,
-                                                            _ in whole.perceptual.named_parameters()}
+    assert moving[0] == {"perceptual.Bs"}
+    assert moving[1] == {f"perceptual.{n}" for n, _ in whole.perceptual.named_parameters()}
 
 
 def test_text_alone_is_the_llamas_and_other_pictures_make_other_answers_to_one_prompt():
@@ -855,8 +855,8 @@ def test_without_its_generated_weights_a_vlora_is_blind_and_with_anothers_it_see
 
 def test_a_llama_with_grouped_queries_and_experts_beside_a_vlora_are_refused():
     grouped = dataclasses.replace(TEXT, kv_heads=2)
-    with pytest.raises(UserError,
-                       match="keys and values are as wide as its states; this one has kv_heads 2, heads 4"):
+    words = "keys and values are as wide as its states; this one has kv_heads 2, heads 4"
+    with pytest.raises(UserError, match=words):
         VLoRAConfig(VISION, grouped, vlora=SMALL)
     for experts in (("1", "none"), ("none", "posterior")):
         with pytest.raises(UserError, match="VLoRA has no experts, both must be none"):
@@ -906,10 +906,10 @@ def test_a_trained_generator_keeps_its_form(tmp_path, field, other):
     whole = vlm(torch.float32, tag=True)
     folder = saved(whole, tmp_path / "x")
     asked = {"visual_expert": "none", "language_expert": "none", "vlora": SMALL}
-    # which counts the tag, whatever is asked for
+    # its `tag` is kept, also if the options say otherwise
     assert weights.load(folder, experts=asked).model.cfg == whole.cfg
-    with pytest.raises(UserError,
-                       match=f"{field} is {getattr(SMALL, field)} there, not {other}.*--vlora_{field}"):
+    words = f"{field} is {getattr(SMALL, field)} there, not {other}.*--vlora_{field}"
+    with pytest.raises(UserError, match=words):
         weights.load(folder, experts=asked
                      | {"vlora": dataclasses.replace(SMALL, **{field: other})})
 
@@ -930,10 +930,9 @@ def test_neither_method_goes_on_with_the_others_checkpoint_nor_does_a_vlora_pass
     assert not (tmp_path / "out").exists()
 
 
-# ---- The published checkpoint's layout, in small shapes: the generator as above, transformers'
-# CLIP and Llama
+# ---- The published checkpoint's layout with small shapes: Theirs, and transformers' CLIP and Llama
 
-# 16 heads, which are in the authors' code alone
+# 16 heads: only the authors' code says so, not their config
 GEN = GeneratorConfig(every=2, rank=3, embed=32, depth=2, tag=True)
 
 
@@ -980,9 +979,8 @@ class Published:
         torch.save(self.state, self.folder / "pytorch_model.bin")
 
     def logits(self, ids, tag, pixels):
-        """Their forward pass: <unk> in the tag's place, which nobody attends to; branches around
-        five modules.
-        """
+        """Their forward pass: <unk> stands for the tag, no token attends to it, and five modules
+        have branches."""
         f = self.clip(pixels[None], output_hidden_states=True).hidden_states[-2][:, 1:]
         A = self.theirs(f).view(5, 2, 32, 3)
         B = self.theirs.Bs.view(5, 2, 32, 3)
@@ -1011,10 +1009,10 @@ def theirs(request, tmp_path):
 @torch.no_grad()
 def test_the_published_layout_opens_with_the_logits_of_the_authors_modules(theirs):
     point = weights.load(str(theirs.folder))
-    assert point.model.cfg == dataclasses.replace(theirs.cfg,
-                                                  llm=dataclasses.replace(theirs.cfg.llm,
-                                                                          context=128))
-    assert point.system == data.SYSTEM and point.prompt_format().image_tokens == 0 and point.preprocess.aspect == "pad"
+    llm = dataclasses.replace(theirs.cfg.llm, context=128)
+    assert point.model.cfg == dataclasses.replace(theirs.cfg, llm=llm)
+    assert point.system == data.SYSTEM and point.prompt_format().image_tokens == 0
+    assert point.preprocess.aspect == "pad"
     conversation = encode(TURNS, TOKENIZER,
                           dataclasses.replace(point.prompt_format(), system="A chat."), "r", "x")
     batch = batch_of([conversation], pictures(1, torch.float32), torch.float32)
@@ -1171,8 +1169,8 @@ def test_vlora_learns_by_heart_what_each_picture_shows(given, aligned, mesh, tmp
     found = [row["loss"] for row in log_of(tmp_path, 2)]
     captions = data.Conversations(given["data"], given["images"], TOKENIZER, PLACES)
     tokens = sum(int((captions[i].labels != IGNORE).sum()) for i in range(8))
-    # Who does not see the picture pays for the digit of each of 8 rows, three digits being there
-    # twice: ln 8 - 3/4 ln 2 nats
+    # Without the picture, the digit of a row costs ln 8 - 3/4 ln 2 nats: of 8 rows, three pairs
+    # share a digit.
     assert found[0] > 2 and found[-1] < 0.5 * (math.log(8) - 0.75 * math.log(2)) * 8 / tokens
 
 
@@ -1285,7 +1283,7 @@ def test_what_autograd_keeps_of_a_generator_and_its_branches_is_foreseen(given):
 
 @pytest.mark.slow
 def test_two_ranks_take_the_same_steps_of_vlora_as_one(given, aligned, tmp_path):
-    """A row at a time, so that a rank often has text alone where the other has a picture."""
+    """With one row at a time, often one rank has only text while the other has a picture."""
     for ranks in (1, 2):
         options = tuning(given, aligned, tmp_path / str(ranks), batch_size=4, micro_batch_size=1,
                          steps=6)

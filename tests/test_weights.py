@@ -24,60 +24,15 @@ from cli import UserError
 from data import IMAGE, Preprocess
 from formats.tokenizer import train_tokenizer
 from model import Batch, CLIP, generate, Llama, LlamaConfig, VisionConfig, VLMConfig
+from tests.helpers import CLIPS, hf_clip, hf_llama, LLAMAS, randomised
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-torch.set_num_threads(1)  # tiny matrices: more only get in each other's way
 TEXTS = ["a red circle and a blue square.", "what colour is the ring?", "USER: ASSISTANT:"]
 STATIC = dict(visual_expert="none", language_expert="none")
-
-
-CLIPS = [  # image_size, patch, width, depth, heads, hidden
-    dict(image_size=28, patch_size=14, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
-         intermediate_size=48),
-    dict(image_size=40, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=6,
-         intermediate_size=64),
-]
-
-
-LLAMAS = [
-    dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-         num_key_value_heads=4),
-    dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
-         num_key_value_heads=2,
-         tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-         rms_norm_eps=1e-4),
-    dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=8,
-         num_key_value_heads=1),
-]
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_tokenizer(TEXTS, 300)
-
-
-def randomised(model):
-    """Random values everywhere, so that no bias or norm is neutral; large enough for greedy choices
-    to be clear.
-    """
-    for name, p in sorted(model.named_parameters()):
-        noise = torch.randn_like(p) * (2 / p.shape[-1]) ** 0.5
-        p.data = 1 + 0.2 * noise if "norm" in name and name.endswith("weight") else noise
-    return model.eval()
-
-
-def hf_clip(seed=0, **kind):
-    torch.manual_seed(seed)
-    return randomised(transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(**{**CLIPS[0], **kind})))
-
-
-def hf_llama(seed=0, **kind):
-    torch.manual_seed(seed + 100)
-    kind = {**LLAMAS[0], "vocab_size": 300, "max_position_embeddings": 128, "bos_token_id": 1,
-            "eos_token_id": 2, **kind}
-    return randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**kind)))
 
 
 def folders(path, tokenizer, clip=None, llama=None):
