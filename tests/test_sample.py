@@ -369,7 +369,7 @@ MISTAKES = {
     "batch and chat": (["--batch=q.jsonl", "--chat"], "--chat"),
     "out without batch": (["--out=a.jsonl"], "belong to --batch"),
     "a batch merged": (["--batch=a.jsonl", "--merge"], "--merge is for one picture"),
-    "merge, but no VLoRA": (["--merge"], "pictures change no weights"),
+    "merge, but no VLoRA": (["--merge"], "is not a VLoRA, --merge works only with one"),
     "batch of none": (["--batch=q.jsonl", "--batch_size=0"], "at least 1"),
     "no such file": (["--batch=nowhere.jsonl"], "nowhere.jsonl"),
     "an empty later turn": (["--prompt=How many?", "--prompt= "], "empty"),
