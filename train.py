@@ -37,7 +37,8 @@ from training.distributed import (DistributedUserError, main_distributed, raise_
                                   Signals, start_world, sum_over_ranks)
 from training.feed import (describe_records, make_loader, Pictures, Question, split_across_ranks,
                            TrainDataset, VLMData)
-from training.log import cut_log, expert_shares, log_row, open_log, progress_bar, write_row
+from training.log import (cut_log, expert_shares, log_row, open_log, progress_bar, write_row,
+                          write_skipped)
 from training.muon import Muon
 from training.options import (complete, device_of, EXPERT_OPTIONS, Options, stage_folder, title)
 from training.parts import check_options, run_parts_in_parallel, unfinished
@@ -257,7 +258,7 @@ def start_or_resume(stage, model, optimisers, o, mesh):
     elif dist.get_rank() == 0:
         shutil.rmtree(states, ignore_errors=True)
     if o.stage == 1 and not start and not o.allow_random_llm:
-        check_llm(model, stage.data.text_batches(), mesh)
+        check_llm(model, raise_on_all_ranks(stage.data.text_batches), mesh)
     if dist.get_rank() > 0:
         return start, 0
     last_row = cut_log(os.path.join(stage_folder(o), "log.jsonl"), start)
@@ -282,6 +283,7 @@ def train(stage, o, mesh, place=0):
             items = [next(loader) for _ in range(dataset.accumulation)]
             batches, messages = [batch for batch, _ in items], sum([m for _, m in items], [])
             waited = time.perf_counter() - asked
+            write_skipped(messages, bar)
 
             # Learning rate
             factor = schedule(step, o)
@@ -304,7 +306,7 @@ def train(stage, o, mesh, place=0):
             last = step + 1 == o.steps
             if last or (step + 1) % o.val_every == 0:
                 row |= evaluate(stage, model, o, mesh)
-            write_row(row, messages, log, bar, o)
+            write_row(row, log, bar, o)
 
             # Save
             save_seconds = 0.0
@@ -406,7 +408,8 @@ def toy_stage(o):
     """Stage 0: the toy's stand-in for CLIP or for the Llama."""
     world = os.path.join(o.out, "world")
     model, data, val, write = toy.stage_0(o.part, world, stage_folder(o), o.system)
-    return Stage(model, data, held_out_batches(val, o.batch_size), write)
+    cuts = [range(i, min(i + o.batch_size, len(val))) for i in range(0, len(val), o.batch_size)]
+    return Stage(model, data, [val.batch(rows) for rows in cuts], write)  # the same on all ranks
 
 
 def run():

@@ -317,6 +317,7 @@ class VLoRA(VLM):
     def forward(self, batch, cache=None):
         """As VLM.forward; the pictures' weights come from `batch.visual`, or else from the cache.
         """
+        self.set_deltas(None, None)  # frees those of the pass before
         deltas = tag = None
         if batch.visual is not None:
             deltas, tag = self.image_weights(batch.visual, batch.picture), batch.tag

@@ -7,6 +7,7 @@ import sys
 import time
 
 from benchmarks.toy import score
+from cli import UserError
 from data import Conversations, PromptFormat
 from formats.tokenizer import train_tokenizer
 from toy.files import write_world
@@ -70,5 +71,8 @@ def finish(out, began):
 
     began  time.perf_counter() at the start of the run
     """
-    plot(read_runs([out]), os.path.join(out, "curves.png"))
+    try:
+        plot(read_runs([out]), os.path.join(out, "curves.png"))
+    except UserError as error:  # a log that is gone or damaged
+        print(f"warning: no curves.png: {error}", file=sys.stderr)
     score(os.path.join(out, "stage2"), os.path.join(out, "world"), out, began)

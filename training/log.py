@@ -80,14 +80,16 @@ def progress_bar(start, o, place):
                 mininterval=1 if terminal else 15)
 
 
-def write_row(row, skipped, log, bar, o):
+def write_skipped(messages, bar):
+    """Write messages about this rank's pictures that could not be read."""
+    for message in messages:
+        bar.write(f"skipped: {message}", file=sys.stderr)
+
+
+def write_row(row, log, bar, o):
     """Write a step's row to log.jsonl, and to the screen every --log_every steps and if it has
     news.
-
-    skipped  messages about this rank's pictures that could not be read
     """
-    for message in skipped:
-        bar.write(f"skipped: {message}", file=sys.stderr)
     if dist.get_rank() == 0:
         print(json.dumps(row), file=log, flush=True)
         if (row["step"] - 1) % o.log_every == 0 or "held_out" in row or "answer" in row:

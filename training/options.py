@@ -106,6 +106,7 @@ def preset_lines(tables):
 POSITIVE = (math.ulp(0.0), math.inf, "more than 0")  # from the smallest positive float
 RANGES = {  # all others: POSITIVE
     "stage": (0, 2, "1 or 2; the toy also has 0"), "seed": (0, 2**63 - 1, "0 to 2**63 - 1"),
+    "clip": (0, math.inf, "0 or more"), "muon_lr": (0, math.inf, "0 or more"),
     "warmup": (0, 1, "0 to 1"), "cooldown": (0, 1, "0 to 1"),
     "guidance_after": (0, math.inf, "0 or more"), "workers": (0, math.inf, "0 or more")}
 
@@ -167,12 +168,12 @@ class Options:
     # optimisation
     epochs: float | None = None      # passes over the data; used if --steps is not given
     muon_lr: float | None = None     # peak learning rate of Muon, which then trains the matrices in
-                                     # blocks (default: the preset's, or AdamW for everything)
+                                     # blocks; 0: AdamW for everything (default: the preset's)
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up. cosine: a cosine to 0; wsd:
                                      # constant, then linear to 0
     warmup: float = 0.03             # share of the steps in which the learning rate rises
     cooldown: float = 0.4            # share of the steps in which wsd falls to 0
-    clip: float | None = None        # largest gradient norm (default: the preset's, or no clipping)
+    clip: float | None = None        # largest gradient norm; 0: no clipping (default: the preset's)
     # run
     part: Literal["clip", "llm"] | None = None  # train only this part of stage 0 (default: both)
     overwrite: bool = False          # train a finished stage again

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -112,14 +113,17 @@ def start_and_wait(parts, signals):
     for process in parts.values():
         process.start()
     signal.signal(signal.SIGINT, signals.note)
-    failed, terminated = None, False
+    failed, terminated = None, 0.0
     while running := [process for process in parts.values() if process.is_alive()]:
         multiprocessing.connection.wait([process.sentinel for process in running], timeout=0.5)
         failed = failed or first_failed(parts)
         if (signals.got or failed) and not terminated:
-            terminated = True
+            terminated = time.monotonic()
             for process in running:
                 process.terminate()
+        if failed and terminated and time.monotonic() - terminated > 60:
+            for process in running:
+                process.kill()  # it may wait for a lock that the failed part held
     return failed or first_failed(parts)
 
 
