@@ -1031,7 +1031,7 @@ def launch(ranks, *words):
 def words_of(given, stage=2):
     """The words of a command line with these options."""
     options = {"stage": stage} | given
-    return [w for k, v in options.items() if v is not None
+    return [w for k, v in options.items() if v is not None and v is not False
             for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
 
