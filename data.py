@@ -36,6 +36,7 @@ MULTIPLE = 16   # training pads sequences to a multiple of this, see `collate`
 TAG = "<image>"
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+POOLS = ("instruction", "prompt", "last")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 warnings.filterwarnings("ignore", module=r"PIL\.")  # `open_image` reports problems in one line
@@ -131,14 +132,15 @@ class PromptFormat:
     system: str = SYSTEM                     # text before the first turn of v1; may be empty
     image_tokens: int = 576                  # positions of a picture; 0 for VLoRA
     context: int = 2048                      # longest sample, in positions; the rest is cut off
-    # What guidance is averaged over: the text of a turn's question, or everything before the
-    # answer, with the picture, the system text and bos
-    pool: Literal["instruction", "prompt"] = "instruction"
+    # What the guidance of a turn is the mean of: the text of its question; all positions between
+    # the last answer and the next (in the first turn also bos, the system text and the picture);
+    # or only the last of these, which has attended to everything before it
+    pool: Literal["instruction", "prompt", "last"] = "instruction"
 
     def __post_init__(self):
-        if self.template not in ("plain", "v1") or self.pool not in ("instruction", "prompt"):
-            raise UserError(f"template {self.template!r}, pool {self.pool!r}: "
-                            "expected plain or v1, and instruction or prompt")
+        for name, known in (("template", ("plain", "v1")), ("pool", POOLS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} {getattr(self, name)!r}: expected {' or '.join(known)}")
 
 
 @dataclass
@@ -245,7 +247,7 @@ def pieces(turns, prompt_format, name, has_image=True):
 
 def encode_conversation(turns, tokenizer, prompt_format, record, image=None):
     """The `Sample` of all turns, of any length; if the last answer is None, it ends before it."""
-    pool_all = prompt_format.pool == "prompt"
+    pool_all = prompt_format.pool != "instruction"
     ids, use, tag = [tokenizer.bos], [0], -1
     is_answer, is_pooled = [False], [pool_all]
     for text, part, turn in pieces(turns, prompt_format, record, image is not None):
@@ -265,6 +267,8 @@ def encode_conversation(turns, tokenizer, prompt_format, record, image=None):
         pool = use = np.full_like(ids, -1)
     else:
         pool = np.where(is_pooled, use, -1)
+        if prompt_format.pool == "last":  # an answer stands between the prompts of two turns
+            pool[:-1][pool[:-1] == pool[1:]] = -1
     labels = np.where(is_answer, ids, IGNORE)
     return Sample(ids, labels, pool, use, max(len(turns), 1), image, record, tag)
 

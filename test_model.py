@@ -297,7 +297,7 @@ def leaks(model, batch):
 
 
 @kinds
-@pytest.mark.parametrize("pool", ["instruction", "prompt"])
+@pytest.mark.parametrize("pool", ["instruction", "prompt", "last"])
 @torch.no_grad()
 def test_a_token_of_an_answer_changes_no_logits_before_it(kind, pool):
     assert leaks(trained(**kind), whole_batch(pool=pool)) == []

@@ -278,7 +278,7 @@ def test_a_space_comes_before_the_picture_and_another_before_the_newline_after_i
     assert plain == [1, IMAGE] + slow.encode("red\n") and plain[-1] == newline
 
 
-@pytest.mark.parametrize("pool", ["instruction", "prompt"])
+@pytest.mark.parametrize("pool", ["instruction", "prompt", "last"])
 @pytest.mark.parametrize("tagged", [0, 1, None])
 def test_a_prompt_is_a_prefix_of_the_prompt_with_its_answer(tokenizer, pool, tagged):
     layout = dataclasses.replace(LAYOUT, pool=pool)
@@ -329,8 +329,15 @@ def test_prompt_pooling_takes_in_picture_system_and_bos(tokenizer):
     assert np.array_equal(s.pool_id, np.where(s.labels == IGNORE, s.use_id, -1))
 
 
+def test_last_pooling_takes_the_position_before_the_answer(tokenizer):
+    s = encode(TURNS, tokenizer, dataclasses.replace(LAYOUT, pool="last"), "r", "x")
+    for t in range(len(TURNS)):
+        at, = np.flatnonzero(s.pool_id == t)
+        assert s.use_id[at] == t and s.labels[at] == IGNORE and s.labels[at + 1] != IGNORE
+
+
 def test_guidance_of_a_trained_position_never_comes_from_later(tokenizer):
-    for pool in ("instruction", "prompt"):
+    for pool in ("instruction", "prompt", "last"):
         s = encode(TURNS, tokenizer, dataclasses.replace(LAYOUT, pool=pool), "r", "x")
         check_causal(s.labels[None], s.pool_id[None], s.use_id[None])
         leaky = np.where(s.labels == IGNORE, s.pool_id, s.use_id)  # answers pooled too

@@ -64,7 +64,7 @@ def whole_logits(checkpoint, turns, image):
 
 
 POOLS = {**{name: (kind, "instruction") for name, kind in KINDS.items()},
-         "pooled over the prompt": ({}, "prompt"),
+         "pooled over the prompt": ({}, "prompt"), "the last token of the prompt": ({}, "last"),
          "no expert": (dict(visual_expert="none", language_expert="none"), "instruction")}
 
 

@@ -39,7 +39,7 @@ class Options:
     system: str = SYSTEM       # text before the first turn
     image_tokens: int = 576    # positions of a picture; 0 for VLoRA
     context: int = 2048        # positions of a sample
-    guidance_pool: Literal["instruction", "prompt"] = "instruction"  # text that guidance averages
+    guidance_pool: Literal["instruction", "prompt", "last"] = "instruction"  # as in training
 
     def __post_init__(self):
         if self.context < 1:

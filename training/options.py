@@ -158,8 +158,11 @@ class Options:
                                      # Llama that have an expert, from stage 2 on (Table 3)
     guidance_after: int | None = None  # guidance is the output of this many blocks
                                      # (Figure 3; default: half, or 0 if block 0 has an expert)
-    guidance_pool: Literal["instruction", "prompt"] = "instruction"  # guidance is the mean
-                                     # over the turn's instruction, or over the whole prompt
+    guidance_pool: Literal["instruction", "prompt", "last"] = "instruction"  # what guidance is the
+                                     # mean of. instruction: the text of the turn's question;
+                                     # prompt: also the picture and the system text, in the turn
+                                     # where they stand; last: only the last position before the
+                                     # answer
     expert_embed: int = 64           # width of the guidance's embedding (Figure 4a)
     expert_rank: int = 16            # width of an expert's bottleneck (Figure 4b)
     weight_source: Literal["hyper", "static", "latent", "mlp", "lora"] = "hyper"  # where
