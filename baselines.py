@@ -151,6 +151,7 @@ class MatrixExpert(nn.Module):
 class LoRA(nn.Module):
     """The low-rank change of a linear layer, x A B: float[.., inputs] -> float[.., outputs]
     (arXiv 2106.09685)."""
+    dropout = 0.0  # share of x that is set to zero, only while gradients are computed
 
     def __init__(self, inputs, outputs, rank):
         super().__init__()
@@ -164,6 +165,7 @@ class LoRA(nn.Module):
         nn.init.zeros_(self.up)
 
     def forward(self, x):
+        x = F.dropout(x, self.dropout, torch.is_grad_enabled())
         return 2 * (x @ self.down) @ self.up  # alpha = 2 R, as in LLaVA's finetune_lora.sh
 
 

@@ -32,6 +32,7 @@ from data import Conversations, PromptFormat
 from formats.folders import resolve
 from formats.llava import projector_file
 from toy import stage0 as toy
+from training.checks import check_llm
 from training.costs import step_flops
 from training.distributed import (DistributedUserError, main_distributed, raise_on_all_ranks,
                                   Signals, start_world, sum_over_ranks)
@@ -43,7 +44,7 @@ from training.muon import Muon
 from training.options import (complete, device_of, EXPERT_OPTIONS, Options, stage_folder, title)
 from training.parts import check_options, run_parts_in_parallel, unfinished
 from training.plan import print_plan
-from training.sharding import compile_blocks, gather_tensors, recompute, shard, write_out_kernels
+from training.sharding import compile_blocks, gather_tensors, recompute, set_modules, shard
 from training.state import first_step, load_state, save_or_warn
 from vlora import GeneratorConfig
 from weights import assemble, load, save, source_entry
@@ -81,15 +82,26 @@ def is_muon_matrix(name, p):
     return ".layers." in name and not in_expert and p.ndim == 2
 
 
+def rate_of(name, p, o):
+    """The option that is the peak learning rate of a parameter."""
+    if o.muon_lr and is_muon_matrix(name, p):
+        return "muon_lr"
+    return "projector_lr" if o.projector_lr and name.startswith("projector.") else "lr"
+
+
 def make_optimisers(model, o):
-    """AdamW for all that trains. With --muon_lr: Muon for the matrices in blocks, AdamW for the
-    rest.
+    """AdamW for what trains; with --muon_lr, Muon for the matrices in blocks. A group of parameters
+    for each rate; its peak is the group's `initial_lr`.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if o.muon_lr and is_muon_matrix(name, p)]
-    rest = [p for name, p in named if not (o.muon_lr and is_muon_matrix(name, p))]
-    adam = torch.optim.AdamW(rest, o.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    return [adam] + ([Muon(matrices, lr=o.muon_lr)] if matrices else [])
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault(rate_of(name, p, o), []).append(p)
+    groups = {rate: {"params": params, "lr": getattr(o, rate), "initial_lr": getattr(o, rate)}
+              for rate, params in groups.items()}
+    muon = groups.pop("muon_lr", None)
+    adam = torch.optim.AdamW(list(groups.values()), weight_decay=0.0, eps=1e-8, fused=True)
+    return [adam] + ([Muon([muon], o.muon_lr)] if muon else [])
 
 
 def schedule(step, o):
@@ -158,6 +170,8 @@ def train_step(model, optimisers, batches, step, o, mesh, *, skipped=0, stop=0):
     means.)
     """
     tokens, result = gather_counts(batches, model, step, o, mesh, skipped=skipped, stop=stop)
+    # A resumed run draws the same dropout
+    torch.manual_seed(o.seed + step * dist.get_world_size() + dist.get_rank())
     summed = 0.0
     for batch in batches:
         loss = model.loss(batch.to(mesh.device_type)) / tokens
@@ -205,22 +219,6 @@ def evaluate(stage, model, o, mesh):
     return row
 
 
-@torch.no_grad()
-def check_llm(model, batches, mesh):
-    """UserError if the loss of a frozen Llama on answers is near that of chance, ln(vocab).
-
-    Its weights are then random, or those of another model, and stage 1 would fit the projector to
-    noise.
-    """
-    loss = sum(model.loss(b.to(mesh.device_type)).item() for b in batches)
-    loss /= sum(b.trained for b in batches)
-    chance = math.log(model.cfg.llm.vocab)
-    if not loss < 0.9 * chance:
-        raise DistributedUserError(
-            f"loss {loss:.2f} per token of text is near chance ({chance:.2f}): "
-            f"is --llm pretrained? For a test run with a random Llama, add --allow_random_llm")
-
-
 # ---- The loop
 
 
@@ -238,8 +236,7 @@ class Stage:
 def setup_model(model, o, mesh):
     """(model, optimisers): frozen, compiled, checkpointed and sharded as the options say."""
     freeze(model, TRAINS[o.stage, o.tune])
-    if o.kernels == "eager":
-        write_out_kernels(model)
+    set_modules(model, eager=o.kernels == "eager", dropout=o.lora_dropout)
     if o.compile:
         compile_blocks(model)
     if o.stage:
@@ -287,8 +284,8 @@ def train(stage, o, mesh, place=0):
 
             # Learning rate
             factor = schedule(step, o)
-            for optimiser, lr in zip(optimisers, (o.lr, o.muon_lr)):
-                optimiser.param_groups[0]["lr"] = lr * factor
+            for group in (g for optimiser in optimisers for g in optimiser.param_groups):
+                group["lr"] = group["initial_lr"] * factor
 
             # Forward, backward, clip, step
             result = train_step(model, optimisers, batches, step, o, mesh,

@@ -14,6 +14,7 @@ import benchmarks.ablation
 import formats.weight_files
 import train
 import training.options
+import training.sharding
 import weights
 from baselines import (BaselineConfig, LatentExpert, LoRA, LoRALinear, MatrixExpert,
     MatrixNetwork)
@@ -452,3 +453,39 @@ def test_stage_2_trains_what_its_source_adds_and_the_llama_only_if_asked_to(give
                      and n.startswith("llm.")}
     losses = [json.loads(line)["loss"] for line in open(tmp_path / "stage2" / "log.jsonl")]
     assert losses[2] < losses[0]
+
+
+def losses_of(options, folder, mesh):
+    train.run_stage(options | {"out": str(folder)}, 2, mesh)
+    lines = (folder / "stage2" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_dropout_of_lora_changes_the_steps_and_a_resumed_run_draws_the_same(given, mesh, tmp_path,
+                                                                           monkeypatch):
+    options = given | {"weight_source": "lora", "tune": "peft", "steps": 4, "save_every": 2,
+                       "lora_dropout": 0.5, "projector_lr": 1e-3}
+    whole = losses_of(options, tmp_path / "whole", mesh)
+    without = losses_of(options | {"lora_dropout": 0.0}, tmp_path / "without", mesh)
+    assert whole[0] == without[0]  # the change starts at zero
+    assert all(a != b for a, b in zip(whole[2:], without[2:]))
+
+    def stopping(model, optimisers, batches, step, *args, go_on=train.train_step, **more):
+        if step == 3:
+            raise KeyboardInterrupt
+        return go_on(model, optimisers, batches, step, *args, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", stopping)
+        losses_of(options, tmp_path / "broken", mesh)
+    torch.rand(7)  # another process draws from another place
+    assert losses_of(options | {"resume": True}, tmp_path / "broken", mesh) == whole
+
+
+def test_lora_drops_nothing_without_gradients():
+    model, batch = tuned("lora", torch.float32), prompts()
+    before = logits_of(model, batch)
+    training.sharding.set_modules(model, eager=False, dropout=0.5)
+    assert not torch.allclose(logits_of(model, batch), before)
+    with torch.no_grad():
+        assert torch.equal(logits_of(model, batch), before)

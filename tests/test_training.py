@@ -29,6 +29,7 @@ import toy.files
 import toy.stand_ins
 import toy.world
 import train
+import training.checks
 import training.costs
 import training.distributed
 import training.feed
@@ -477,13 +478,13 @@ def test_a_llama_that_guesses_is_refused_before_stage_1(run, mesh, tmp_path):
     torch.nn.init.zeros_(model.llm.lm_head.weight)
     with pytest.raises(UserError,
                        match=r"loss 6\.4\d per token of text is near chance \(6\.46\): is --llm pretrained\?"):
-        train.check_llm(model, texts, mesh)
+        training.checks.check_llm(model, texts, mesh)
     ids = torch.cat([b.target[b.target >= 0] for b in texts]).unique()
     known = torch.full((model.cfg.llm.vocab,), 0.0).index_fill(0, ids, 1.0)
     model.loss = lambda batch: torch.nn.functional.cross_entropy(
         # has learnt only which words occur
         (known * 5).expand(len(batch.target), -1), batch.target, reduction="sum")
-    train.check_llm(model, texts, mesh)
+    training.checks.check_llm(model, texts, mesh)
 
 
 def test_the_memory_of_weights_gradients_and_optimiser_is_foreseen_to_the_byte(run, mesh, tmp_path):
@@ -836,7 +837,7 @@ def test_mistakes_on_the_command_line_end_in_one_line(run, tmp_path, monkeypatch
          "batch_size 9 is not a multiple"),
         (["--stage", "1", "--out", run, "--overwrite", "--resume", "--pictures", "40"],
          "--resume: no saved state"),
-        (["--preset", "9b"], "expected one of toy, 7b, 13b, 1b"),
+        (["--preset", "9b"], "expected one of toy, 7b, 13b, 1b, 7b-lora, 13b-lora"),
         (["--stage", "1", "--out", run, "--overwrite", "--data", "no.json", "--pictures", "40"],
          "no.json"),
         (["--stage", "1", "--out", run, "--overwrite", "--images", "nowhere", "--pictures", "40"],
@@ -876,6 +877,35 @@ def test_out_follows_the_preset():
     for preset in training.options.PRESETS:
         assert training.options.Options(preset=preset).out == os.path.join("out", preset)
     assert training.options.Options(preset="7b", out="runs/a").out == "runs/a"
+
+
+def rates(preset, **given):
+    """(rate of AdamW, of the projector) in stage 2."""
+    values = training.options.preset_options(training.options.Options(preset=preset, **given), 2)
+    return values["lr"], values.get("projector_lr")
+
+
+def test_peft_takes_the_rates_of_llavas_lora_with_llavas_presets_only():
+    assert rates("7b") == (2e-5, None) and rates("7b", tune="peft") == (2e-4, 2e-5)
+    assert rates("1b", tune="peft") == rates("13b-lora") == (2e-4, 2e-5)
+    assert rates("toy", tune="peft") == (2e-3, None)
+
+
+def test_the_projector_and_its_expert_have_a_rate_of_their_own(run, mesh, tmp_path):
+    """AdamW's first step moves every number by the rate, whatever its gradient."""
+    options = dict(tune="peft", steps=1, lr=1e-3, projector_lr=1e-5, warmup=0.0, muon_lr=0.0)
+    before, after = trained(stage_2(run, tmp_path, **options), 2, mesh)
+    for name, old in before.items():
+        step = (after[name] - old).abs().max().item()
+        if name.startswith("projector."):
+            assert 0 < step < 2e-5, name
+        elif name.startswith("llm.") and step:
+            assert 5e-4 < step < 2e-3, name
+
+
+def test_vlora_has_no_preset_of_lora():
+    with pytest.raises(UserError, match="--preset 7b-lora is no preset of --method vlora"):
+        training.options.complete({"preset": "7b-lora", "method": "vlora"}, 1)
 
 
 def test_the_help_names_the_values_of_every_preset_in_80_columns():

@@ -52,6 +52,19 @@ LLAVA = {
             group_by_length=True)  # --group_by_modality_length
 }
 
+# What --tune peft changes in stage 2 of LLaVA's recipe. The paper names no rates for it; we take
+# those of LLaVA's finetune_lora.sh: --learning_rate for what is new, --mm_projector_lr
+PEFT = dict(lr=2e-4, projector_lr=2e-5)
+
+# LLaVA's finetune_lora.sh itself: LoRA in all blocks, and no experts
+LLAVA_LORA = LLAVA | {
+    "all": LLAVA["all"] | dict(visual_expert="none"),
+    2: LLAVA[2] | PEFT | dict(
+        tune="peft", weight_source="lora", language_expert="all",  # --lora_enable True
+        expert_rank=128,    # --lora_r 128 --lora_alpha 256; our alpha is always twice the rank
+        lora_dropout=0.05)  # its default
+}
+
 # TinyLlama and CLIP-L on one GPU of 24 GB: the same recipe with smaller micro-batches
 ONE_GPU = LLAVA | {1: LLAVA[1] | dict(micro_batch_size=16), 2: LLAVA[2] | dict(micro_batch_size=4)}
 
@@ -65,7 +78,8 @@ TOY = {
             cache_features=True),  # stage 1 would gain nothing: it reads each picture at most once
 }
 
-PRESETS = {"toy": TOY, "7b": LLAVA, "13b": LLAVA, "1b": ONE_GPU}
+PRESETS = {"toy": TOY, "7b": LLAVA, "13b": LLAVA, "1b": ONE_GPU,
+           "7b-lora": LLAVA_LORA, "13b-lora": LLAVA_LORA}
 
 # What --method vlora changes: VLoRA §4.1 and the authors' pretrain.sh and finetune.sh, for 8 GPUs
 VLORA = {
@@ -87,6 +101,8 @@ def preset_options(o, stage):
     """{option: value} that the preset and the method of `o` set in a stage."""
     table, unit = PRESETS[o.preset], o.part or stage
     values = table.get("all", {}) | table.get(unit, {})
+    if stage == 2 and o.tune == "peft" and o.preset != "toy":
+        values |= PEFT
     return values | VLORA_PRESETS[o.preset].get(unit, {}) if o.method == "vlora" else values
 
 
@@ -107,7 +123,7 @@ POSITIVE = (math.ulp(0.0), math.inf, "more than 0")  # from the smallest positiv
 RANGES = {  # all others: POSITIVE
     "stage": (0, 2, "1 or 2; the toy also has 0"), "seed": (0, 2**63 - 1, "0 to 2**63 - 1"),
     "clip": (0, math.inf, "0 or more"), "muon_lr": (0, math.inf, "0 or more"),
-    "warmup": (0, 1, "0 to 1"), "cooldown": (0, 1, "0 to 1"),
+    "warmup": (0, 1, "0 to 1"), "cooldown": (0, 1, "0 to 1"), "lora_dropout": (0, 1, "0 to 1"),
     "guidance_after": (0, math.inf, "0 or more"), "workers": (0, math.inf, "0 or more")}
 
 
@@ -117,10 +133,10 @@ class Options:
     # most important
     stage: int | None = None         # 0: the toy's own CLIP and Llama; 1: align the projector;
                                      # 2: instruction tuning (default: all stages of the toy)
-    preset: Literal["toy", "7b", "13b", "1b"] = "toy"  # sets the options listed at
-                                     # the end. toy: a small model, drawn pictures; 7b, 13b:
-                                     # LLaVA-1.5's recipe, 8 GPUs; 1b: TinyLlama and CLIP-L, one GPU
-                                     # of 24 GB
+    preset: Literal["toy", "7b", "13b", "1b", "7b-lora", "13b-lora"] = "toy"  # sets the options
+                                     # listed at the end. toy: a small model, drawn pictures; 7b,
+                                     # 13b: LLaVA-1.5's recipe, 8 GPUs; 1b: TinyLlama and CLIP-L,
+                                     # one GPU of 24 GB; -lora: LLaVA's LoRA, without experts
     vision: str | None = None        # CLIP: a folder or a name on the Hugging Face hub (stage 1;
                                      # stage 2 if --init is an mm_projector.bin)
     llm: str | None = None           # Llama, in the same way
@@ -136,7 +152,8 @@ class Options:
                                      # preset's)
     lr: float | None = None          # peak learning rate of AdamW (default: the preset's)
     tune: Literal["full", "peft"] = "full"  # what stage 2 trains. full: projector, experts and
-                                     # Llama; peft: projector and experts only
+                                     # Llama; peft: projector and experts only, at the rates of
+                                     # LLaVA's LoRA (2e-4, projector 2e-5) if the preset is LLaVA's
     # data
     val: str | None = None           # JSON file for the held-out loss, with the same --images
     pictures: int = 16000            # training pictures of the toy, and as many texts for its Llama
@@ -158,8 +175,8 @@ class Options:
                                      # Llama that have an expert, from stage 2 on (Table 3)
     guidance_after: int | None = None  # guidance is the output of this many blocks
                                      # (Figure 3; default: half, or 0 if block 0 has an expert)
-    guidance_pool: Literal["instruction", "prompt", "last"] = "instruction"  # what guidance is the
-                                     # mean of. instruction: the text of the turn's question;
+    guidance_pool: Literal["instruction", "prompt", "last"] = "instruction"  # what guidance is
+                                     # the mean of. instruction: the text of the turn's question;
                                      # prompt: also the picture and the system text, in the turn
                                      # where they stand; last: only the last position before the
                                      # answer
@@ -170,12 +187,16 @@ class Options:
                                      # (Tables 5, 6)
     # optimisation
     epochs: float | None = None      # passes over the data; used if --steps is not given
+    projector_lr: float | None = None  # peak learning rate of the projector and its expert
+                                     # (default: --lr, or the preset's)
     muon_lr: float | None = None     # peak learning rate of Muon, which then trains the matrices in
                                      # blocks; 0: AdamW for everything (default: the preset's)
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up. cosine: a cosine to 0; wsd:
                                      # constant, then linear to 0
     warmup: float = 0.03             # share of the steps in which the learning rate rises
     cooldown: float = 0.4            # share of the steps in which wsd falls to 0
+    lora_dropout: float = 0.0        # share of the inputs of LoRA that is dropped, with
+                                     # --weight_source lora
     clip: float | None = None        # largest gradient norm; 0: no clipping (default: the preset's)
     # run
     part: Literal["clip", "llm"] | None = None  # train only this part of stage 0 (default: both)
@@ -288,6 +309,8 @@ def device_of(o):
 
 def check_method(given, method):
     """UserError if an option belongs to the other method."""
+    if method == "vlora" and given.get("preset", "toy") not in VLORA_PRESETS:
+        raise UserError(f"--preset {given['preset']} is no preset of --method vlora")
     experts = {name for name in given if name in (*EXPERT_OPTIONS, "guidance_pool")}
     vlora = {name for name in given if name.startswith("vlora_")}
     if wrong := experts if method == "vlora" else vlora:

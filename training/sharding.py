@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from baselines import MatrixNetwork
+from baselines import LoRA, MatrixNetwork
 from hypernet import HyperNetwork
 from model import Attention, Block, CLIP, RMSNorm, VisionAttention, VisionBlock
 from vlora import Generator
@@ -47,11 +47,15 @@ def shard(model, mesh, dtype):
     return model
 
 
-def write_out_kernels(model):
-    """Write attention and norms out instead of calling fused kernels (--kernels eager)."""
+def set_modules(model, *, eager, dropout):
+    """eager: attention and norms are written out instead of calling fused kernels (--kernels).
+    dropout: share of LoRA's inputs that is dropped while gradients are computed (--lora_dropout).
+    """
     for module in model.modules():
         if isinstance(module, (Attention, VisionAttention, RMSNorm)):
-            module.eager = True
+            module.eager = eager
+        elif isinstance(module, LoRA):
+            module.dropout = dropout
 
 
 def compile_blocks(model):
