@@ -416,11 +416,12 @@ def run():
     raise_on_all_ranks(lambda: check_options(given))
     rank_0, one_process = dist.get_rank() == 0, "WORLD_SIZE" not in os.environ
     progress = toy.Progress(o.stage is None and rank_0)
-    if o.preset == "toy":
+    # The toy needs its stand-ins for CLIP and the Llama, unless others are given, and its world for
+    # them and as its data
+    stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
+    if stand_ins or o.stage == 0 or (o.preset == "toy" and "data" not in given):
         raise_on_all_ranks(lambda: toy.make_world(o.out, o.pictures) if rank_0 else None)
         progress.done("world")
-    # The toy needs its stand-ins for CLIP and the Llama, unless others are given
-    stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
     for stage in [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage]):
         runs = unfinished(given, stage)
         parallel = len(runs) > 1 and mesh.device_type == "cpu" and one_process

@@ -976,6 +976,33 @@ def test_the_plan_tells_the_padding_of_the_run(run, mesh, tmp_path):
     assert training.plan.share_of_padding(data, o) == pytest.approx(real) and 0 < real < 0.5
 
 
+def test_own_data_in_the_toy_needs_neither_its_world_nor_its_held_out_data(tmp_path, mesh,
+                                                                           monkeypatch):
+    for name in ("init", "images"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "init" / "config.json").write_text("{}")
+    (tmp_path / "d.json").write_text("[]")
+    own = {"out": str(tmp_path / "out"), "data": str(tmp_path / "d.json"),
+           "init": str(tmp_path / "init")}
+    with pytest.raises(UserError, match="stage 2 with preset toy needs --images"):
+        training.options.complete(own, 2)
+    own["images"] = str(tmp_path / "images")
+    assert training.options.complete(own, 2).val is None
+    assert training.options.complete(own | {"val": own["data"]}, 2).val == own["data"]
+    drawn = []
+    monkeypatch.setattr(train.toy, "make_world", lambda out, pictures: drawn.append(out))
+    monkeypatch.setattr(train, "start_world", lambda device, replicate: mesh)
+    monkeypatch.setattr(train, "run_stage", lambda *a: None)
+    parts = ["--vision=v", "--llm=l"]
+    for stage, words, world in ((2, [], False), (1, parts, False), (1, [], True), (0, [], True)):
+        words = [f"--stage={stage}", *(f"--{k}={v}" for k, v in own.items()), *words]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        monkeypatch.setattr(train, "run_parts_in_parallel", lambda *a: None)
+        train.run()
+        assert bool(drawn) == world
+        drawn.clear()
+
+
 def test_a_checkpoint_that_was_set_aside_counts_as_finished(run, tmp_path):
     shutil.copytree(f"{run}/stage1", tmp_path / "stage1.old")
     assert training.options.finished(str(tmp_path),

@@ -283,11 +283,13 @@ def finished(out, stage, part=None):
     return any(os.path.exists(os.path.join(f, "config.json")) for f in (folder, f"{folder}.old"))
 
 
-def toy_files(out, stage):
-    """{option: path} of the toy's data and of its own CLIP and Llama, for a stage."""
+def toy_files(out, stage, own_data):
+    """{option: path} of the toy's CLIP and Llama, and of its data unless the user has their own."""
+    files = {"vision": folder_of(out, 0, "clip"), "llm": folder_of(out, 0, "llm")}
+    if own_data:
+        return files
     world = os.path.join(out, "world")
-    files = {"vision": folder_of(out, 0, "clip"), "llm": folder_of(out, 0, "llm"),
-             "images": os.path.join(world, "images")}
+    files["images"] = os.path.join(world, "images")
     if stage > 0:
         data = "captions" if stage == 1 else "instruct"
         val = "validation_captions" if stage == 1 else "validation"
@@ -369,7 +371,7 @@ def complete(given, stage):
     check_method(given, o.method)
     preset = preset_options(o, stage)
     if o.preset == "toy":
-        preset |= toy_files(o.out, stage)
+        preset |= toy_files(o.out, stage, "data" in given)
     if stage == 2:
         preset["init"] = folder_of(o.out, 1)
     if "epochs" in given and "steps" not in given:
