@@ -16,7 +16,6 @@ sees exactly what training saw.
 """
 import json
 import os
-import re
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +27,8 @@ from PIL import Image, UnidentifiedImageError
 
 from cli import UserError
 from formats.json_files import read_json_list
+from formats.pictures import check_size, eight_bits, flatten
+from formats.records import check_record
 from model import Batch
 
 IMAGE = -200    # placeholder in `Sample.ids` for each image token; the value is LLaVA's
@@ -49,42 +50,23 @@ class Preprocess:
     mean: tuple[float, ...] = CLIP_MEAN     # per channel, of pixels in 0..1
     std: tuple[float, ...] = CLIP_STD
     aspect: Literal["pad", "crop"] = "pad"  # make a square by padding, or by a central crop
-
-
-def check_size(image):
-    """Raise DecompressionBombError if a picture would take too much memory."""
-    width, height = image.size
-    # Above this limit Pillow only warns; it raises at twice the limit
-    if width * height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(f"{width} x {height} pixels")
-    # Padded to a square with 4 bytes per pixel, 1 x 65000 would take 17 GB
-    long, short = max(image.size), min(image.size)
-    if long ** 2 > 4 * Image.MAX_IMAGE_PIXELS or long > 1000 * short:
-        raise Image.DecompressionBombError(
-            f"{width} x {height} pixels: too long, or too large as a square")
+    background: Literal["none", "white"] = "none"  # behind transparent pixels; none: transparency
+                                                   # is dropped
 
 
 def open_image(file, name):
-    """The first frame of a picture (a path or an open file) as a PIL image in RGB, fully loaded.
+    """The first frame of a picture (a path or an open file) as a PIL image, fully loaded.
 
-    As in LLaVA, EXIF orientation is ignored and transparency is dropped, not blended with white.
-    Of 16-bit values the upper 8 bits are kept; LLaVA clips 16-bit grey at 255.
+    In RGB, or in RGBA if it has transparency; `pixels` decides what becomes of that. As in LLaVA,
+    EXIF orientation is ignored. Of deep grey 8 bits are kept; LLaVA clips it at 255.
     Raises UserError with `name` if the file is missing, damaged, far too large or not a picture.
     """
     # For a damaged file Pillow raises OSError, SyntaxError, ValueError, struct.error and others
     try:
         with Image.open(file) as image:
             check_size(image)
-            if image.mode.startswith("I"):  # I;16, I;16B or I: grey with more than 8 bits
-                grey = np.asarray(image)
-                if grey.min() < 0 or grey.max() > 65535:
-                    raise ValueError(f"grey values from {grey.min()} to {grey.max()}, "
-                                     "expected at most 16 bits")
-                image = Image.fromarray((grey >> 8).astype(np.uint8))
-            if image.mode == "F":
-                raise ValueError("floating-point pixels, whose value for white is unknown: "
-                                 "save it with 8 bits")
-            return image.convert("RGB")
+            image = eight_bits(image)
+            return image.convert("RGBA" if image.has_transparency_data else "RGB")
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such picture") from None
     except UnidentifiedImageError:
@@ -103,10 +85,11 @@ def pad_square(image, mean):
 
 
 def pixels(image, prep):
-    """float32[3, S, S], normalised, from an RGB image; equals CLIPImageProcessor with Pillow.
+    """float32[3, S, S], normalised, from an RGB or RGBA image; as CLIPImageProcessor with Pillow.
 
     The shorter side is resized to S, then the centre is cropped.
     """
+    image = flatten(image, prep.background)
     if prep.aspect == "pad" and image.width != image.height:
         image = pad_square(image, prep.mean)
     short, long = sorted(image.size)
@@ -170,24 +153,6 @@ def refers_to_image(question):
     return question.strip().startswith(TAG) or question.strip().endswith(TAG)
 
 
-def check_messages(messages, name):
-    """Raise UserError unless `messages` is a list of texts by human and gpt in alternation."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{name}: expected a non-empty list `conversations`")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise UserError(f'{name}: message {i} does not have the form '
-                            '{"from": role, "value": text}')
-        role = message.get("from")
-        if role not in ("human", "gpt"):
-            raise UserError(f"{name}: message {i} has the role {role!r}, expected human or gpt")
-        if i and role == messages[i - 1]["from"]:
-            raise UserError(f"{name}: messages {i - 1} and {i} are both from {role}: "
-                            "roles must alternate")
-        if re.search("[\ud800-\udfff]", message["value"]):
-            raise UserError(f"{name}: message {i} is not valid Unicode (half a surrogate pair)")
-
-
 def turns_of_record(record, name):
     """The turns [(question, answer), ...] of a LLaVA record; a tag is moved to the front.
 
@@ -196,12 +161,8 @@ def turns_of_record(record, name):
     Raises UserError with `name` for a malformed record, for a picture without a tag and for a tag
     without a picture. LLaVA accepts the last two.
     """
-    if not isinstance(record, dict):
-        raise UserError(f"{name}: expected an object, found {type(record).__name__}")
-    image, messages = record.get("image"), record.get("conversations")
-    if image is not None and not (isinstance(image, str) and image):
-        raise UserError(f"{name}: `image` is {image!r}, expected the path of one picture")
-    check_messages(messages, name)
+    check_record(record, name)
+    image, messages = record.get("image"), record["conversations"]
     texts = [m["value"] for m in messages[messages[0]["from"] == "gpt":]]
     turns = list(zip(texts[::2], texts[1::2]))
     if not turns:
@@ -329,18 +290,21 @@ def encode_prompt(turns, question, tokenizer, prompt_format, image=None, record=
 # 3. The data set
 
 def load_records(path):
-    """The list of records in a LLaVA JSON file, not checked yet; UserError if there is none."""
+    """The records in a LLaVA JSON or JSON Lines file, not checked yet; UserError if none."""
     return read_json_list(path)
 
 
 def image_path(images, image, name):
     """The path of a record's picture in the folder `images`; UserError if it leads outside.
 
-    Links inside the folder are followed: the user made them, often to keep coco/ on another disk.
+    `image` is relative to the folder, or absolute and inside it. Links inside the folder are
+    followed: the user made them, often to keep coco/ on another disk.
     """
-    outside = os.path.isabs(image) or ".." in image.split("/")
-    if outside or "\0" in image or os.path.normpath(image) == ".":
-        raise UserError(f"{name}: the picture {image} is not inside {images}")
+    inside = os.path.relpath(image, images) if os.path.isabs(image) else image
+    outside = ".." in [*image.split("/"), *inside.split("/")]
+    if outside or "\0" in image or os.path.normpath(inside) == ".":
+        raise UserError(f"{name}: the picture {image!r:.200} is not inside {images}: expected a "
+                        "path in the folder --images")
     return os.path.join(images, image)
 
 

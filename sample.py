@@ -51,6 +51,8 @@ class Options:
     temperature: float = 0.0           # 0: always the likeliest token; above 0: drawn at random
     top_p: float = 1.0                 # sample from the fewest tokens with this total probability
     seed: int = 0                      # of the random draws
+    background: Literal["none", "white"] | None = None  # white: behind transparent pixels; none:
+                                       # transparency is dropped (without: as in training)
     # file of questions
     batch: str | None = None           # JSON Lines file: {"prompt": text, "image": path} a line,
                                        # the picture may be missing
@@ -95,6 +97,8 @@ def load(o, name):
     if o.merge and not isinstance(checkpoint.model, vlora.VLoRA):
         raise UserError(f"--merge: {name} is not a VLoRA, --merge works only with one")
     checkpoint.model.to(device)
+    if o.background:
+        checkpoint.preprocess = dataclasses.replace(checkpoint.preprocess, background=o.background)
     return checkpoint, f"{name} on {device} in {dtype}"
 
 
@@ -326,7 +330,8 @@ def answer_file(o):
     rows, name = read_questions(o.batch), choose_checkpoint(o.model)
     out = o.out or f"{os.path.splitext(o.batch)[0]}.answers.jsonl"
     images = o.images or os.path.dirname(o.batch) or "."
-    sampling = {n: getattr(o, n) for n in ("temperature", "top_p", "max_new_tokens", "seed")}
+    sampling = {n: getattr(o, n) for n in ("temperature", "top_p", "max_new_tokens", "seed",
+                                           "background")}
     settings = {"model": name, "fingerprint": fingerprint(locate(name)), **sampling}
     answers = AnswerFile(out, rows, settings)
     if answers.done == len(rows):

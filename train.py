@@ -366,7 +366,8 @@ def build_model(o):
 def vlm_stage(o):
     """Stage 1 (alignment) or 2 (instruction tuning) of a VLM on LLaVA's data."""
     model, tokenizer, preprocess, sources = build_model(o)
-    cfg, preprocess = model.cfg, dataclasses.replace(preprocess, aspect=o.aspect)
+    cfg, preprocess = model.cfg, dataclasses.replace(
+        preprocess, aspect=o.aspect, background=o.background or preprocess.background)
     context = o.context or min(2048, cfg.llm.context)
     layout = PromptFormat(o.template, o.system, cfg.image_tokens, context, o.guidance_pool)
     if not os.path.isdir(o.images):

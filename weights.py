@@ -344,7 +344,8 @@ def load_ours(folder, config, *, dtype, **how):
     if config["version"] != VERSION:
         raise UserError(f"{path}: version {config['version']}, this code reads {VERSION}")
     cfg = read_config(config["model"], f"{path}: model")
-    preprocess = build_dataclass(Preprocess, config["preprocess"], f"{path}: preprocess")
+    preprocess = build_dataclass(Preprocess, config["preprocess"], f"{path}: preprocess",
+                                 absent={"background": "none"})
     expect_keys(config["template"], {"system"}, f"{path}: template")
     sources = [(folder, OURS)]
     if config["sources"]:

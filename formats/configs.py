@@ -57,11 +57,13 @@ def expect_keys(values, keys, label):
         raise UserError(f"{label}: no {key!r}")
 
 
-def build_dataclass(kind, values, label):
+def build_dataclass(kind, values, label, absent={}):
     """The dataclass `kind` from a dict of exactly its fields. A dataclass inside it is a dict too.
 
+    absent  {field: value} of fields that older files do not have
     Raises UserError that names the unknown, missing or invalid field.
     """
+    values = absent | values if isinstance(values, dict) else values
     expect_keys(values, {f.name for f in dataclasses.fields(kind)}, label)
     built = {}
     for name, wanted in typing.get_type_hints(kind).items():

@@ -2,7 +2,7 @@
 
     read_json(path)         any value
     read_json_object(path)  a dict: config.json, index files
-    read_json_list(path)    a list that is not empty: LLaVA's training data
+    read_json_list(path)    a list that is not empty: LLaVA's training data; also as JSON Lines
     read_json_lines(path)   JSON Lines, one value per line: questions, logs
     write_json(path, value)
 
@@ -10,6 +10,7 @@ Next: configs.py, which checks what a config.json holds.
 """
 import io
 import json
+import re
 
 from cli import UserError
 
@@ -53,8 +54,16 @@ def read_json_object(path):
 
 
 def read_json_list(path):
-    """The list in a JSON file; UserError as for `read_json`, and if it is empty or not a list."""
-    value = read_json(path)
+    """The list in a JSON file, or the objects of a JSON Lines file, one on each line.
+
+    UserError as for `read_json`, and if it is empty or not a list.
+    """
+    data = read_bytes(path)
+    if re.match(rb'(\xef\xbb\xbf)?\s*\{ *"', data):
+        label = f"{path} begins with an object, so it is read as JSON Lines: line"
+        return [parse_json(line, f"{label} {number}")
+                for number, line in enumerate(data.splitlines(), 1) if line.strip()]
+    value = parse_json(data, path)
     if not isinstance(value, list) or not value:
         raise UserError(f"{path}: expected a non-empty JSON list, [...]")
     return value

@@ -18,6 +18,7 @@ import data
 from cli import UserError
 from data import (check_causal, collate, Conversations, encode, encode_prompt, IGNORE, IMAGE,
                   open_image, pixels, Preprocess, PromptFormat, SYSTEM, turns_of_record)
+from formats.pictures import flatten
 from tests.sentencepiece_files import QUESTIONS
 from training.feed import BatchSampler
 
@@ -64,6 +65,12 @@ def picture(kind, width, height):
     file, options = io.BytesIO(), {}
     if kind == "P":
         image = Image.fromarray(noise(height, width, 3)).quantize(17)
+    elif kind in ("P clear", "L clear", "RGB clear"):  # one colour of many is transparent
+        mode = kind.split()[0]
+        bands = (3,) if mode == "RGB" else ()
+        image = Image.fromarray(noise(height, width, *bands) // 64 * 64)
+        image = image.quantize(17) if mode == "P" else image
+        options = {"transparency": {"P": bytes([0, 99, 255]), "L": 64, "RGB": (0, 64, 0)}[mode]}
     elif kind == "GIF":
         image = Image.fromarray(noise(height, width, 3))
         options = {"save_all": True, "append_images": [Image.new("RGB", (width, height), "red")]}
@@ -94,21 +101,26 @@ def reference_of(size):
                                  crop_size={"height": size, "width": size})
 
 
+@pytest.mark.filterwarnings("ignore:Palette images")
 @pytest.mark.parametrize("kind, width, height", [
     ("RGB", 1, 1), ("RGB", 3, 1000), ("RGB", 500, 3), ("RGB", 336, 336), ("RGB", 337, 501),
     ("RGB", 100, 37), ("RGB", 335, 336), ("L", 41, 60), ("P", 60, 41), ("LA", 50, 33),
-    ("CMYK", 33, 70), ("RGBA", 70, 33), ("GIF", 40, 30), ("EXIF", 30, 50)])
+    ("CMYK", 33, 70), ("RGBA", 70, 33), ("GIF", 40, 30), ("EXIF", 30, 50),
+    ("P clear", 50, 33), ("L clear", 50, 33), ("RGB clear", 50, 33)])
 def test_pixels_are_those_of_CLIPImageProcessor(kind, width, height):
     size = 48 if (width, height) == (500, 3) else 336
     reference = reference_of(size)
     # LLaVA's own conversion first: the processor would blend transparency with white
     theirs = Image.open(picture(kind, width, height)).convert("RGB")
-    ours = open_image(picture(kind, width, height), "p")
+    theirs.info.pop("transparency", None)
+    opened = open_image(picture(kind, width, height), "p")
+    ours = flatten(opened, "none")
     assert np.array_equal(np.asarray(ours), np.asarray(theirs)) and ours.size == (width, height)
+    assert opened.mode == ("RGBA" if kind in ("LA", "RGBA") or "clear" in kind else "RGB")
     for aspect in ("pad", "crop"):
         padded = expand2square(theirs, (122, 116, 104)) if aspect == "pad" else theirs
         expected = reference(padded, return_tensors="pt")["pixel_values"][0]
-        got = pixels(ours, Preprocess(size, aspect=aspect))
+        got = pixels(opened, Preprocess(size, aspect=aspect))
         assert got.dtype == torch.float32 and got.shape == (3, size, size) and got.is_contiguous()
         assert (got - expected).abs().max() < 1e-6
 
@@ -136,7 +148,7 @@ def test_sixteen_bits_keep_their_upper_eight_in_grey_as_in_colour():
     tiff = io.BytesIO()
     Image.fromarray(np.array([values], np.uint16)).save(tiff, "TIFF")
     for file in files + [tiff.getvalue()]:
-        opened = np.asarray(open_image(io.BytesIO(file), "p"))
+        opened = np.asarray(flatten(open_image(io.BytesIO(file), "p"), "none"))
         assert opened.tolist() == [[[v] * 3 for v in expected]]
     by_pillow = Image.open(io.BytesIO(files[0])).convert("RGB")
     assert by_pillow.getpixel((2, 0)) == (255, 255, 255)  # 256 of 65535 becomes white
@@ -144,6 +156,35 @@ def test_sixteen_bits_keep_their_upper_eight_in_grey_as_in_colour():
     reference = reference_of(8)
     expected = reference(image, return_tensors="pt")["pixel_values"][0]
     assert (pixels(image, Preprocess(8, aspect="crop")) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([0, 1, 255], [0, 1, 255]), ([0, 255, 256], [0, 63, 64]), ([0, 15, 4095], [0, 0, 255]),
+    ([16, 1024, 2000], [1, 64, 125]), ([0, 64, 16383], [0, 1, 255]), ([0, 16384, 256], [0, 64, 1]),
+    ([0, 0, 0], [0, 0, 0])])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_deep_grey_keeps_the_upper_eight_of_the_bits_that_its_values_need(values, expected, dtype):
+    file = io.BytesIO()
+    Image.fromarray(np.array([values], dtype)).save(file, "TIFF")
+    assert np.asarray(open_image(file, "p"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P clear", "L clear", "RGB clear"])
+def test_with_background_white_transparency_is_blended_with_white_in_front_of_all_else(kind):
+    opened = open_image(picture(kind, 40, 24), "p")
+    alpha = np.asarray(Image.open(picture(kind, 40, 24)).convert("RGBA"), float)
+    share = alpha[..., 3:] / 255
+    assert share.min() < 1 and (kind == "LA" or share.max() == 1)
+    blended = alpha[..., :3] * share + 255 * (1 - share)
+    for aspect in ("pad", "crop"):
+        dropped = Preprocess(24, aspect=aspect)
+        white = pixels(opened, dataclasses.replace(dropped, background="white"))
+        expected = pixels(Image.fromarray(blended.round().astype(np.uint8)), dropped)
+        assert (white - expected).abs().max() < 0.03  # two of 255 steps
+        assert (white - pixels(opened, dropped)).abs().max() > 1
+    opaque = open_image(picture("RGB", 40, 24), "p")
+    assert torch.equal(pixels(opaque, Preprocess(24, background="white")),
+                       pixels(opaque, Preprocess(24)))
 
 
 @pytest.mark.parametrize("values", [np.ones((2, 2), np.float32), np.full((2, 2), 70000, np.int32),
@@ -419,6 +460,41 @@ def test_other_keys_and_ids_of_any_kind_do_no_harm(llama, tmp_path):
     assert dataset[0].ids.tolist() == dataset[1].ids.tolist()
 
 
+@pytest.mark.parametrize("key, value", [
+    ("images", ["x.png"]), ("video", "clip.mp4"), ("audios", ["a.wav"]), ("weight", 0),
+    ("system", "Answer in French."), ("tools", "[{}]"), ("loss", False), ("history", [["Q", "a"]])])
+def test_a_key_that_would_change_the_meaning_of_a_record_is_refused_by_name(key, value):
+    record = {"conversations": messages("Explain this picture <image> please", "a")}
+    with pytest.raises(UserError, match=f"^r: the key `{key}` would change its meaning"):
+        turns_of_record({key: value, **record}, "r")
+    with pytest.raises(UserError, match=f"^r: message 1: the key `{key}` "):
+        turns_of_record({"conversations": [{"from": "human", "value": "Q"},
+                                           {"from": "gpt", "value": "a", key: value}]}, "r")
+
+
+@pytest.mark.parametrize("values", [
+    {"images": [], "video": None, "system": "", "tools": "[]", "weight": 1, "loss": True},
+    {"weight": 1.0, "audios": {}, "source": "web", "width": 640, "image_id": 7}])
+def test_a_key_that_changes_nothing_is_accepted(values):
+    record = {"conversations": [dict(m, **values) for m in messages("Q", "a")], **values}
+    assert turns_of_record(record, "r") == [("Q", "a")]
+
+
+def test_a_malformed_record_is_quoted_in_a_short_line():
+    for record, expected in [
+            ({"messages": [], "id": 3}, "r: no `conversations`, but the keys messages, id"),
+            ({"conversations": '[{"from": "human"}]'}, "`conversations` is '\\[{\"from"),
+            ({"conversations": messages("Q", "a"), "image": "https://x.org/a.png"},
+             "`image` is 'https://x.org/a.png', expected the path"),
+            ({"conversations": messages("Q", "a"), "image": "data:image/png;base64," + "A" * 9999},
+             "`image` is 'data:image/png;base64,A+, expected the path"),
+            ({"conversations": [{"role": "user", "content": "x" * 9999}]},
+             'message 0 does not have the form {"from": role, "value": text}: {\'role\': ')]:
+        with pytest.raises(UserError, match=expected) as error:
+            turns_of_record(record, "r")
+        assert len(str(error.value)) < 200
+
+
 BAD = {
     "not an object": ["Q", "a"],
     "no conversations": {"image": "x"},
@@ -556,6 +632,25 @@ def test_a_file_that_is_not_a_list_of_records_is_an_error_that_names_it(text, to
         Conversations(str(path), tmp_path, tokenizer)
 
 
+@pytest.mark.parametrize("begin", ["", "\n ", "\ufeff"])
+def test_json_lines_are_read_like_a_list(begin, tokenizer, tmp_path):
+    path = tmp_path / "d.json"
+    records = [dict(GOOD, id="é"), {"conversations": messages("Q", "a\u2028b")}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_bytes((begin + lines[0] + "\r\n\n" + lines[1] + "\n").encode())
+    dataset = Conversations(str(path), tmp_path, tokenizer, LAYOUT)
+    assert [dataset.record(i) for i in range(len(dataset))] == records
+    path.write_text("\n".join([lines[0], lines[1][:-9]]))
+    with pytest.raises(UserError, match="d.json .* read as JSON Lines: line 2: not JSON"):
+        Conversations(str(path), tmp_path, tokenizer)
+    path.write_text(json.dumps({"data": records}))
+    with pytest.raises(UserError, match="record 0: no `conversations`, but the keys data"):
+        Conversations(str(path), tmp_path, tokenizer)
+    path.write_text(json.dumps({"data": records}, indent=1))
+    with pytest.raises(UserError, match="d.json: expected a non-empty JSON list"):
+        Conversations(str(path), tmp_path, tokenizer)
+
+
 def test_a_picture_outside_the_folder_is_refused(tokenizer, tmp_path):
     images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
     (images / "sub").mkdir(parents=True)
@@ -564,12 +659,17 @@ def test_a_picture_outside_the_folder_is_refused(tokenizer, tmp_path):
         Image.new("RGB", (4, 4)).save(folder / "x.png")
     os.symlink(elsewhere, images / "coco")  # the user's own, and followed
     inside = str(images / "sub" / "x.png")
-    bad = ["../elsewhere/x.png", "sub/../../elsewhere/x.png", inside, "coco/../x.png",
-           "/etc/passwd", ".", "..", "sub\0/x.png"]
-    path = write_json(tmp_path, [dict(GOOD, image=image) for image in ["sub/x.png", "coco/x.png"]])
+    bad = ["../elsewhere/x.png", "sub/../../elsewhere/x.png", f"{images}/../elsewhere/x.png",
+           "coco/../x.png", f"{images}/coco/../x.png", str(images), f"{images}2/x.png",
+           "/etc/passwd", ".", "..", "sub\0/x.png", f"{images}/sub\0/x.png"]
+    good = ["sub/x.png", "coco/x.png", inside]
+    path = write_json(tmp_path, [dict(GOOD, image=image) for image in good])
     dataset = Conversations(path, images, tokenizer, LAYOUT)
-    assert [dataset[i].image for i in (0, 1)] == [inside, str(images / "coco" / "x.png")]
+    assert [dataset[i].image for i in (0, 1, 2)] == [inside, str(images / "coco" / "x.png"), inside]
     assert dataset.pictures() == [dataset[0].image, dataset[1].image]
+    assert data.image_path("/", inside, "r") == inside
+    with pytest.raises(UserError, match="the picture '' is not inside .*: expected a path in the"):
+        data.image_path(str(images), "", "r")  # a line of `sample.py --batch`
     for image in bad:
         with pytest.raises(UserError, match=r"record 1 \(id a1\).*not inside"):
             records = [dict(GOOD, image="sub/x.png"), dict(GOOD, image=image)]

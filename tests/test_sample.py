@@ -477,6 +477,20 @@ def alone(checkpoint, folder, row, n=12):
     return text, [i for i in chat.ids[start:] if i != TOKENIZER.eos]
 
 
+def test_a_transparent_picture_is_seen_as_in_training_or_as_the_options_say(place, tmp_path,
+        monkeypatch, capsys):
+    clear = data.open_image(place / "x.png", "x").convert("RGBA")
+    clear.putalpha(data.open_image(place / "y.png", "y").convert("L"))
+    clear.save(tmp_path / "clear.png")
+    on_white = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    seen, real = [], sample.pixels
+    monkeypatch.setattr(sample, "pixels", lambda *a: seen.append(real(*a)) or seen[-1])
+    for more, picture in (([], clear.convert("RGB")), (["--background=white"], on_white)):
+        argv = [*arguments(place, *more), str(tmp_path / "clear.png")]
+        code, *_ = run_here(monkeypatch, capsys, *argv)
+        assert code == 0 and torch.equal(seen.pop(), real(picture, Preprocess(28)))
+
+
 def test_answers_of_a_file_are_those_of_single_questions_token_for_token_in_order(place, known,
         questions, monkeypatch, capsys):
     code, found, ids, err = batch(place, questions, monkeypatch, capsys)
@@ -642,7 +656,7 @@ def test_what_made_the_answers_is_noted_before_the_first_and_the_model_may_move(
     noted = json.loads((questions / "q.answers.meta.json").read_text())
     assert noted.pop("fingerprint") and noted == {
         "model": str(place / "model"), "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12,
-        "seed": 0}
+        "seed": 0, "background": None}
     _, found, _, _ = batch(place, questions, monkeypatch, capsys)
     file, moved = questions / "q.answers.jsonl", questions / "moved"
     file.write_bytes(file.read_bytes()[:-1])

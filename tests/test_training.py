@@ -1003,6 +1003,23 @@ def test_own_data_in_the_toy_needs_neither_its_world_nor_its_held_out_data(tmp_p
         drawn.clear()
 
 
+def test_what_is_behind_transparency_is_chosen_in_training_and_kept(run, mesh, tmp_path):
+    def stage_of(out, **more):
+        o = training.options.complete(stage_2(run, tmp_path / out, **more), 2)
+        return train.vlm_stage(o)
+
+    stage = stage_of("b", background="white")
+    assert stage.data.load_picture.preprocess.background == "white"
+    stage.write({name: p.detach() for name, p in stage.model.named_parameters()})
+    saved = f"{tmp_path}/b/stage2"
+    assert weights.load(saved).preprocess.background == "white"
+    assert stage_of("c", init=saved).data.load_picture.preprocess.background == "white"
+    config = json.load(open(f"{saved}/config.json"))
+    del config["preprocess"]["background"]  # from before there was a choice
+    json.dump(config, open(f"{saved}/config.json", "w"))
+    assert weights.load(saved).preprocess.background == "none"
+
+
 def test_a_checkpoint_that_was_set_aside_counts_as_finished(run, tmp_path):
     shutil.copytree(f"{run}/stage1", tmp_path / "stage1.old")
     assert training.options.finished(str(tmp_path),

@@ -160,6 +160,8 @@ class Options:
     template: Literal["plain", "v1"] = "v1"  # plain: picture, caption; v1: Vicuna's conversations
     system: str = SYSTEM             # text before the first turn of v1
     aspect: Literal["pad", "crop"] = "pad"  # make pictures square by padding or by cropping
+    background: Literal["none", "white"] | None = None  # white: behind transparent pixels; none:
+                                     # transparency is dropped (default: as in --init, or none)
     context: int | None = None       # longest sequence in tokens, with image tokens (default: the
                                      # Llama's, but at most 2048)
     group_by_length: bool = False    # put samples of similar length into one step, for less padding
