@@ -97,7 +97,8 @@ def make_parser(options, positional):
             parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false",
                                 help=argparse.SUPPRESS)
         else:
-            action = "append" if typing.get_origin(kind) is list else "store"
+            many = typing.get_origin(kind) is list or f.name == positional
+            action = "append" if many else "store"
             metavar = {int: "N", float: "X"}.get(kind, "TEXT")
             groups[title].add_argument(f"--{f.name}", action=action, help=text, metavar=metavar)
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
@@ -107,6 +108,10 @@ def make_parser(options, positional):
 def convert(name, kind, text):
     """The value of option `name` as its annotated type; UserError if it is not one."""
     kind = value_type(kind)
+    if isinstance(text, list) and typing.get_origin(kind) is not list:
+        if len(text) > 1:
+            raise UserError(f"--{name} is given {len(text)} times, expected once")
+        text = text[0]
     if typing.get_origin(kind) is list:
         return [convert(name, typing.get_args(kind)[0], one) for one in text]
     if typing.get_origin(kind) is typing.Literal:
@@ -125,8 +130,8 @@ def parse(options, argv=None, positional=None):
     positional  the field that takes a bare word; None: every word follows its option
 
     The last value of a repeated option counts; a list collects them. Prints the help and exits on
-    --help. Raises UserError on an unknown option (naming the nearest one), a missing value, and a
-    value of the wrong type.
+    --help. Raises UserError on an unknown option (naming the nearest one), a missing value, a value
+    of the wrong type, and a repeated positional.
     """
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
     types = typing.get_type_hints(options)

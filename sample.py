@@ -40,7 +40,8 @@ HELP = ("type a question; /image PATH: a new conversation about another picture;
 class Options:
     """Answer questions about a picture. A word without an option name is the picture."""
     # question
-    image: str | None = None           # the picture; -: standard input; none: no picture
+    image: str | None = None           # the picture, one for a conversation; -: standard input;
+                                       # none: no picture
     prompt: list[str] | None = None    # the question; may be repeated: turns of one conversation;
                                        # none: "Describe the image."
     chat: bool = False                 # go on with questions from the terminal, or lines of a pipe

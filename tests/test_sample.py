@@ -477,6 +477,12 @@ def alone(checkpoint, folder, row, n=12):
     return text, [i for i in chat.ids[start:] if i != TOKENIZER.eos]
 
 
+def test_a_second_picture_is_refused_and_not_dropped(place, monkeypatch, capsys):
+    pictures = [f"--image={place / name}" for name in ("x.png", "y.png")]
+    code, out, _ = run_here(monkeypatch, capsys, *arguments(place), *pictures)
+    assert (code, out) == ("error: --image is given 2 times, expected once", "")
+
+
 def test_a_transparent_picture_is_seen_as_in_training_or_as_the_options_say(place, tmp_path,
         monkeypatch, capsys):
     clear = data.open_image(place / "x.png", "x").convert("RGBA")
