@@ -51,9 +51,9 @@ class Options:
     max_new_tokens: int = 256          # longest answer, in tokens
     temperature: float = 0.0           # 0: always the likeliest token; above 0: drawn at random
     top_p: float = 1.0                 # sample from the fewest tokens with this total probability
-    seed: int = 0                      # of the random draws
     background: Literal["none", "white"] | None = None  # white: behind transparent pixels; none:
                                        # transparency is dropped (without: as in training)
+    seed: int = 0                      # of the random draws
     # file of questions
     batch: str | None = None           # JSON Lines file: {"prompt": text, "image": path} a line,
                                        # the picture may be missing
@@ -97,9 +97,9 @@ def load(o, name):
     checkpoint = weights.load(name, getattr(torch, dtype))
     if o.merge and not isinstance(checkpoint.model, vlora.VLoRA):
         raise UserError(f"--merge: {name} is not a VLoRA, --merge works only with one")
-    checkpoint.model.to(device)
     if o.background:
         checkpoint.preprocess = dataclasses.replace(checkpoint.preprocess, background=o.background)
+    checkpoint.model.to(device)
     return checkpoint, f"{name} on {device} in {dtype}"
 
 

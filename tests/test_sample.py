@@ -431,6 +431,26 @@ def test_an_answer_whose_reader_goes_away_ends_without_a_word(place):
         assert done.stderr.read() == f"{place / 'endless'} on cpu in float32\n".encode()
 
 
+def test_a_second_picture_is_refused_and_not_dropped(place, monkeypatch, capsys):
+    pictures = [f"--image={place / name}" for name in ("x.png", "y.png")]
+    code, out, _ = run_here(monkeypatch, capsys, *arguments(place), *pictures)
+    assert (code, out) == ("error: --image is given 2 times, expected once", "")
+
+
+def test_a_transparent_picture_is_seen_as_in_training_or_as_the_options_say(place, tmp_path,
+        monkeypatch, capsys):
+    clear = data.open_image(place / "x.png", "x").convert("RGBA")
+    clear.putalpha(data.open_image(place / "y.png", "y").convert("L"))
+    clear.save(tmp_path / "clear.png")
+    on_white = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    seen, real = [], sample.pixels
+    monkeypatch.setattr(sample, "pixels", lambda *a: seen.append(real(*a)) or seen[-1])
+    for more, picture in (([], clear.convert("RGB")), (["--background=white"], on_white)):
+        argv = [*arguments(place, *more), str(tmp_path / "clear.png")]
+        code, *_ = run_here(monkeypatch, capsys, *argv)
+        assert code == 0 and torch.equal(seen.pop(), real(picture, Preprocess(28)))
+
+
 # ---- Files of questions
 
 ROWS = [{"id": 7, "image": "x.png", "prompt": Q0}, {"prompt": Q2},
@@ -475,26 +495,6 @@ def alone(checkpoint, folder, row, n=12):
     start = len(chat.prompt(row["prompt"])[0].ids)
     text = "".join(chat.ask(row["prompt"]))
     return text, [i for i in chat.ids[start:] if i != TOKENIZER.eos]
-
-
-def test_a_second_picture_is_refused_and_not_dropped(place, monkeypatch, capsys):
-    pictures = [f"--image={place / name}" for name in ("x.png", "y.png")]
-    code, out, _ = run_here(monkeypatch, capsys, *arguments(place), *pictures)
-    assert (code, out) == ("error: --image is given 2 times, expected once", "")
-
-
-def test_a_transparent_picture_is_seen_as_in_training_or_as_the_options_say(place, tmp_path,
-        monkeypatch, capsys):
-    clear = data.open_image(place / "x.png", "x").convert("RGBA")
-    clear.putalpha(data.open_image(place / "y.png", "y").convert("L"))
-    clear.save(tmp_path / "clear.png")
-    on_white = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
-    seen, real = [], sample.pixels
-    monkeypatch.setattr(sample, "pixels", lambda *a: seen.append(real(*a)) or seen[-1])
-    for more, picture in (([], clear.convert("RGB")), (["--background=white"], on_white)):
-        argv = [*arguments(place, *more), str(tmp_path / "clear.png")]
-        code, *_ = run_here(monkeypatch, capsys, *argv)
-        assert code == 0 and torch.equal(seen.pop(), real(picture, Preprocess(28)))
 
 
 def test_answers_of_a_file_are_those_of_single_questions_token_for_token_in_order(place, known,

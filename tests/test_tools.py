@@ -12,8 +12,10 @@ from PIL import Image
 
 import tools.check_data
 import tools.plot_log
+import weights
 from cli import UserError
-from data import encode, PromptFormat, SYSTEM, turns_of_record
+from data import encode, Preprocess, PromptFormat, SYSTEM, turns_of_record
+from tests.helpers import TOKENIZER, trained
 from tests.test_data import GOOD, messages, write_json
 from training.curves import COLOURS, HEIGHT, loss_ticks, read_runs, round_ticks, smooth, WIDTH
 
@@ -41,7 +43,7 @@ def text(*texts):
 @pytest.fixture
 def world(tmp_path, tokenizer):
     """A folder with a picture and a tokenizer."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    Image.linear_gradient("L").save(tmp_path / "x.png")
     tokenizer.save(tmp_path)
     return tmp_path
 
@@ -102,11 +104,91 @@ def test_it_counts_what_the_context_truncates_if_a_tokenizer_is_given(world, cou
     lost = "truncated: the context cuts its last answers partly or completely"
     nothing = "without an answer within the context: nothing is trained"
     argv = ["--llm", str(world), "--context", "300"]
-    assert count(records, *argv) == {"without a picture": 3, lost: 1, nothing: 1}
-    assert count(records, "--llm", str(world)) == {"without a picture": 3}
+    assert count(records, *argv) == {"without a picture": 3, lost: 1, nothing: 1,
+                                     "cut by the context of 300 positions, 576 for a picture": 2}
+    assert count(records, "--llm", str(world)) == {
+        "without a picture": 3, "cut by the context of 2048 positions, 576 for a picture": 0}
     with pytest.raises(UserError, match="1 of 1 records"):
         count([GOOD], *argv)  # a picture takes 576 positions
     assert "ends before the picture" in capsys.readouterr().out
+
+
+def test_it_reads_context_image_tokens_and_system_text_from_the_checkpoint(world, count, capsys):
+    model = trained()
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    for folder, system in (("ours", "A chat."), ("wordy", "Why? " * 99)):
+        weights.save(str(world / folder), model.cfg, state, TOKENIZER, Preprocess(28), system,
+                     stage=2, sources={}, training={})
+    lost = "truncated: the context cuts its last answers partly or completely"
+    cut = "cut by the context of 200 positions, 4 for a picture"
+    records = [GOOD, dict(GOOD, conversations=GOOD["conversations"][:2])]
+    assert count(records, "--llm", str(world / "ours")) == {"with a picture": 2, cut: 0}
+    long = dict(GOOD, conversations=messages("<image>", "yes", "R", "red " * 300))
+    argv = ["--llm", str(world / "ours")]
+    assert count([GOOD, long], *argv) == {"with a picture": 2, cut: 1, lost: 1}
+    nothing = "without an answer within the context: nothing is trained"
+    assert count([text("Q", "a")], "--llm", str(world / "wordy"))[nothing] == 1
+    (world / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 120}')
+    llama = ["--llm", str(world), "--system", ""]  # it has no picture: 576 unless given
+    cut = "cut by the context of 120 positions, 4 for a picture"
+    assert count(records, *llama, "--image_tokens", "4") == {"with a picture": 2, cut: 0}
+    with pytest.raises(UserError, match="2 of 2 records"):
+        count(records, *llama)
+    assert "the context of 120 ends before the picture" in capsys.readouterr().out
+
+
+def test_it_counts_pictures_that_are_one_flat_colour(world, count):
+    stroke = np.zeros((8, 8, 4), np.uint8)  # black on black, as a drawing program saves it
+    stroke[2:5, :, 3] = 255
+    white = stroke + np.array([255, 255, 255, 0], np.uint8)
+    for name, values in (("stroke", stroke), ("white", white), ("flat", stroke[..., :3]),
+                         ("deep", np.full((8, 8), 9, np.uint16))):
+        Image.fromarray(values).save(world / f"{name}.png")
+    files = ["x", "stroke", "stroke", "white", "flat", "deep"]
+    records = [dict(GOOD, image=f"{name}.png") for name in files]
+    flat = "pictures are one flat colour"
+    assert count(records) == {
+        "with a picture": 6, flat: 2, f"{flat} once transparency is dropped": 2}
+    assert count(records, "--background", "white") == {
+        "with a picture": 6, flat: 2, f"{flat} once it is on white": 1}
+
+
+def test_it_counts_keys_that_are_not_read_and_start_tokens(count):
+    records = [dict(GOOD, source="web", model="", width=640), text("say <s>", "a"),
+               {"conversations": [dict(m, time=3) for m in messages("Q", "a")], "source": "book"}]
+    assert count(records) == {
+        "with a picture": 1, "without a picture": 2, "with <s> in a message: read as text": 1,
+        "with the key source: it is not read": 2, "with the key width: it is not read": 1,
+        "with the key time: it is not read": 1}
+
+
+def test_what_other_trainers_read_ends_in_one_line_that_names_it(world, monkeypatch, capsys):
+    """Formats of other trainers, and pictures that are not files: each record ends in one line."""
+    question, answer = GOOD["conversations"][:2]
+    about = {"conversations": [question, answer]}
+    records = [
+        (dict(about, images=["x.png"]), "the key `images`"),
+        ({"messages": [], "images": ["x.png"]}, "the key `images`"),
+        (dict(about, image=["x.png"]), "`image` is"), (dict(about, image=""), "`image` is ''"),
+        (dict(about, image="https://x.org/x.png"), "`image` is"),
+        (dict(about, image="sub\\x.png"), "no such picture"),
+        (dict(about, image="x.png "), "no such picture"),
+        (dict(about, image=str(world / "x.png")), None),
+        (dict(text("Q", "a"), system="In French."), "the key `system`"),
+        (text("Q", "a") | {"video": "clip.mp4"}, "the key `video`"),
+        ({"conversations": [{"from": "system", "value": "Be brief."}, *messages("Q", "a")]},
+         "message 0 has the role 'system'"),
+        ({"conversations": [{"from": "user", "value": "Q"}]}, "message 0 has the role 'user'"),
+        ({"conversations": [question, {"from": "gpt", "value": None}]}, "message 1 does not have"),
+        ({"conversations": [question, {"from": "gpt", "value": 3}]}, "message 1 does not have"),
+        (dict(about, image="x.png", weight=0), "the key `weight`"),
+        (dict(about, image="x.png", id=float("nan")), None)]
+    with pytest.raises(UserError, match=f"14 of {len(records)} records cannot be used"):
+        run_check_data(monkeypatch, capsys, world, [record for record, _ in records])
+    lines = capsys.readouterr().out.splitlines()
+    faults = [(f"record {i}", words) for i, (_, words) in enumerate(records) if words]
+    for line, (name, words) in zip(lines, faults, strict=False):
+        assert line.startswith(name) and words in line and len(line) < 300
 
 
 def test_it_opens_several_pictures_at_a_time_and_not_again_for_each_record(count, monkeypatch):
@@ -116,6 +198,7 @@ def test_it_opens_several_pictures_at_a_time_and_not_again_for_each_record(count
         opened.append(path)
         if len(opened) <= 2:
             meet.wait()  # until another thread opens a picture, too
+        return Image.linear_gradient("L").convert("RGB")
 
     monkeypatch.setattr(tools.check_data, "open_image", open_two)
     assert count([GOOD, dict(GOOD, image="y.png")] * 500) == {"with a picture": 1000}

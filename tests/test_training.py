@@ -976,6 +976,19 @@ def test_the_plan_tells_the_padding_of_the_run(run, mesh, tmp_path):
     assert training.plan.share_of_padding(data, o) == pytest.approx(real) and 0 < real < 0.5
 
 
+def test_the_plan_tells_how_many_samples_the_context_cuts(run, mesh, tmp_path, capsys):
+    records = json.load(open(f"{run}/world/instruct.json"))[:8]
+    records[3]["conversations"] = records[3]["conversations"][:2] + [
+        {"from": "human", "value": "Again?"}, {"from": "gpt", "value": "red" + " red" * 250}]
+    json.dump(records, open(tmp_path / "data.json", "w"))
+    o = training.options.complete(stage_2(run, tmp_path, data=str(tmp_path / "data.json")), 2)
+    stage = train.vlm_stage(o)
+    assert [stage.data.is_cut(i) for i in range(8)] == [i == 3 for i in range(8)]
+    model, opts = train.setup_model(stage.model, o, mesh)
+    training.plan.print_plan(model, opts, stage, o, True)
+    assert "  cut by the context: 1 of these samples" in capsys.readouterr().err
+
+
 def test_own_data_in_the_toy_needs_neither_its_world_nor_its_held_out_data(tmp_path, mesh,
                                                                            monkeypatch):
     for name in ("init", "images"):

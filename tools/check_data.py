@@ -20,8 +20,13 @@ from tqdm import tqdm
 
 from cli import main, parse, UserError
 from data import (Conversations, encode_conversation, IGNORE, IMAGE, load_records, open_image,
-                  PromptFormat, read_record, SYSTEM, TAG, truncate)
+                  PromptFormat, read_record, TAG, truncate)
+from formats.configs import llama_config
+from formats.json_files import read_json_object
+from formats.pictures import flatten, is_flat
+from formats.records import MESSAGE_KEYS, other_keys, RECORD_KEYS
 from formats.tokenizer import Tokenizer
+from weights import load
 
 
 @dataclass
@@ -30,35 +35,47 @@ class Options:
     # data
     data: str | None = None    # LLaVA's JSON file
     images: str | None = None  # folder that the paths of its pictures start from
-    llm: str | None = None     # folder with a tokenizer: for --show, and to count truncated records
+    llm: str | None = None     # checkpoint, or folder with a tokenizer: for --show, and to count
+                               # truncated records
     # output
     show: int = 0              # print the first N conversations instead, the trained part in [[ ]]
     json: bool = False         # with --show: ids, labels, pool_id and use_id as JSON lines
     # prompt format, as in train.py
     template: Literal["plain", "v1"] = "v1"  # plain for stage 1, v1 for stage 2
-    system: str = SYSTEM       # text before the first turn
-    image_tokens: int = 576    # positions of a picture; 0 for VLoRA
-    context: int = 2048        # positions of a sample
+    system: str | None = None  # text before the first turn (default: that of --llm, or Vicuna's)
+    image_tokens: int | None = None  # positions of a picture; 0 for VLoRA (default: those of --llm,
+                               # or 576)
+    context: int | None = None  # positions of a sample (default: those of --llm, at most 2048)
+    background: Literal["none", "white"] = "none"  # white: behind transparent pixels; none:
+                               # transparency is dropped
     guidance_pool: Literal["instruction", "prompt", "last"] = "instruction"  # as in training
 
     def __post_init__(self):
-        if self.context < 1:
-            raise UserError(f"--context {self.context}: expected 1 or more")
-        if self.image_tokens < 0:
-            raise UserError(f"--image_tokens {self.image_tokens}: expected 0 or more")
-        if re.search("[\ud800-\udfff]", self.system):
+        for name, least in (("context", 1), ("image_tokens", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} {value}: expected {least} or more")
+        if re.search("[\ud800-\udfff]", self.system or ""):
             raise UserError("--system is not valid Unicode")
 
-    def prompt_format(self):
-        return PromptFormat(self.template, self.system, self.image_tokens, self.context,
-                            self.guidance_pool)
+
+def tokenizer_and_format(o):
+    """(Tokenizer of --llm or None, PromptFormat): what is not given is read from --llm."""
+    known = {}
+    if o.llm and os.path.exists(path := os.path.join(o.llm, "config.json")):
+        if read_json_object(path).get("model_type") == "llama":
+            known = {"context": llama_config(o.llm).context}
+        else:
+            known = dataclasses.asdict(load(o.llm).prompt_format())
+        known["context"] = min(2048, known["context"])  # as in training
+    known |= {name: value for name, value in vars(o).items()
+              if name in ("system", "image_tokens", "context") and value is not None}
+    known |= {"template": o.template, "pool": o.guidance_pool}
+    return Tokenizer.load(o.llm) if o.llm else None, PromptFormat(**known)
 
 
 def kinds_of_record(record):
-    """The kinds that a well-formed record is counted as.
-
-    LLaVA silently trains on nothing for the last three kinds.
-    """
+    """The kinds that a well-formed record is counted as; docs/data.md says what LLaVA does."""
     messages, has_image = record["conversations"], record.get("image") is not None
     questions, answers = ([m["value"] for m in messages if m["from"] == role]
                           for role in ("human", "gpt"))
@@ -74,8 +91,12 @@ def kinds_of_record(record):
         "ending with a question: it is left out": messages[-1]["from"] == "human",
         "with an empty message: it is kept": "" in texts,
         "with </s>, <unk> or ASSISTANT: in a message: read as text":
-            re.search("</s>|<unk>| ASSISTANT: ", "\n".join(texts))}
-    return [kind for kind, applies in kinds.items() if applies]
+            re.search("</s>|<unk>| ASSISTANT: ", "\n".join(texts)),
+        "with <s> in a message: read as text": "<s>" in "\n".join(texts)}
+    keys = set(other_keys(record, RECORD_KEYS)).union(
+        *(other_keys(message, MESSAGE_KEYS) for message in messages))
+    return ([kind for kind, applies in kinds.items() if applies]
+            + [f"with the key {key}: it is not read" for key in sorted(keys)])
 
 
 def truncation_kinds(turns, tokenizer, prompt_format, name, image):
@@ -89,18 +110,30 @@ def truncation_kinds(turns, tokenizer, prompt_format, name, image):
             else "without an answer within the context: nothing is trained"]
 
 
+def flat_kind(image, background):
+    """What is counted if a picture has one colour as the model sees it, else None."""
+    if not is_flat(flatten(image, background)):
+        return None
+    change = {"none": "transparency is dropped", "white": "it is on white"}[background]
+    return "pictures are one flat colour" + ("" if is_flat(image) else f" once {change}")
+
+
 def check(options):
     """Print each fault and the number of records of each kind; UserError if there is a fault."""
     records, counts = load_records(options.data), collections.Counter()
-    prompt_format = options.prompt_format()
-    tokenizer = Tokenizer.load(options.llm) if options.llm else None
+    tokenizer, prompt_format = tokenizer_and_format(options)
+    cut = (f"cut by the context of {prompt_format.context} positions, "
+           f"{prompt_format.image_tokens} for a picture")
+    flat = {}  # path: kind, of pictures of one colour
 
     @functools.cache  # many records may share a picture
     def picture_fault(path):
         try:
-            open_image(path, path)
+            kind = flat_kind(open_image(path, path), options.background)
         except UserError as error:
             return str(error)
+        if kind:
+            flat[path] = kind
 
     def inspect(i):
         """(the fault of record i or None, its kinds)"""
@@ -110,7 +143,8 @@ def check(options):
                 return f"{name}: {picture_fault(image)}", []
             kinds = kinds_of_record(records[i])
             if tokenizer:
-                kinds += truncation_kinds(turns, tokenizer, prompt_format, name, image)
+                truncated = truncation_kinds(turns, tokenizer, prompt_format, name, image)
+                kinds += truncated + [cut] * len(truncated)
             return None, kinds
         except UserError as error:
             return str(error), []
@@ -126,6 +160,9 @@ def check(options):
                 counts.update(["that cannot be used"] if fault else kinds)
             bar.update(len(part))
     print(f"{len(records)} records")
+    if tokenizer:
+        counts[cut] += 0  # named also if there is none
+    counts.update(flat.values())
     for kind, count in counts.most_common():
         print(f"{count:>10} {kind}")
     if counts["that cannot be used"]:
@@ -146,8 +183,7 @@ def marked_text(sample, tokenizer):
 
 def show(options):
     """Print the first samples of a data set, as text or as JSON lines."""
-    data = Conversations(options.data, options.images, Tokenizer.load(options.llm),
-                         options.prompt_format())
+    data = Conversations(options.data, options.images, *tokenizer_and_format(options))
     for i in range(min(options.show, len(data))):
         sample = data[i]
         if options.json:

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cli import UserError
-from data import (IGNORE, MULTIPLE, PromptFormat, TAG, collate, encode, encode_prompt, open_image,
-                  pixels, turns_of_record)
+from data import (IGNORE, MULTIPLE, PromptFormat, TAG, collate, encode, encode_conversation,
+                  encode_prompt, open_image, pixels, turns_of_record)
 from formats.tokenizer import Tokenizer
 from model import Batch, generate
 from training.distributed import all_gather, ignore_signals
@@ -221,6 +221,13 @@ class VLMData:
     def sample(self, i):
         """The Sample with that index, without its picture."""
         return self.conversations[i]
+
+    def is_cut(self, i):
+        """Whether the context cuts that conversation."""
+        data = self.conversations
+        name, turns, image = data.read(i)
+        sample = encode_conversation(turns, data.tokenizer, data.prompt_format, name, image)
+        return len(sample.ids) > data.prompt_format.context
 
     def take_skipped(self):
         """Messages about the pictures skipped since the last call."""

@@ -290,7 +290,8 @@ def plan(model, opts, stage, o, trains_llm):
     """What the run will do, on one screen; UserError if it needs more memory than there is."""
     data, ranks = stage.data, dist.get_world_size()
     n = len(data)
-    samples = [data.sample(i) for i in range(0, n, max(1, n // 256))] if data.sample else []
+    looked_at = range(0, n, max(1, n // 256))
+    samples = [data.sample(i) for i in looked_at] if data.sample else []
     seen, copies = o.steps * o.batch_size, f" in {o.replicate} copies" if o.replicate > 1 else ""
     text = [f"{title(o)}: {n:,} samples, {o.steps:,} steps of {o.batch_size} "
             f"({seen / n:.2f} epochs)",
@@ -299,7 +300,8 @@ def plan(model, opts, stage, o, trains_llm):
     if samples:
         supervised = np.mean([*map(supervised_tokens, samples)]) * seen
         text += [f"  supervised tokens: about {supervised:,.0f} (from {len(samples)} samples)",
-                 f"  padding: about {share_of_padding(data, o):.0%} of the positions"]
+                 f"  padding: about {share_of_padding(data, o):.0%} of the positions",
+                 f"  cut by the context: {sum(map(data.is_cut, looked_at))} of these samples"]
     text += [f"  every {o.val_every} steps: {stage.question}"] if stage.question else []
     estimate = estimate_memory(model, opts, samples, o, trains_llm)
     check_memory(estimate, o)
