@@ -6,12 +6,18 @@ import ast
 import dataclasses
 import glob
 import importlib
+import json
 import os
 import re
+import sys
+import types
 
 import pytest
+from PIL import Image
 
 import cli
+from data import load_records, PromptFormat, read_record
+from formats.answers import read_questions
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = ["README.md", *sorted(glob.glob("docs/*.md", root_dir=HERE))]
@@ -123,3 +129,37 @@ def test_the_readme_is_short():
 def test_a_page_of_docs_begins_by_saying_whom_it_is_for(page):
     assert read(page).split("\n\n")[1].startswith("This page is for ")
     assert f"({page})" in read("README.md")
+
+
+def test_the_scripts_of_own_data_make_records_and_score_answers(tmp_path, monkeypatch, capsys):
+    """The page's package is optional, so a stand-in has its functions, with 33 pictures."""
+    texts = [f"is it number {i}?" for i in range(20)]
+    asked = [(text, "Yes", number) for number in range(33) for text in texts]
+    package = types.ModuleType("easy_vqa")
+    for split in ("train", "test"):
+        paths = {number: str(tmp_path / f"{number}.png") for number in range(33)}
+        setattr(package, f"get_{split}_image_paths", lambda: paths)
+        setattr(package, f"get_{split}_questions", lambda: tuple(zip(*asked)))
+    for path in paths.values():
+        Image.linear_gradient("L").save(path)
+    monkeypatch.setitem(sys.modules, "easy_vqa", package)
+    monkeypatch.chdir(tmp_path)
+    convert, score = re.findall(r"python - <<'END'\n(.*?)\nEND\n", read("docs/own_data.md"), re.DOTALL)
+    exec(convert, {})
+    records = load_records("easy/train.json")
+    read_records = [read_record(r, i, "easy/images", PromptFormat()) for i, r in enumerate(records)]
+    assert sum((turns for _, turns, _ in read_records), [])[1] == (texts[1], "Yes")
+    assert [len(turns) for _, turns, _ in read_records] == [5, 5, 5, 5] * 33
+    questions = {}
+    for name, source in (("before", "test"), ("after", "test"), ("exchanged", "exchanged")):
+        questions[name] = [row for _, row in read_questions(f"easy/{source}.jsonl")]
+        answers = [{**row, "answer": ["no", " YES"][i % 2 or name == "after"]}
+                   for i, row in enumerate(questions[name])]
+        with open(f"easy/{name}.answers.jsonl", "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in answers)
+    pairs = list(zip(questions["after"], questions["exchanged"]))
+    assert all(a["prompt"] == b["prompt"] and a["image"] != b["image"] for a, b in pairs)
+    assert all(os.path.exists(f"easy/images/{a['image']}") for a, _ in pairs)
+    exec(score, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"after: 100.0% of {len(pairs)} questions" and lines[0].startswith("before: 4")
