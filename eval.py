@@ -1,35 +1,31 @@
-"""Score a checkpoint on a task: `python eval.py --model out/toy/stage2 --task toy`.
+"""Score a checkpoint: `python eval.py --model out/toy/stage2`.
 
-A task is a function in benchmarks/ that scores a checkpoint, writes the result and prints it. Next:
-benchmarks/toy.py.
+    python eval.py --list                                    # the benchmarks, and what they need
+    python eval.py --model DIR --task pope --root eval       # one of them; all: what is found
+    python eval.py --model DIR --data mine.json --images DIR # your own questions
+
+Under torchrun, ranks share the questions. Next: benchmarks/run.py.
 """
-import os
-import time
-from dataclasses import dataclass
-from typing import Literal
+# cli first: it handles Ctrl-C during the slow imports
+from cli import parse
 
-import benchmarks.toy
-from cli import main, parse
-
-
-TASKS = {"toy": benchmarks.toy.score}  # function of (checkpoint, folder of data, out, start time)
-
-
-@dataclass
-class Options:
-    """Score a checkpoint."""
-    model: str = "out/toy/stage2"     # folder of the checkpoint
-    task: Literal["toy"] = "toy"      # benchmark to run
-    data: str | None = None           # folder of the task's data; default: world/ beside the model
-    out: str | None = None            # folder for the results; default: the model's parent
+from benchmarks.run import Options, evaluate
+from benchmarks.tasks import describe
+from training.distributed import main_distributed, start_world
 
 
 def run():
     o = Options(**parse(Options))
-    parent = os.path.dirname(os.path.abspath(o.model))
-    data = o.data or os.path.join(parent, "world")
-    TASKS[o.task](o.model, data, o.out or parent, time.perf_counter())
+    if o.list:
+        print(describe())
+    else:
+        evaluate(o)
+
+
+def start_and_run():
+    start_world("cpu")  # gloo on any device: ranks exchange messages only, and may wait long
+    run()
 
 
 if __name__ == "__main__":
-    main(run)
+    main_distributed(start_and_run)

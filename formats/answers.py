@@ -93,7 +93,8 @@ class AnswerFile:
         if not self.done:
             write_json(self.note, self.settings)
         cut, pause = 0, 0.1 if sys.stderr.isatty() else 5  # seconds between states of the bar
-        bar = tqdm(total=len(self.rows), initial=self.done, unit="answer", mininterval=pause)
+        bar = tqdm(total=len(self.rows), initial=self.done, unit="answer", mininterval=pause,
+                   disable=os.environ.get("RANK", "0") != "0")  # one bar for all ranks
         with open(self.out, "ab") as f, bar:
             f.truncate(self.size)
             for i in range(self.done, len(self.rows), batch_size):

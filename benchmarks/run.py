@@ -1,0 +1,227 @@
+"""Run tasks: read the questions, answer them, score the answers, keep and show the scores.
+
+Next: tasks.py, the table; answering.py; report.py.
+"""
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.answering import answer_all, read_answers
+from benchmarks.questions import read_own
+from benchmarks.report import unanswered
+from benchmarks.tasks import TASKS, Task
+from benchmarks.vqa import score_own
+from cli import UserError
+from formats.folders import locate
+from formats.json_files import read_json_object, write_json
+from formats.weight_files import fingerprint
+from formats.xlsx import write_xlsx
+from training.distributed import raise_on_all_ranks
+from weights import fast_dtype, load, pick_device
+
+
+@dataclass
+class Options:
+    """Score a checkpoint on benchmarks, the toy's own first of all."""
+    # what to score
+    model: str = "out/toy/stage2"     # folder or hub name of the checkpoint
+    task: Literal["all", *TASKS] | None = None  # benchmark to run; all: every one that is found
+                                      # under --root; none: the toy, or --data
+    list: bool = False                # only print what each task needs and where it comes from
+    # files
+    root: str = "eval"                # folder of the benchmarks, laid out as LLaVA's eval.zip
+    data: str | None = None           # your own questions, a JSON file in LLaVA's format;
+                                      # for the toy, its folder; none: world/ beside the model
+    images: str | None = None         # folder of the pictures of --data; none: that of the file
+    out: str | None = None            # folder for the results; none: eval/ beside the model
+    answers: str | None = None        # score this file of answers, in LLaVA's format; no model runs
+    # how
+    choose: Literal["generate", "likelihood"] = "generate"  # how an option is chosen: the model
+                                      # writes its letter, or the likeliest letter is taken
+    strict: bool = False              # score a second time: joined by id, answers read kindly
+    batch_size: int = 16              # questions answered together
+    device: Literal["cuda", "mps", "cpu"] | None = None  # none: the first of these that exists
+    dtype: Literal["bfloat16", "float32"] | None = None  # none: bfloat16 where it is fast
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size}: expected at least 1")
+        if self.task is None:
+            self.task = "own" if self.data and not os.path.isdir(self.data) else "toy"
+        if self.answers is not None and self.task in ("all", "toy"):
+            raise UserError("--answers is the file of one task: name it with --task")
+
+
+def own_task(o):
+    """The Task of --data."""
+    images = o.images or os.path.dirname(o.data) or "."
+    return Task("your questions", o.data, read=lambda task, root: read_own(o.data, images),
+                score=score_own, metric="exact match", tokens=1024)
+
+
+def results_folder(o):
+    """--out; else that of --answers, or eval/ beside a checkpoint; for a hub name, one under out/.
+    """
+    if o.out is not None or o.answers is not None:
+        return o.out or os.path.dirname(o.answers) or "."
+    name = os.path.normpath(o.model)
+    beside = os.path.dirname(os.path.abspath(name)) if os.path.isdir(name) \
+        else os.path.join("out", os.path.basename(name))
+    return os.path.join(beside, "eval")
+
+
+def judgements_or_texts(name, task, questions, texts, o, out):
+    """What is scored: the answers, or the path of the judgements; None if these are not there.
+
+    Writes the judge's requests, and the file for the server.
+    """
+    stem = os.path.join(out, name)
+    if task.submit:
+        make, ending = task.submit
+        write = write_xlsx if ending == "xlsx" else write_json
+        write(f"{stem}.submission.{ending}", make(questions, texts, o.root))
+    if not task.ask:
+        return texts
+    unanswered(questions, texts)
+    judgements = f"{stem}.judgements.jsonl"
+    if os.path.exists(judgements):
+        return judgements
+    with open(f"{stem}.requests.jsonl", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(request) + "\n" for request in task.ask(questions, texts, o.root))
+    return None
+
+
+def run_task(name, o, out, settings, load_once):
+    """{"score", "n", "interval", ...} of one task; "score" is None where a server or judge scores.
+    """
+    began = time.perf_counter()
+    task = own_task(o) if name == "own" else TASKS[name]
+    questions = raise_on_all_ranks(lambda: task.read(task, o.root))
+    path = o.answers or os.path.join(out, f"{name}.jsonl")
+    if o.answers is None:
+        answer_all(questions, path, {**settings, "task": name}, load_once, task.tokens)
+    return raise_on_all_ranks(lambda: None if dist.get_rank() else score_task(
+        name, task, questions, path, o, out) | {"seconds": round(time.perf_counter() - began, 1)})
+
+
+def score_task(name, task, questions, path, o, out):
+    """The scores of a file of answers, as kept in scores.json."""
+    texts = read_answers(path, questions)
+    what = judgements_or_texts(name, task, questions, texts, o, out)
+    result = {"score": None, "n": len(questions), "metric": task.metric}
+    if what is None or task.score is None:
+        return result
+    official = task.score(questions, what, o.root, False)
+    result |= {"score": official.headline(), "interval": official.interval(),
+               "details": official.details, "notes": official.notes}
+    for note in official.notes:
+        print(f"{name}: {note}", file=sys.stderr)
+    if o.strict:
+        strict = task.score(questions, what, o.root, True)
+        result["strict"] = {"score": strict.headline(), "details": strict.details}
+    return result
+
+
+def commit():
+    """The commit of this code, None outside a git checkout."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def keep(out, results, settings, o):
+    """Write scores.json; the scores of other tasks stay if they are of the same weights."""
+    path = os.path.join(out, "scores.json")
+    before = read_json_object(path) if os.path.exists(path) else {}
+    same = before.get("fingerprint") == settings["fingerprint"]
+    tasks = (before.get("tasks", {}) if same else {}) | results
+    write_json(path, {"model": None if o.answers else o.model,
+                      "fingerprint": settings["fingerprint"], "commit": commit(),
+                      "options": asdict(o), "tasks": tasks})
+
+
+def show(results, out):
+    """The table of scores beside the published ones, then what is left to do."""
+    lines = [f"{'':20s}{'':15s}{'ours':>8s}  {'95 % interval':15s}{'n':>7s}{'LLaVA-1.5':>11s}"
+             f"{'HyperLLaVA':>11s}{'VLoRA':>8s}"]
+
+    def number(x):
+        return "-" if x is None else f"{x:.1f}"
+
+    for name, one in results.items():
+        task = TASKS.get(name, Task("your questions", ""))
+        span = " to ".join(map(number, one.get("interval", ())))
+        theirs = [number(x) for x in task.published or (None,) * 3]
+        lines.append(f"{task.title:20s}{one['metric']:15s}{number(one['score']):>8s}  {span:15s}"
+                     f"{one['n']:7d}{theirs[0]:>11s}{theirs[1]:>11s}{theirs[2]:>8s}")
+        if "strict" in one:
+            lines.append(f"{'  strict':35s}{number(one['strict']['score']):>8s}")
+    for name, one in results.items():
+        if one["score"] is None and TASKS[name].ask:
+            lines.append(f"{name}: send {name}.requests.jsonl in {out} to the judge, save what it "
+                         f"says as {name}.judgements.jsonl, and run this again")
+        elif one["score"] is None:
+            lines.append(f"{name}: submit {name}.submission.json in {out} ({TASKS[name].source})")
+    return "\n".join(lines)
+
+
+def found(o):
+    """The tasks whose questions are under --root; prints those that are not."""
+    names = [name for name in TASKS if name != "toy"]
+    here = [n for n in names if os.path.exists(os.path.join(o.root, TASKS[n].questions))]
+    for name in names:
+        if name not in here and dist.get_rank() == 0:
+            print(f"{name}: not there: {os.path.join(o.root, TASKS[name].questions)}",
+                  file=sys.stderr)
+    if not here:
+        raise UserError(f"--root {o.root} holds no benchmark; --list says what each one needs")
+    return here
+
+
+def evaluate(o):
+    """Run the tasks of the options; all but the toy on the ranks of torch.distributed.
+
+    With --task all, a task that fails does not stop the others; they are named at the end.
+    """
+    if o.task == "toy":
+        parent = os.path.dirname(os.path.abspath(o.model))
+        world = o.data or os.path.join(parent, "world")
+        return TASKS["toy"].score(o.model, world, o.out or parent, time.perf_counter())
+    if o.task != "own" and not os.path.isdir(o.root):
+        raise UserError(f"--root {o.root}: there is no such folder")
+    device = pick_device(o.device)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dtype = o.dtype or fast_dtype(device)
+    weights = fingerprint(locate(o.model)) if o.answers is None else None
+    settings = {"model": o.model, "fingerprint": weights, "choose": o.choose,
+                "batch_size": o.batch_size, "dtype": dtype}
+    out, results, failed = results_folder(o), {}, []
+    os.makedirs(out, exist_ok=True)
+
+    @functools.cache
+    def load_once():
+        checkpoint = load(o.model, getattr(torch, dtype))
+        checkpoint.model.to(device).eval()
+        return checkpoint
+
+    for name in found(o) if o.task == "all" else [o.task]:
+        try:
+            results[name] = run_task(name, o, out, settings, load_once)
+        except UserError as error:
+            if o.task != "all":
+                raise
+            failed.append(f"{name}: {error}")
+    if dist.get_rank() == 0:
+        keep(out, results, settings, o)
+        print(show(results, out), f"\nscores      {os.path.join(out, 'scores.json')}", sep="\n")
+    if failed:
+        raise UserError(f"{len(failed)} tasks failed. {'; '.join(failed)}")
