@@ -146,7 +146,9 @@ def score_table(questions, texts, root, strict, choices=options_and_answer):
         for column in ("split", "l2-category", "category"):
             if q.row.get(column) is not None:
                 kinds[f"{column}: {q.row[column]}"].append(values[-1])
-    return mean_score(values, kinds)
+    several = sum("pictures" in q.row for q in questions)
+    notes = [f"{several} questions have several pictures, of which the model reads the first"]
+    return mean_score(values, kinds, notes if several else ())
 
 
 score_mmmu = functools.partial(score_table, choices=open_as_choice)

@@ -11,7 +11,6 @@ and line. Next: tasks.py.
 """
 import ast
 import base64
-import binascii
 import csv
 import os
 import re
@@ -106,15 +105,14 @@ def table_rows(path, needed):
         raise UserError(f"{path}: not a table ({error})") from None
 
 
-def decode_picture(text, by_index, label):
-    """The bytes of a row's picture: base64, a list of these, or the index of another row."""
-    if text.startswith("[") and text.endswith("]"):
-        text = ast.literal_eval(text)[0]  # more pictures than one: this model reads the first
-    if len(text) <= 64:  # as VLMEvalKit tells them apart
-        text = by_index.get(text, text)
+def decode_pictures(text, by_index, label):
+    """The pictures of a row, bytes each: base64, a list of these, or the index of another row."""
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        some = ast.literal_eval(text) if text.startswith("[") else [text]
+        # A text of at most 64 characters is an index, as in VLMEvalKit
+        return [base64.b64decode(by_index.get(one, one) if len(one) <= 64 else one, validate=True)
+                for one in some]
+    except (SyntaxError, ValueError):  # binascii.Error is a ValueError
         raise UserError(f"{label}: `image` is not base64") from None
 
 
@@ -137,7 +135,8 @@ def table_suffix(task, text, letters):
 
 
 def read_tsv(task, root):
-    """The prompt of the answers file lacks the suffix. Rows without a picture are left out.
+    """The prompt of the answers file lacks the suffix. Rows without a picture are left out; of
+    several pictures the model reads the first.
 
     Of a task with a `split`, only the rows of that split are read.
     """
@@ -154,10 +153,12 @@ def read_tsv(task, root):
         letters = option_letters(row, from_llava)
         hint = [row["hint"]] if row.get("hint") else []
         body = "\n".join([*hint, row["question"], *(f"{c}. {row[c]}" for c in letters)])
-        image = decode_picture(image, by_index, label)
+        pictures = decode_pictures(image, by_index, label)
+        if len(pictures) > 1:
+            row["pictures"] = len(pictures)
         index = int(row["index"]) if row["index"].isdecimal() else row["index"]
-        text = tagged(body + table_suffix(task, body, letters), image)
-        questions.append(Question(index, body, text, image, label, row, letters))
+        text = tagged(body + table_suffix(task, body, letters), pictures[0])
+        questions.append(Question(index, body, text, pictures[0], label, row, letters))
     return questions
 
 

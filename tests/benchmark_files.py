@@ -163,6 +163,8 @@ def make_choices(root):
     for i, row in enumerate(rows):
         row["split"] = "validation" if i % 4 else "dev"
     rows[5] |= {"A": "", "B": "", "C": "", "answer": "24"}  # an open question
+    rows[6]["image"] = str([base64.b64encode(png(n)).decode() for n in (8, 9)])
+    rows[7]["image"] = rows[3]["index"]  # the picture of that row
     write_table(root, "MMMU_DEV_VAL.tsv", rows)
 
 

@@ -29,7 +29,7 @@ from benchmarks.questions import LETTER, LETTER_CN
 from benchmarks.tasks import TASKS
 from data import encode_prompt
 from formats.xlsx import write_xlsx
-from tests.benchmark_files import make_eval
+from tests.benchmark_files import make_eval, png
 from tests.helpers import (batch_of, close, LAYOUT, logits_of, pictures, static, TOKENIZER, trained,
     TURNS, whole_batch)
 
@@ -397,8 +397,12 @@ def test_mmbench_wants_all_rotations_right(files):
 def test_mmmu_asks_the_validation_split_and_takes_the_answer_of_an_open_question(files):
     score = scored(files, "mmmu", lambda q: q.row["answer"])
     assert score.headline() == 100 and len(score.groups[0]) == 22
+    assert score.notes == ["1 questions have several pictures, of which the model reads the first"]
     task = TASKS["mmmu"]
-    open_one = next(q for q in task.read(task, files) if not q.letters)
+    questions = {q.id: q for q in task.read(task, files)}
+    assert questions["validation_Art_8"].image == png(8)
+    assert questions["validation_Art_10"].image == png(2)
+    open_one = next(q for q in questions.values() if not q.letters)
     assert open_one.text.endswith("\nAnswer the question directly.")
     assert choices.open_as_choice(open_one) == ({"A": "24", "B": "Other Answers"}, "A")
 
