@@ -90,9 +90,18 @@ def reply(checkpoint, questions, choose, tokens):
             for ids, n in zip(rows, limits)]
 
 
-def check_pictures(questions):
-    """UserError that counts the pictures that are not there, and names the first."""
-    paths = dict.fromkeys(q.image for q in questions if isinstance(q.image, str))
+def check(questions, repeats, pictures):
+    """UserError that names an id that occurs twice, or counts the pictures that are not there.
+
+    repeats  an id may occur with several prompts; pictures: whether they are needed
+    """
+    seen = {}
+    for q in questions:
+        key = (q.id, q.prompt) if repeats else q.id
+        if key in seen:
+            raise UserError(f"{q.label}: the same id as {seen[key]}, {q.id}")
+        seen[key] = q.label
+    paths = dict.fromkeys(q.image for q in questions if pictures and isinstance(q.image, str))
     lacking = [path for path in paths if not os.path.isfile(path)]
     if lacking:
         raise UserError(f"{len(lacking)} of {len(paths)} pictures are not there, "
@@ -100,8 +109,11 @@ def check_pictures(questions):
 
 
 def share(questions, batch_size, rank, ranks):
-    """This rank's questions: batches of similar length, dealt out in turn."""
-    order = sorted(questions, key=lambda q: (not q.letters, len(q.text)))
+    """This rank's questions: batches of similar length, dealt out in turn.
+
+    The longest come first: one that does not fit ends the run at once, not after hours.
+    """
+    order = sorted(questions, key=lambda q: (not q.letters, -len(q.text)))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return [q for batch in batches[rank::ranks] for q in batch]
 
@@ -125,26 +137,26 @@ def answer_all(questions, path, settings, load, tokens):
     raise_on_all_ranks(lambda: os.path.exists(path) and check_settings(path, note, settings))
     if os.path.exists(path):
         return
-    check_pictures(questions)
     mine = share(questions, settings["batch_size"], rank, ranks)
     places = [f"{path[:-6]}.{r + 1}of{ranks}.jsonl" for r in range(ranks)]
-    other = set(glob.glob(f"{glob.escape(path[:-6])}.*of*.jsonl")) - set(places)
-    if other:
-        raise UserError(f"{min(other)} was begun on another number of ranks: go on with as many, "
-                        "or remove it")
     rows = [(q.label, {"question_id": q.id, "prompt": q.prompt}) for q in mine]
-    part = raise_on_all_ranks(lambda: AnswerFile(places[rank], rows, settings))
+
+    def open_part():
+        other = set(glob.glob(f"{glob.escape(path[:-6])}.*of*.jsonl")) - set(places)
+        if other:
+            raise UserError(f"{min(other)} was begun on another number of ranks: go on with as "
+                            "many, or remove it")
+        return AnswerFile(places[rank], rows, settings)
 
     def answer_rows(some, i):
         return reply(load(), mine[i:i + len(some)], settings["choose"], tokens)
 
+    part = raise_on_all_ranks(open_part)
     cut = raise_on_all_ranks(lambda: part.write(settings["batch_size"], answer_rows))
     if cut:
         print(f"rank {rank}: {cut} answers were cut at {tokens} tokens or the end of the context",
               file=sys.stderr)
-    if rank == 0:
-        merge(questions, path, note, places, settings)
-    dist.barrier()
+    raise_on_all_ranks(lambda: rank or merge(questions, path, note, places, settings))
 
 
 def merge(questions, path, note, places, settings):

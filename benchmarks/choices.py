@@ -8,6 +8,7 @@ import os
 import re
 from string import ascii_uppercase
 
+from benchmarks.questions import entry
 from benchmarks.report import mean_score, unanswered
 from cli import UserError
 from formats.json_files import read_json_object
@@ -41,15 +42,16 @@ def scienceqa_letter(text):
 def score_scienceqa(questions, texts, root, strict):
     """Accuracy on the questions with a picture; what is not answered falls out of them."""
     folder = os.path.join(root, "scienceqa")
-    problems = read_json_object(os.path.join(folder, "problems.json"))
-    ids = read_json_object(os.path.join(folder, "pid_splits.json"))["test"]
+    path, splits = (os.path.join(folder, name) for name in ("problems.json", "pid_splits.json"))
+    problems, ids = read_json_object(path), read_json_object(splits, "test")
     answers = {q.id: (q, text) for q, text in zip(questions, texts) if text is not None}
     everything, pictured = [], []
     for id in ids:
         q, text = answers.get(id, (None, "FAILED"))
-        letters = "ABCDE"[:len(problems[id]["choices"])]
+        problem = entry(problems, id, path, splits)
+        letters = "ABCDE"[:len(problem["choices"])]
         letter = kind_letter(text, letters) if strict else scienceqa_letter(text)
-        right = letter is not None and letters.find(letter) == problems[id]["answer"]
+        right = letter is not None and letters.find(letter) == problem["answer"]
         everything.append(float(right))
         if q is not None and q.image is not None:
             pictured.append(float(right))
@@ -65,19 +67,18 @@ def score_scienceqa(questions, texts, root, strict):
 def score_seed(questions, texts, root, strict):
     """Accuracy on all questions, pictures and videos; an answer must equal the letter."""
     path = os.path.join(root, "seed_bench/SEED-Bench.json")
-    truth = read_json_object(path)
-    names = {number: name for name, number in truth["question_type"].items()}
+    rows = read_json_object(path, "questions")
+    names = {number: name for name, number in read_json_object(path, "question_type").items()}
     answers = {str(q.id): text for q, text in zip(questions, texts)}
     values, kinds = [], collections.defaultdict(list)
-    for row in truth["questions"]:
+    for row in rows:
         text = answers.get(str(row["question_id"])) or ""
         values.append(float((kind_letter(text, "ABCD") if strict else text) == row["answer"]))
         for kind in (row["data_type"], names[row["question_type_id"]]):
             kinds[kind].append(values[-1])
-    known = {str(row["question_id"]) for row in truth["questions"]}
+    known = {str(row["question_id"]): row for row in rows}
     for q in questions:
-        if str(q.id) not in known:
-            raise UserError(f"{q.label}: {path} has no question {q.id}")
+        entry(known, str(q.id), path, q.label)
     more = len(known) - len(questions)
     notes = unanswered(questions, texts, "counted wrong")
     if more:

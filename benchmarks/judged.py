@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 
+from benchmarks.questions import entry
 from benchmarks.report import Score
 from cli import UserError
 from formats.json_files import read_bytes, read_json_lines, read_json_object
@@ -43,15 +44,16 @@ def ask_llava_bench(questions, texts, root):
     """
     folder = os.path.join(root, "llava-bench-in-the-wild")
     rules = read_json_object(os.path.join(folder, "rule.json"))
-    captions = {row["image"]: row["caption"]
-                for _, row in read_json_lines(os.path.join(folder, "context.jsonl"))}
+    context = os.path.join(folder, "context.jsonl")
+    captions = {row["image"]: row["caption"] for _, row in read_json_lines(context)}
     path = os.path.join(folder, "answers_gpt4.jsonl")
     references = [row["text"] for _, row in read_json_lines(path)]
     if len(references) != len(questions):
         raise UserError(f"{path}: expected {len(questions)} answers, one a line for each question")
     requests = []
     for q, reference, text in zip(questions, references, texts):
-        caption, rule = captions[q.row["image"]], rules[f"llava_bench_{q.row['category']}"]
+        caption = entry(captions, q.row["image"], context, q.label)
+        rule = entry(rules, f"llava_bench_{q.row['category']}", "rule.json", q.label)
         caption, role = caption if isinstance(caption, str) else "\n".join(caption), rule["role"]
         blocks = (f"[Context]\n{caption}", f"[Question]\n{q.row['text']}",
                   f"[{role} 1]\n{reference}", f"[End of {role} 1]",
@@ -107,9 +109,10 @@ def ask_mm_vet(questions, texts, root):
     """A request for each question: its examples, then question, truth and answer in one row."""
     folder = os.path.join(root, "mm-vet")
     prompt = mm_vet_prompt(os.path.join(folder, "mm-vet_evaluator.py"))
-    truth, requests = read_json_object(os.path.join(folder, "mm-vet.json")), []
+    path = os.path.join(folder, "mm-vet.json")
+    truth, requests = read_json_object(path), []
     for q, text in zip(questions, texts):
-        row = truth[f"v1_{q.id}"]
+        row = entry(truth, f"v1_{q.id}", path, q.label)
         answer = row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         content = prompt + "\n" + " | ".join([row["question"], answer, text, ""])
         requests.append({"question_id": f"v1_{q.id}", "model": "gpt-4-0613", "temperature": 0.0,
@@ -122,7 +125,8 @@ def score_mm_vet(questions, judgements, root, strict):
 
     Several judgements of a question are runs, and are averaged.
     """
-    truth = read_json_object(os.path.join(root, "mm-vet/mm-vet.json"))
+    path = os.path.join(root, "mm-vet/mm-vet.json")
+    truth = read_json_object(path)
     grades = collections.defaultdict(list)
     for label, q, text in read_judgements(judgements, questions, "v1_"):
         try:
@@ -135,7 +139,7 @@ def score_mm_vet(questions, judgements, root, strict):
     values, kinds = [], collections.defaultdict(list)
     for id, runs in grades.items():
         values.append(sum(runs) / len(runs))
-        abilities = set(truth[f"v1_{id}"]["capability"])
+        abilities = set(entry(truth, f"v1_{id}", path, judgements)["capability"])
         for kind in {*abilities, "set: " + "+".join(sorted(abilities))}:
             kinds[kind].append(values[-1])
     return Score([np.array(values)[:, None]], lambda means: 100 * means[0][0],

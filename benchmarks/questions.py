@@ -42,6 +42,13 @@ class Question:
     turns: list = field(default_factory=list)  # [(question, answer), ...] before it
 
 
+def entry(table, key, path, label):
+    """table[key]; UserError if `path`, which the table was read from, has none for a question."""
+    if key not in table:
+        raise UserError(f"{label}: {path} has nothing about {key}")
+    return table[key]
+
+
 def tagged(text, image):
     """`text` below the picture's tag, as LLaVA's scripts put it: nothing is stripped."""
     return text if image is None else f"{TAG}\n{text}"
@@ -110,15 +117,15 @@ def decode_pictures(text, by_index, label):
     try:
         some = ast.literal_eval(text) if text.startswith("[") else [text]
         # A text of at most 64 characters is an index, as in VLMEvalKit
-        return [base64.b64decode(by_index.get(one, one) if len(one) <= 64 else one, validate=True)
+        return [base64.b64decode((len(one) <= 64 and by_index.get(one)) or one, validate=True)
                 for one in some]
     except (SyntaxError, ValueError):  # binascii.Error is a ValueError
         raise UserError(f"{label}: `image` is not base64") from None
 
 
-def option_letters(row, ends):
-    """The letters of a row's options. With `ends`, a missing one or "none" ends the list."""
-    if not ends:
+def option_letters(row, from_llava):
+    """The letters of a row's options. For LLaVA, "none" counts as missing, and ends the list."""
+    if not from_llava:
         return "".join(letter for letter in ascii_uppercase if row.get(letter) is not None)
     valid = [(row.get(c) or "nan").lower() not in ("nan", "none") for c in "ABCD"] + [False]
     return "ABCD"[:valid.index(False)]
@@ -151,7 +158,7 @@ def read_tsv(task, root):
         if row["index"] is None or row["question"] is None:
             raise UserError(f"{label}: lacks its index or its question")
         letters = option_letters(row, from_llava)
-        hint = [row["hint"]] if row.get("hint") else []
+        hint = [row["hint"]] if row.get("hint") not in (None, *["none"] * from_llava) else []
         body = "\n".join([*hint, row["question"], *(f"{c}. {row[c]}" for c in letters)])
         pictures = decode_pictures(image, by_index, label)
         if len(pictures) > 1:
@@ -182,7 +189,10 @@ def read_val(task, root):
 
 
 def read_own(path, images):
-    """Every answered question of a LLaVA JSON file, each with the true answers before it."""
+    """Every answered question of a LLaVA JSON file, each with the true answers before it.
+
+    Turn n of record i has the id "i/n".
+    """
     questions = []
     for i, record in enumerate(read_json_list(path)):
         label = f"{path} {record_name(record, i)}"
@@ -190,6 +200,6 @@ def read_own(path, images):
         image = image and image_path(images, image, label)
         for n, (question, answer) in enumerate(turns):
             row = {"question": question.replace(TAG, "").strip(), "answer": answer}
-            questions.append(Question(f"{record.get('id', i)}/{n}", question, question, image,
-                                      label, row, turns=turns[:n]))
+            questions.append(Question(f"{i}/{n}", question, question, image, label, row,
+                                      turns=turns[:n]))
     return questions

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from benchmarks.answering import answer_all, read_answers
+from benchmarks.answering import answer_all, check, read_answers
 from benchmarks.questions import read_own
 from benchmarks.report import unanswered
 from benchmarks.tasks import TASKS, Task
@@ -24,7 +24,7 @@ from formats.folders import locate
 from formats.json_files import read_json_object, write_json
 from formats.weight_files import fingerprint
 from formats.xlsx import write_xlsx
-from training.distributed import raise_on_all_ranks
+from training.distributed import DistributedUserError, raise_on_all_ranks
 from weights import fast_dtype, load, pick_device
 
 
@@ -58,6 +58,12 @@ class Options:
             self.task = "own" if self.data and not os.path.isdir(self.data) else "toy"
         if self.answers is not None and self.task in ("all", "toy"):
             raise UserError("--answers is the file of one task: name it with --task")
+        if self.data is not None and self.task not in ("own", "toy"):
+            raise UserError(f"--data goes without --task, or with the toy, not with {self.task}")
+        if self.images is not None and self.task != "own":
+            raise UserError("--images is the folder of your own pictures: it goes with --data")
+        if self.task == "toy" and (self.strict or self.choose != "generate"):
+            raise UserError("--strict and --choose are for benchmarks: name one with --task")
 
 
 def own_task(o):
@@ -106,6 +112,7 @@ def run_task(name, o, out, settings, load_once):
     task = own_task(o) if name == "own" else TASKS[name]
     questions = raise_on_all_ranks(lambda: task.read(task, o.root))
     path = o.answers or os.path.join(out, f"{name}.jsonl")
+    raise_on_all_ranks(lambda: check(questions, task.repeats, pictures=o.answers is None))
     if o.answers is None:
         answer_all(questions, path, {**settings, "task": name}, load_once, task.tokens)
     return raise_on_all_ranks(lambda: None if dist.get_rank() else score_task(
@@ -141,7 +148,7 @@ def keep(out, results, settings, o):
     """Write scores.json; the scores of other tasks stay if they are of the same weights."""
     path = os.path.join(out, "scores.json")
     before = read_json_object(path) if os.path.exists(path) else {}
-    same = before.get("fingerprint") == settings["fingerprint"]
+    same = o.answers is None and before.get("fingerprint") == settings["fingerprint"]
     tasks = (before.get("tasks", {}) if same else {}) | results
     write_json(path, {"model": None if o.answers else o.model,
                       "fingerprint": settings["fingerprint"], "commit": commit(),
@@ -186,6 +193,18 @@ def found(o):
     return here
 
 
+def prepare(o):
+    """(names of the tasks, settings that their answers are made with, folder of the results)."""
+    if o.task != "own" and not os.path.isdir(o.root):
+        raise UserError(f"--root {o.root}: there is no such folder")
+    names, out = found(o) if o.task == "all" else [o.task], results_folder(o)
+    weights = fingerprint(locate(o.model)) if o.answers is None else None
+    dtype = o.dtype or fast_dtype(pick_device(o.device))
+    os.makedirs(out, exist_ok=True)
+    return names, {"model": o.model, "fingerprint": weights, "choose": o.choose, "dtype": dtype,
+                   "batch_size": o.batch_size}, out
+
+
 def evaluate(o):
     """Run the tasks of the options; all but the toy on the ranks of torch.distributed.
 
@@ -194,29 +213,24 @@ def evaluate(o):
     if o.task == "toy":
         parent = os.path.dirname(os.path.abspath(o.model))
         world = o.data or os.path.join(parent, "world")
-        return TASKS["toy"].score(o.model, world, o.out or parent, time.perf_counter())
-    if o.task != "own" and not os.path.isdir(o.root):
-        raise UserError(f"--root {o.root}: there is no such folder")
-    device = pick_device(o.device)
+        if os.environ.get("RANK", "0") == "0":
+            TASKS["toy"].score(o.model, world, o.out or parent, time.perf_counter())
+        return
+    names, settings, out = raise_on_all_ranks(lambda: prepare(o))
+    results, failed, device = {}, [], pick_device(o.device)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dtype = o.dtype or fast_dtype(device)
-    weights = fingerprint(locate(o.model)) if o.answers is None else None
-    settings = {"model": o.model, "fingerprint": weights, "choose": o.choose,
-                "batch_size": o.batch_size, "dtype": dtype}
-    out, results, failed = results_folder(o), {}, []
-    os.makedirs(out, exist_ok=True)
 
     @functools.cache
     def load_once():
-        checkpoint = load(o.model, getattr(torch, dtype))
+        checkpoint = load(o.model, getattr(torch, settings["dtype"]))
         checkpoint.model.to(device).eval()
         return checkpoint
 
-    for name in found(o) if o.task == "all" else [o.task]:
+    for name in names:
         try:
             results[name] = run_task(name, o, out, settings, load_once)
-        except UserError as error:
+        except UserError as error:  # of all ranks
             if o.task != "all":
                 raise
             failed.append(f"{name}: {error}")
@@ -224,4 +238,4 @@ def evaluate(o):
         keep(out, results, settings, o)
         print(show(results, out), f"\nscores      {os.path.join(out, 'scores.json')}", sep="\n")
     if failed:
-        raise UserError(f"{len(failed)} tasks failed. {'; '.join(failed)}")
+        raise DistributedUserError(f"{len(failed)} tasks failed. {'; '.join(failed)}")

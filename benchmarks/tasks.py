@@ -30,6 +30,7 @@ class Task:
     needs: tuple = ()              # other files that scoring reads
     ask: object = None             # the judge's requests
     submit: object = None          # (function, ending of the file)
+    repeats: bool = False          # ids repeat, with other texts: two questions about a picture
     tokens: int = 128              # longest answer, as in LLaVA's script for the task
     source: str = ""               # where pictures and annotations come from
     published: tuple = ()          # LLaVA-1.5, HyperLLaVA, VLoRA: the papers' 7B figures
@@ -71,8 +72,9 @@ TASKS = {
         source="github.com/lupantech/ScienceQA", published=(66.8, 70.4, 66.4)),
     "textvqa": Task(
         "TextVQA", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/train_images", WORD,
-        r"(\w{16}) \1\.jpg .*", score=vqa.score_textvqa, needs=("textvqa/TextVQA_0.5.1_val.json",),
-        source="textvqa.org/dataset", published=(58.2, 58.5, None)),
+        r"(\w{16}) \1\.jpg .*", score=vqa.score_textvqa, repeats=True,
+        needs=("textvqa/TextVQA_0.5.1_val.json",), source="textvqa.org/dataset",
+        published=(58.2, 58.5, None)),
     "pope": Task(
         "POPE", "pope/llava_pope_test.jsonl", "pope/val2014", WORD,
         r"\d+ COCO_val2014_\S+ (adversarial|popular|random)", score=yes_no.score_pope,
@@ -81,7 +83,7 @@ TASKS = {
         published=(85.9, 86.3, None)),
     "mme": Task(
         "MME", "MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version", WORD,
-        rf"(\w+)/\S+ \1/\S+ \1", score=yes_no.score_mme, metric="perception",
+        r"(\w+)/\S+ \1/\S+ \1", score=yes_no.score_mme, metric="perception", repeats=True,
         needs=("MME/MME_Benchmark_release_version",), published=(1510.7, 1481.2, 1311.3),
         source="github.com/BradyFU/Awesome-Multimodal-Large-Language-Models"),
     "mmbench": table("MMBench dev", "mmbench/mmbench_dev_20230712.tsv", LETTER, (64.3, 65.9, 63.4),

@@ -7,6 +7,7 @@ import collections
 import os
 import re
 
+from benchmarks.questions import entry
 from benchmarks.report import Score, mean_score, unanswered
 from cli import UserError
 from formats.json_files import read_json_list, read_json_lines, read_json_object
@@ -80,15 +81,15 @@ def score_vqa(questions, texts, root, strict):
     path = os.path.join(root, "vqav2/v2_mscoco_val2014_annotations.json")
     answers = {q.id: q.row for q in questions if "answers" in q.row}
     if not answers:
-        answers = {row["question_id"]: row for row in read_json_object(path)["annotations"]}
+        rows = read_json_object(path, "annotations")
+        answers = {row["question_id"]: row for row in rows}
     values, kinds = [], collections.defaultdict(list)
     for q, text in zip(questions, texts):
-        if q.id not in answers:
-            raise UserError(f"{q.label}: {path} has no answers to question {q.id}")
-        given = [one["answer"] for one in answers[q.id]["answers"]]
+        row = entry(answers, q.id, path, q.label)
+        given = [one["answer"] for one in row["answers"]]
         values.append(agreement(evalai(text, True), [evalai(a, True) for a in given]) if strict else
                       vqa_accuracy(evalai(text), given))
-        kinds[answers[q.id].get("answer_type", "all")].append(values[-1])
+        kinds[row.get("answer_type", "all")].append(values[-1])
     return mean_score(values, kinds)
 
 
@@ -103,13 +104,11 @@ def score_textvqa(questions, texts, root, strict):
     """Joined by picture and question, as the official script does. Only what is answered counts."""
     path = os.path.join(root, "textvqa/TextVQA_0.5.1_val.json")
     answers = {(row["image_id"], row["question"].lower()): row["answers"]
-               for row in read_json_object(path)["data"]}
+               for row in read_json_object(path, "data")}
     values = []
     for q, text in zip(questions, texts):
-        if (q.id, textvqa_question(q.prompt)) not in answers:
-            raise UserError(f"{q.label}: {path} has no such question about {q.id}")
+        given = entry(answers, (q.id, textvqa_question(q.prompt)), path, q.label)
         if text is not None:
-            given = answers[q.id, textvqa_question(q.prompt)]
             values.append(agreement(evalai(text, strict), [evalai(a, strict) for a in given]))
     return mean_score(values, notes=unanswered(questions, texts, "left out"))
 
@@ -123,9 +122,7 @@ def score_gqa(questions, texts, root, strict):
         path = os.path.join(folder, "testdev_balanced_questions.json")
     truth, values, kinds = read_json_object(path), [], collections.defaultdict(list)
     for q, text in zip(questions, texts):
-        if q.id not in truth:
-            raise UserError(f"{q.label}: {path} has no question {q.id}")
-        row, text = truth[q.id], text.rstrip(".").lower()
+        row, text = entry(truth, q.id, path, q.label), text.rstrip(".").lower()
         right = evalai(text) == evalai(row["answer"]) if strict else text == row["answer"]
         values.append(float(right))
         structure = row["types"]["structural"]

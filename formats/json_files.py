@@ -1,7 +1,7 @@
 """Read and write JSON files. Every error is one line: path, line number if any, reason.
 
     read_json(path)         any value
-    read_json_object(path)  a dict: config.json, index files
+    read_json_object(path)  a dict: config.json, index files; with a key, its value
     read_json_list(path)    a list that is not empty: LLaVA's training data; also as JSON Lines
     read_json_lines(path)   JSON Lines, one value per line: questions, logs
     write_json(path, value)
@@ -45,12 +45,17 @@ def read_json(path):
     return parse_json(read_bytes(path), path)  # bytes: json finds out their encoding itself
 
 
-def read_json_object(path):
-    """The dict in a JSON file; UserError as for `read_json`, and if it holds something else."""
+def read_json_object(path, key=None):
+    """The dict in a JSON file, or its value for `key`.
+
+    UserError as for `read_json`, and if there is no such thing.
+    """
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, {{...}}")
-    return value
+    if key is not None and key not in value:
+        raise UserError(f"{path}: lacks {key!r}: is it the right file?")
+    return value if key is None else value[key]
 
 
 def read_json_list(path):

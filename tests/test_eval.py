@@ -178,7 +178,7 @@ def test_a_prompt_is_llavas_to_the_token(root):
 def test_own_data_is_scored_by_turn_case_and_first_word(run, root, tmp_path):
     shutil.copytree(root / "pictures", tmp_path / "p")
     given = [f"--data={root / 'mine.json'}", f"--images={root / 'pictures'}"]
-    answers = [{"question_id": f"r{i}/{n}", "prompt": "", "text": text}
+    answers = [{"question_id": f"{i}/{n}", "prompt": "", "text": text}
                for i in range(20) for n, text in enumerate(("a cat", "yes" if i else "no"))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     code, out, _ = run(*given, f"--answers={tmp_path / 'a.jsonl'}")
@@ -233,8 +233,13 @@ def test_all_runs_what_is_there_and_says_what_is_not(run, root, tmp_path):
     ("scienceqa", "scienceqa/llava_test_CQM-A.json", '"gpt"', '"bot"',
      r"record 0 \(id 0\): message 1"),
     ("gqa", "gqa/data/questions1.2/testdev_balanced_questions.json", '"201"', '"x"',
-     r"llava_gqa_testdev_balanced.jsonl line 2: .*has no question 201"),
-    ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "brand 3", "x", r"line 4: .*no such question"),
+     r"llava_gqa_testdev_balanced.jsonl line 2: .*_questions.json has nothing about 201"),
+    ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "brand 3", "x",
+     r"line 4: .*val.json has nothing about .*"),
+    ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "data", "x", r"val.json: lacks 'data'.*"),
+    ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", '"question_id": 3', '"question_id": 2',
+     r"line 4: the same id as .* line 3, 2"),
+    ("mme", "MME/llava_mme.jsonl", "a dog", "a cat", r"line 2: the same id as .* line 1, .*"),
     ("mme", "MME/MME_Benchmark_release_version/existence/questions_answers_YN/0000.txt",
      "\tYes", " Yes", r"0000.txt line 1: expected a question, a tab, and Yes or No"),
     ("pope", "pope/coco/coco_pope_random.json", None, "", r"coco_pope_random.json: file not found"),
@@ -280,6 +285,9 @@ def test_options_that_do_not_fit_are_refused(run, root):
     for options, message in ((["--task=pope", "--root=nowhere"], "nowhere: there is no such"),
                              (["--batch_size=0"], "--batch_size 0: expected at least 1"),
                              (["--task=all", "--answers=x"], "--answers is the file of one task"),
+                             (["--task=gqa", "--data=x"], "--data goes without --task"),
+                             (["--images=x"], "--images is the folder of your own pictures"),
+                             (["--task=toy", "--strict"], "--strict and --choose are for bench"),
                              (["--task=all", f"--root={root / 'run'}"], "holds no benchmark")):
         assert message in run(*options)[0]
 
