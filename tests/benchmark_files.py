@@ -157,7 +157,8 @@ def make_choices(root):
     for folder, name in (("mmbench", "mmbench_dev_20230712"),
                          ("mmbench_cn", "mmbench_dev_cn_20231003")):
         os.makedirs(os.path.join(root, folder), exist_ok=True)
-        write_table(root, f"{folder}/{name}.tsv", option_rows(lambda i, r: i + r * 10**6))
+        rows = option_rows(lambda i, r: i + r * 10**6, D="none")  # ends the list for LLaVA
+        write_table(root, f"{folder}/{name}.tsv", rows)
     write_table(root, "CCBench.tsv", option_rows(lambda i, r: 2 * i + r, question="这是什么?"))
     rows = option_rows(lambda i, r: f"validation_Art_{2 * i + r}")
     for i, row in enumerate(rows):
