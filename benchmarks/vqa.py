@@ -129,9 +129,10 @@ def score_gqa(questions, texts, root, strict):
         for kind in ("open" if structure == "query" else "binary", f"structural: {structure}",
                      f"semantic: {row['types']['semantic']}"):
             kinds[kind].append(values[-1])
-    lacking = [id for id in truth if truth[id]["isBalanced"]][len(values):]
+    lacking = {id for id in truth if truth[id]["isBalanced"]} - {q.id for q in questions}
     if lacking:
-        raise UserError(f"{path}: {len(lacking)} of its questions are not in the question file")
+        raise UserError(f"{path}: {len(lacking)} of its questions are not in the question file, "
+                        f"among them {min(lacking)}")
     return mean_score(values, kinds)
 
 

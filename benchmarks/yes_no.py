@@ -102,8 +102,8 @@ def mme_truth(root):
         place = os.path.join(folder, subtask)
         deeper = os.path.join(place, "questions_answers_YN")
         for path in glob.glob(os.path.join(deeper if os.path.isdir(deeper) else place, "*.txt")):
-            for n, line in enumerate(read_bytes(path).decode().splitlines(), 1):
-                question, tab, answer = line.strip().partition("\t")
+            for n, line in enumerate(read_bytes(path).splitlines(), 1):
+                question, _, answer = line.decode(errors="replace").strip().partition("\t")
                 if answer.lower() not in ("yes", "no"):
                     raise UserError(f"{path} line {n}: expected a question, a tab, and Yes or No")
                 truth[subtask, os.path.basename(path), question] = answer

@@ -266,6 +266,10 @@ def test_gqa_and_vqa_are_scored_by_kind(files):
     gqa = scored(files, "gqa", lambda q: "Yes.." if q.id[-1] in "02468" else "the yes")
     assert gqa.headline() == 50 and gqa.details["open"] == 100 and gqa.details["binary"] == 0
     assert scored(files, "gqa", lambda q: "the yes", strict=True).headline() == 100
+    task = TASKS["gqa"]
+    questions = task.read(task, files)[1:]
+    with pytest.raises(cli.UserError, match="1 of its questions are not .* among them 200"):
+        task.score(questions, ["yes"] * 19, files, False)
     for name in ("vqav2_val", "vizwiz_val"):  # red 4 of 10, blue and green 3
         assert scored(files, name, lambda q: "Red").headline() == pytest.approx(100)
         assert scored(files, name, lambda q: "a blue!").headline() == pytest.approx(90)
