@@ -9,12 +9,14 @@ The batches depend on the questions and on --batch_size only, not on the number 
 Next: ../sample.py, whose `answer` does the work.
 """
 import dataclasses
+import functools
 import glob
 import hashlib
 import io
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -81,7 +83,9 @@ def reply(checkpoint, questions, choose, tokens):
     samples = [encode(q, checkpoint) for q in questions]
     context = checkpoint.model.cfg.llm.context
     limits = [min(tokens, free_positions(s, 0, context)) for s in samples]
-    visual = [look(q, checkpoint) for q in questions if q.image is not None]
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes in several threads at once
+        pictured = [q for q in questions if q.image is not None]
+        visual = list(pool.map(functools.partial(look, checkpoint=checkpoint), pictured))
     if choose == "likelihood" and all(q.letters for q in questions):
         chosen = likeliest(checkpoint, samples, visual, [q.letters for q in questions])
         return [(letter, False) for letter in chosen]

@@ -47,7 +47,7 @@ class Options:
     choose: Literal["generate", "likelihood"] = "generate"  # how an option is chosen: the model
                                       # writes its letter, or the likeliest letter is taken
     strict: bool = False              # score a second time: joined by id, answers read kindly
-    batch_size: int = 16              # questions answered together
+    batch_size: int = 8               # questions answered together
     device: Literal["cuda", "mps", "cpu"] | None = None  # none: the first of these that exists
     dtype: Literal["bfloat16", "float32"] | None = None  # none: bfloat16 where it is fast
 
