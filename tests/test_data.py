@@ -2,7 +2,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import pickle
 import struct
@@ -19,26 +18,13 @@ from cli import UserError
 from data import (check_causal, collate, Conversations, encode, encode_prompt, IGNORE, IMAGE,
                   open_image, pixels, Preprocess, PromptFormat, SYSTEM, turns_of_record)
 from formats.pictures import flatten
+from tests.records import GOOD, messages, write_json
 from tests.sentencepiece_files import QUESTIONS
 from training.feed import BatchSampler
 
 TURNS = [("<image>\nWhat colour is the large circle?", "red"), ("Is there a red square?", "A cat."),
          ("How many triangles are there?", "Black and white")]
 LAYOUT = PromptFormat(image_tokens=9, context=400)
-
-
-def messages(*texts):
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-
-
-GOOD = {"id": "a1", "image": "x.png",
-        "conversations": messages("What is this?\n<image>", "A cat.", "Colour?", "red")}
-
-
-def write_json(folder, records):
-    path = folder / "data.json"
-    path.write_text(json.dumps(records))
-    return str(path)
 
 
 # Pixels

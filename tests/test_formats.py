@@ -37,13 +37,13 @@ import weights
 from cli import UserError
 from data import collate, Conversations, encode_prompt, IMAGE, MULTIPLE, pixels, Preprocess, SYSTEM
 from formats.tokenizer import Tokenizer, train_tokenizer
-from model import LlamaConfig, VisionConfig, VLMConfig
+from model import generate, LlamaConfig, VisionConfig, VLMConfig
 from projector import Projector
 from tests.helpers import CLIPS, hf_clip, hf_llama, LLAMAS, randomised
+from tests.reference import (batch_of, Bomb, close, equal, hf_llava, opened, state_of, STATIC,
+    TEXTS as SHORT_TEXTS, theirs_generate)
 from tests.sentencepiece_files import (BASE, field, LETTERS, message, model_proto, TEXTS,
     train_sentencepiece, WRITTEN)
-from tests.test_weights import (batch_of, Bomb, close, equal, generate, hf_llava, opened, state_of,
-    STATIC, TEXTS as SHORT_TEXTS, theirs_generate)
 
 VOCAB, IDS = 320, 291  # rows of the embedding; ids of the tokenizer and of what a text may hold
 
@@ -79,7 +79,8 @@ def test_the_ids_are_laid_out_like_llamas(tokenizer):
                                                                                             3, 258]
     assert (tokenizer.pad, tokenizer.bos, tokenizer.eos) == (0, 1, 2)
     assert tokenizer.vocab == inner.get_vocab_size() == max(inner.get_vocab().values()) + 1 <= 500
-    assert tokenizer.encode("é日") == [inner.token_to_id("▁")] + [3 + b for b in "é日".encode()]
+    spelt = [3 + b for b in "é日".encode()]
+    assert tokenizer.encode("é日") == [inner.token_to_id("▁")] + spelt
 
 
 def test_no_token_crosses_a_space_and_cutting_first_gives_the_same_ids(tokenizer):
@@ -241,7 +242,7 @@ def test_a_sentencepiece_model_of_another_kind_is_refused_by_name(change, named,
 def test_the_normaliser_that_sentencepiece_takes_by_default_is_refused(tmp_path):
     proto = train_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc")
     assert sentencepiece.SentencePieceProcessor(model_proto=proto).encode("ﬁ") \
-        == sentencepiece.SentencePieceProcessor(model_proto=proto).encode("fi")  # what our reading could not equal
+        == sentencepiece.SentencePieceProcessor(model_proto=proto).encode("fi")
     (tmp_path / "tokenizer.model").write_bytes(proto)
     with pytest.raises(UserError, match="precompiled_charsmap"):
         Tokenizer.load(tmp_path)
@@ -283,7 +284,8 @@ def test_a_tokenizer_json_that_is_not_of_llamas_kind_is_refused(tmp_path):
     alphabet = ["<unk>", "<s>", "</s>"] + sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     alphabet = {c: i for i, c in enumerate(alphabet)}
     other = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, [], unk_token="<unk>"))
-    other.pre_tokenizer, other.decoder = tokenizers.pre_tokenizers.ByteLevel(), tokenizers.decoders.ByteLevel()
+    other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    other.decoder = tokenizers.decoders.ByteLevel()
     assert other.decode(other.encode("  A b\n").ids) == "  A b\n"  # a good one, but another
     other.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="not one of Llama's kind"):
@@ -807,8 +809,10 @@ def shard(folder, state, twice=None):
 EVERY = ["clip", "llama", *SPELLINGS, *ORIGINALS, "ours", "projector"]
 
 
-SAMPLES = r"patch_embedding\.weight|layers\.0\.layer_norm1\.bias|(linear_1|mm_projector\.0)\.weight|(linear_2|projector\.2)\.bias" \
-          r"|layers\.1\.mlp\.up_proj\.weight|embed_tokens\.weight|lm_head\.weight|(?<!layer)norm\.weight"
+SAMPLES = (r"patch_embedding\.weight|layers\.0\.layer_norm1\.bias"
+           r"|(linear_1|mm_projector\.0)\.weight|(linear_2|projector\.2)\.bias"
+           r"|layers\.1\.mlp\.up_proj\.weight|embed_tokens\.weight|lm_head\.weight"
+           r"|(?<!layer)norm\.weight")
 
 
 def samples(state):

@@ -16,7 +16,7 @@ import weights
 from cli import UserError
 from data import encode, Preprocess, PromptFormat, SYSTEM, turns_of_record
 from tests.helpers import TOKENIZER, trained
-from tests.test_data import GOOD, messages, write_json
+from tests.records import GOOD, messages, write_json
 from training.curves import COLOURS, HEIGHT, loss_ticks, read_runs, round_ticks, smooth, WIDTH
 
 
