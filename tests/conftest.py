@@ -1,10 +1,17 @@
 """Fixtures that several test files use."""
+import os
+
 import pytest
 import sentencepiece
+import torch
 
 import training.distributed
 from formats.tokenizer import Tokenizer, train_tokenizer
 from tests.sentencepiece_files import spaced, TEXTS, train_sentencepiece
+
+# One thread here and in the programs that tests start: two processes of tests share the cores
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

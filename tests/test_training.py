@@ -43,13 +43,13 @@ import weights
 from cli import UserError
 from data import collate, IGNORE, IMAGE, Sample
 from model import Block, generate, LlamaConfig, MLP, rotary, rotate, VisionConfig, VLM, VLMConfig
+from tests.programs import HERE, Program, start_ranks, succeeds, words_of
 from training.feed import BatchSampler, padding_share, Question, split_across_ranks, TrainDataset
 
 
 TINY = {"batch_size": 4, "steps": 4, "dtype": "float32", "log_every": 1000, "muon_lr": 4e-3,
         "val_every": 2,
         "allow_random_llm": True}
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.fixture(autouse=True)
@@ -278,12 +278,12 @@ def test_gradients_are_the_same_whole_accumulated_and_on_two_ranks_one_of_which_
                      **options}
             train.run_stage(given, 1, mesh)
     gradients(str(tmp_path), mesh)
-    script = f"import tests.test_training as t; t.gradients({str(tmp_path)!r}, t.training.distributed.start_world('cpu')); t.dist.barrier()"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node", "2", "--no-python", sys.executable, "-c", script],
-                          cwd=HERE, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    (tmp_path / "ranks.py").write_text(
+        "import tests.test_training as t\n"
+        f"t.gradients({str(tmp_path)!r}, t.training.distributed.start_world('cpu'))\n"
+        "t.dist.barrier()\n")
+    for rank in start_ranks(2, tmp_path / "ranks.py"):
+        succeeds(rank)
     for place in PLACES:
         whole, *others = [way for ranks in WAYS
                           for way in torch.load(tmp_path / f"{place} on {ranks}.pt",
@@ -559,9 +559,9 @@ print("right")
 @pytest.mark.parametrize("dims", [("4",), ("2", "2")], ids=["sharded", "in two copies"])
 def test_a_rank_reads_and_casts_its_own_rows_of_the_files_and_no_others(tmp_path, dims):
     """Runs only the last of four ranks."""
-    done = subprocess.run([sys.executable, "-c", RANK_3_OF_4, str(tmp_path / "model.safetensors"),
-                           *dims], capture_output=True, text=True, cwd=HERE)
-    assert done.stdout == "right\n", done.stderr[-2000:]
+    (tmp_path / "rank.py").write_text(RANK_3_OF_4)
+    rank = Program(tmp_path / "rank.py", tmp_path / "model.safetensors", *dims)
+    assert succeeds(rank)[0] == "right\n"
 
 
 def test_a_run_that_cannot_fit_is_refused_with_advice(run, mesh, tmp_path, monkeypatch):
@@ -582,7 +582,7 @@ SIZES = {
         dict(stage=2, tune="peft", dtype="bfloat16", micro_batch_size=4, batch_size=4,
              checkpointing="selective")),
     "the projector": (
-        LlamaConfig(width=1024, depth=20, heads=8, kv_heads=8, hidden=2816, vocab=8000),
+        LlamaConfig(width=1024, depth=10, heads=8, kv_heads=8, hidden=2816, vocab=64000),
         dict(stage=1, dtype="float32", micro_batch_size=4, batch_size=4, checkpointing="full",
              kernels="eager")),
 }
@@ -756,7 +756,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import training.muon as muon, training.distributed
 mesh = training.distributed.start_world("cpu", replicate=int(sys.argv[1]))
 torch.manual_seed(0)
-values = [(torch.randn(shape), torch.randn(shape)) for shape in ((5, 3), (5, 3), (2, 7))]  # of 4 ranks some have less, or nothing
+shapes = (5, 3), (5, 3), (2, 7)  # of 4 ranks some have less, or nothing
+values = [(torch.randn(shape), torch.randn(shape)) for shape in shapes]
 places = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
 whole, parts = [], []
 for value, grad in values:
@@ -774,15 +775,11 @@ dist.barrier()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("copies", [1, 2])
-def test_muon_takes_the_same_step_on_four_ranks_as_on_one(copies):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node", "4", "--no-python", sys.executable, "-c",
-                           MUON_OF_4, str(copies)], cwd=HERE, capture_output=True, text=True,
-                           timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_muon_takes_the_same_step_on_four_ranks_as_on_one(tmp_path, copies):
+    (tmp_path / "muon.py").write_text(MUON_OF_4)
+    for rank in start_ranks(4, tmp_path / "muon.py", copies):
+        succeeds(rank)
 
 
 def test_muon_on_one_process_takes_the_step_of_torchs_muon():
@@ -811,12 +808,6 @@ def test_muon_makes_the_update_of_each_matrix_orthogonal():
     for p, old, scale in zip((wide, tall), before, (1, 2)):
         values = torch.linalg.svdvals((old - p.detach()) / (0.1 * scale))
         assert values.min() > 0.6 and values.max() < 1.3
-
-
-def call(program, *words, **more):
-    return subprocess.run([sys.executable, os.path.join(HERE, program), *map(str, words)],
-                          capture_output=True, text=True, timeout=500,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
 
 
 def test_mistakes_on_the_command_line_end_in_one_line(run, tmp_path, monkeypatch, capsys):
@@ -1073,22 +1064,20 @@ def test_compiled_blocks_train_as_plain_ones(run, mesh, tmp_path, monkeypatch):
 def test_the_main_job_runs_from_nothing_to_scores(tmp_path):
     words = ("--pictures", 60, "--steps", 4, "--batch_size", 8, "--allow_random_llm", "--out",
              tmp_path)
-    done = call("train.py", *words)
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeeds(Program("train.py", *words))
     scores = json.load(open(tmp_path / "scores.json"))
     assert scores["splits"].keys() == {"heldout", "combination", "shuffled", "majority",
                                        "experts_off", "experts_swapped"}
     assert set(scores["splits"]["heldout"]["families"]) == set(toy.world.FAMILIES) and (
         tmp_path / "gallery.png").exists()
     before = os.path.getmtime(tmp_path / "stage2" / "config.json")
-    again = call("train.py", *words)
-    assert again.returncode == 0 and again.stderr.count("is finished, skipped") == 4
+    assert succeeds(Program("train.py", *words))[1].count("is finished, skipped") == 4
     assert os.path.getmtime(tmp_path / "stage2" / "config.json") == before
 
     picture = next((tmp_path / "world" / "images").iterdir())
-    asked = call("sample.py", "--model", tmp_path / "stage2", "--image", picture, "--prompt",
-                 "How many things are there?")
-    assert asked.returncode == 0 and asked.stdout.endswith("\n")
+    asked = succeeds(Program("sample.py", "--model", tmp_path / "stage2", "--image", picture,
+                             "--prompt", "How many things are there?"))
+    assert asked[0].endswith("\n")
 
 
 @pytest.mark.slow
@@ -1100,9 +1089,8 @@ def test_two_ranks_take_the_same_steps_as_one(run, tmp_path):
         out = tmp_path / str(ranks)
         os.makedirs(out)
         os.symlink(f"{run}/stage0", out / "stage0")
-        process = launch(ranks, *words, "--out", out)
-        text = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, text[-2000:]
+        for rank in start_ranks(ranks, "train.py", *words, "--out", out):
+            succeeds(rank)
         losses.append([(r["loss"], r["grad_norm"]) for r in log_of(out, 1)])
     assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4)
 
@@ -1115,13 +1103,6 @@ def launch(ranks, *words):
                             stderr=subprocess.PIPE, text=True,
                             # whatever the host is called
                             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
-
-
-def words_of(given, stage=2):
-    """The words of a command line with these options."""
-    options = {"stage": stage} | given
-    return [w for k, v in options.items() if v is not None and v is not False
-            for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
 
 def rank_of(process, rank):
@@ -1279,8 +1260,7 @@ UNITS = ("stage0/clip", "stage0/llm", "stage1", "stage2")
 def test_twenty_kills_at_random_times_in_all_stages_lose_nothing(tmp_path):
     given = TINY | {"stage": None, "steps": 40, "save_every": 1, "pictures": 40, "val_every": 15,
                     "out": tmp_path / "quiet"}
-    quiet = call("train.py", *words_of(given))
-    assert quiet.returncode == 0, quiet.stderr[-2000:]
+    succeeds(Program("train.py", *words_of(given)))
     out, rng = tmp_path / "loud", random.Random(0)
 
     def kept(unit):  # steps that will not be taken again
@@ -1288,20 +1268,16 @@ def test_twenty_kills_at_random_times_in_all_stages_lose_nothing(tmp_path):
             training.state.saved_steps(out / unit / "state"), default=0)
 
     for unit in (unit for unit in UNITS for _ in range(5)):
-        process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"),
-                                    *words_of(given | {"out": out, "resume": out.exists()})],
-                                   stderr=subprocess.DEVNULL, env={**os.environ,
-                                                                   "OMP_NUM_THREADS": "1"})
+        process = Program("train.py", *words_of(given | {"out": out, "resume": out.exists()}))
         due, began = kept(unit) + rng.choice([1, 2, 3]), time.time()
         while process.poll() is None and kept(unit) < min(due, 40) and time.time() - began < 200:
             time.sleep(0.01)
         time.sleep(rng.random() * 0.2)
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()[1][-2000:]
         process.kill()
-        process.wait()
+        process.communicate()
         assert kept(unit) >= min(due, 40)
-    done = call("train.py", *words_of(given | {"out": out, "resume": True}))
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeeds(Program("train.py", *words_of(given | {"out": out, "resume": True})))
     for unit in UNITS:
         logs = [[json.loads(line) for line in open(tmp_path / name / unit / "log.jsonl")]
                 for name in ("quiet", "loud")]
@@ -1325,19 +1301,20 @@ def test_a_day_in_miniature(run, tmp_path):
                     lr=1e-3, muon_lr=None, checkpointing="none", workers=1, system="",
                     expert_embed=16, data=tmp_path / "world/data.json",
                     val=tmp_path / "world/validation.json", images=tmp_path / "world/images")
-    done = call("train.py", *words_of(given))  # on one rank, which is the same and takes less time
-    assert done.returncode == 0, done.stderr[-2000:]
+    # on one rank, which is the same and takes less time
+    succeeds(Program("train.py", *words_of(given)))
 
     (tmp_path / "world" / "images" / pictured[1]["image"]).write_bytes(b"no picture")
     given |= {"out": tmp_path / "loud", "skip_bad_images": True}
-    process = launch(2, *words_of(given))
-    wait_for(process, tmp_path / "loud", 120)
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=60)[1]
+    ranks = start_ranks(2, "train.py", *words_of(given))
+    wait_for(ranks[0], tmp_path / "loud", 120)
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    text = "".join(succeeds(rank, 60)[1] for rank in ranks)
     assert text.count("stopped by SIGTERM after step") == 1
-    process = launch(2, *words_of(given | {"resume": True}))
-    text = process.communicate(timeout=600)[1]
-    assert process.returncode == 0 and "pictures could not be read" in text, text[-2000:]
+    ranks = start_ranks(2, "train.py", *words_of(given | {"resume": True}))
+    text = "".join(succeeds(rank, 600)[1] for rank in ranks)
+    assert "pictures could not be read" in text, text[-2000:]
 
     quiet, loud = log_of(tmp_path / "quiet", 2), log_of(tmp_path / "loud", 2)
     assert [row["step"] for row in loud] == [row["step"] for row in quiet] == [*range(1, 301)]
@@ -1367,6 +1344,5 @@ def test_two_ranks_end_together(run, tmp_path):
     text = process.communicate(timeout=60)[1]
     assert text.count("stopped by SIGTERM after step") == 1
     assert training.state.saved_steps(out / "stage2" / "state") == [len(log_of(out, 2))]
-    on_one = call("train.py", *words_of(
-        stage_2(run, out, steps=len(log_of(out, 2)) + 2, pictures=40, resume=True)))
-    assert on_one.returncode == 0, on_one.stderr[-2000:]
+    succeeds(Program("train.py", *words_of(
+        stage_2(run, out, steps=len(log_of(out, 2)) + 2, pictures=40, resume=True))))

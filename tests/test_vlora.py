@@ -8,8 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -40,6 +38,7 @@ from tests.helpers import (ask_dictated, batch_of, conversations, count_flops, c
     hf_clip, hf_llama, logits_of, look, noise, pictures, row_of_text, segments, size, TOKENIZER,
     TOWER,
     TURNS)
+from tests.programs import Program, start_ranks, succeeds, words_of
 from training.costs import forward_flops, paper_flops, token_flops
 from vlora import (add_delta, Decoder, DeltaLinear, GeneratorConfig, merged, PerceptualWeights,
                    SITES,
@@ -1287,41 +1286,26 @@ def test_two_ranks_take_the_same_steps_of_vlora_as_one(given, aligned, tmp_path)
     for ranks in (1, 2):
         options = tuning(given, aligned, tmp_path / str(ranks), batch_size=4, micro_batch_size=1,
                          steps=6)
-        words = ["--stage", "2"] + [w for k,
-                                    v in options.items() for w in ([f"--{k}"] if v is True
-                                                                   else [f"--{k}", str(v)])]
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                               "--nproc_per_node", str(ranks),
-                               os.path.join(os.path.dirname(os.path.dirname(
-                               os.path.abspath(__file__))), "train.py"), *words],
-                              capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1",
-                                   "GLOO_SOCKET_IFNAME": "lo"})
-        assert done.returncode == 0, done.stderr[-2000:]
+        for rank in start_ranks(ranks, "train.py", *words_of(options)):
+            succeeds(rank)
     one, two = (torch.tensor(losses(tmp_path / str(ranks))) for ranks in (1, 2))
     assert torch.allclose(one, two, rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_the_toy_runs_with_vlora_from_nothing_to_scores(tmp_path):
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    call = lambda *words: subprocess.run([sys.executable, *map(str, words)], capture_output=True,
-                                         text=True, cwd=here, timeout=500,
-                                         env={**os.environ, "OMP_NUM_THREADS": "1"})
     words = ("--method", "vlora", "--pictures", 40, "--steps", 3, "--batch_size", 8,
              "--allow_random_llm")
-    done = call("train.py", *words, "--out", tmp_path / "a")
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeeds(Program("train.py", *words, "--out", tmp_path / "a"))
     scores = json.load(open(tmp_path / "a" / "scores.json"))
     assert scores["splits"]["heldout"]["n"] > 100
     config = json.load(open(tmp_path / "a" / "stage2" / "config.json"))
     assert config["model"]["vlora"]["every"] == 1 and config["model"]["visual_expert"] == "none"
     picture = next((tmp_path / "a" / "world" / "images").iterdir())
     for more in ((), ("--merge",)):
-        asked = call("sample.py", "--model", tmp_path / "a" / "stage2", "--image", picture,
-                     "--prompt", "How many?", *more)
-        assert asked.returncode == 0, asked.stderr[-2000:]
-    again = call("train.py", *words, "--stage", 1, "--out", tmp_path / "b", "--vision",
-                 tmp_path / "a" / "stage0" / "clip",
-                 "--llm", tmp_path / "a" / "stage0" / "llm")
-    assert again.returncode == 0 and not (tmp_path / "b" / "stage0").exists(), again.stderr[-2000:]
+        succeeds(Program("sample.py", "--model", tmp_path / "a" / "stage2", "--image", picture,
+                         "--prompt", "How many?", *more))
+    succeeds(Program("train.py", *words, "--stage", 1, "--out", tmp_path / "b", "--vision",
+                     tmp_path / "a" / "stage0" / "clip", "--llm",
+                     tmp_path / "a" / "stage0" / "llm"))
+    assert not (tmp_path / "b" / "stage0").exists()
