@@ -8,7 +8,6 @@
 The last line of standard output is one JSON object. --load needs Linux and transformers.
 """
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from formats.folders import resolve
 from formats.json_files import write_json
 from formats.sentencepiece import layout_of_llama
 from formats.tokenizer import Tokenizer
-from formats.weight_files import split_shards, tensors, weight_files, write_file
+from formats.weight_files import tensors, weight_files
 from model import CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
 from training.feed import BatchSampler, padding_share
 from training.plan import foreseen_gb
@@ -58,8 +57,6 @@ class Options:
     save: bool = False                    # with --train: save the state once, 12 bytes a parameter
     make: Literal[(*SHAPES,)] | None = None  # write a checkpoint of this size with random weights
     out: str | None = None                # folder for --train or --make
-    dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of the weights of --make
-    format: Literal["safetensors", "bin"] = "safetensors"  # of the files of --make
     load: str | None = None               # folder to load in bfloat16, here and with transformers
     cold: bool = False                    # drop the folder's files from the system's cache first
     only: Literal["ours", "transformers"] | None = None  # load with one of the two, in this process
@@ -95,45 +92,26 @@ def meaningless_tokenizer(ids):
     return Tokenizer(inner)
 
 
-def write_random(folder, state, ending):
-    """Write random tensors with the shapes and dtypes of `state`; one shard at a time is in memory.
+def random_like(state):
+    """Random tensors with the shapes and dtypes of `state`, a dict: views of a few numbers.
 
-    The numbers repeat, with another start for each tensor: to draw seven billion takes minutes.
+    They overlap, so a tensor takes memory only while it is written. Each begins at another number.
     """
-    dtype = next(iter(state.values())).dtype
-    pool = torch.empty(2**24, dtype=dtype).normal_(0, 0.02)
-
-    def random(name):
-        shape, start = state[name].shape, int(torch.randint(len(pool), ()))
-        repeats = -(-shape.numel() // len(pool))
-        numbers = pool.roll(start).repeat(repeats)[:shape.numel()].view(shape)
-        return numbers + 1 if "norm" in name and name.endswith("weight") else numbers.clone()
-
-    files = split_shards(state).filename_to_tensors
-    if ending == "bin":
-        files = {file.replace("model", "pytorch_model").replace("safetensors", "bin"): names
-                 for file, names in files.items()}
-    for file, names in files.items():
-        path, shard = os.path.join(folder, file), {n: random(n) for n in names}
-        if ending == "bin":
-            torch.save(shard, path)
-        else:
-            write_file(path, shard)
-        del shard  # before the next one is made
-    if len(files) > 1:
-        name = {"bin": "pytorch_model.bin", "safetensors": "model.safetensors"}[ending]
-        weight_map = {name: file for file, names in files.items() for name in names}
-        path = os.path.join(folder, f"{name}.index.json")
-        write_json(path, {"metadata": {}, "weight_map": weight_map})
+    pool = torch.empty(2**18, dtype=next(iter(state.values())).dtype).normal_(0, 0.02)
+    views = {}
+    for start, (name, t) in enumerate(state.items()):
+        numbers = pool + 1 if "norm" in name and name.endswith("weight") else pool
+        views[name] = numbers.as_strided(t.shape, (2,) * t.ndim, start)
+    return views
 
 
 def make(o):
     vision, llm = SHAPES[o.make]
     torch.manual_seed(0)
-    model = build_empty(VLMConfig(vision, llm, "none", "none")).to(getattr(torch, o.dtype))
-    tokenizer, preprocess = meaningless_tokenizer(llm.vocab), Preprocess(vision.image_size)
-    write = functools.partial(write_random, ending=o.format)
-    write_llava(o.out, model, tokenizer, preprocess, SYSTEM, write)
+    model = build_empty(VLMConfig(vision, llm, "none", "none")).bfloat16()
+    model.load_state_dict(random_like(model.state_dict()), assign=True)
+    preprocess = Preprocess(vision.image_size)
+    write_llava(o.out, model, meaningless_tokenizer(llm.vocab), preprocess, SYSTEM)
     files = [path for path, _ in weight_files(o.out)]
     size = sum(map(os.path.getsize, files))
     print(json.dumps({"folder": o.out, "bytes": size, "files": len(files)}))
@@ -238,11 +216,11 @@ def write_parts(folder, size):
         clip = CLIP(vision).to(torch.bfloat16)
         llama = Llama(VLMConfig(vision, llm, "none", "none")).to(torch.bfloat16)
         norm = torch.empty(vision.width, dtype=torch.bfloat16)
-    write = functools.partial(write_random, ending="safetensors")
-    tokenizer, preprocess = meaningless_tokenizer(llm.vocab), Preprocess(vision.image_size)
-    state = clip.state_dict() | {"post_layernorm.weight": norm, "post_layernorm.bias": norm}
-    write_vision(os.path.join(folder, "clip"), state, vision, preprocess, write)
-    write_llama(os.path.join(folder, "llm"), llama.state_dict(), llm, tokenizer, write)
+    tower = clip.state_dict() | {"post_layernorm.weight": norm, "post_layernorm.bias": norm}
+    preprocess = Preprocess(vision.image_size)
+    write_vision(os.path.join(folder, "clip"), random_like(tower), vision, preprocess)
+    write_llama(os.path.join(folder, "llm"), random_like(llama.state_dict()), llm,
+                meaningless_tokenizer(llm.vocab))
 
 
 def step_seconds(log, start, stop):

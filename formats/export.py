@@ -22,16 +22,15 @@ from vlora import VLoRAConfig
 from model import VisionBlock
 
 
-def write_vision(folder, state, config, preprocess, write=write_tensors):
+def write_vision(folder, state, config, preprocess):
     """Write a CLIP tower, for `vision_config` or transformers' CLIPVisionModel to read.
 
     state   {name in model.CLIP: tensor} of all blocks, and post_layernorm.weight and .bias
     config  VisionConfig of that tower; its depth counts all blocks
-    write   function (folder, {name: tensor}) that writes the weights
     """
     names = {n: "vision_model." + re.sub(r"^layers", "encoder.layers", n) for n in state}
     with atomic_folder(folder) as new:
-        write(new, {names[n]: t for n, t in state.items()})
+        write_tensors(new, {names[n]: t for n, t in state.items()})
         write_json(os.path.join(new, "preprocessor_config.json"),
                    image_values(preprocess, "CLIPImageProcessor"))
         write_json(os.path.join(new, "config.json"), {
@@ -39,14 +38,14 @@ def write_vision(folder, state, config, preprocess, write=write_tensors):
             "torch_dtype": dtype_name(state)})
 
 
-def write_llama(folder, state, config, tokenizer, write=write_tensors):
+def write_llama(folder, state, config, tokenizer):
     """Write a Llama, for `llama_config` or transformers' LlamaForCausalLM to read.
 
     state  {name in model.Llama: tensor}
-    write  function (folder, {name: tensor}) that writes the weights
     """
     with atomic_folder(folder) as new:
-        write(new, {n if n.startswith("lm_head") else f"model.{n}": t for n, t in state.items()})
+        write_tensors(new, {n if n.startswith("lm_head") else f"model.{n}": t
+                            for n, t in state.items()})
         tokenizer.save(new)
         write_json(os.path.join(new, "config.json"), {
             "architectures": ["LlamaForCausalLM"],
@@ -139,12 +138,11 @@ def check_exportable(cfg):
                         "layout, only one trained with --visual_expert none --language_expert none")
 
 
-def write_llava(folder, model, tokenizer, preprocess, system, write=write_tensors):
+def write_llava(folder, model, tokenizer, preprocess, system):
     """Write a model without experts for LlavaForConditionalGeneration and AutoProcessor.
 
     Where the vocabulary has no room for <image> and <pad>, it grows to a multiple of 64.
     weights.load gives the same model back, bit for bit.
-    write  function (folder, {name: tensor}) that writes the weights
     Raises UserError if the model has experts or is a VLoRA.
     """
     cfg = model.cfg
@@ -154,7 +152,7 @@ def write_llava(folder, model, tokenizer, preprocess, system, write=write_tensor
         write_llava_processor(new, preprocess, system, cfg.vision.patch)
         vocab = cfg.llm.vocab if ids <= cfg.llm.vocab else -(-ids // 64) * 64
         state = llava_state(model, vocab)
-        write(new, state)
+        write_tensors(new, state)
         llm = dataclasses.replace(cfg.llm, vocab=vocab)
         write_json(os.path.join(new, "generation_config.json"), {
             "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": pad})
