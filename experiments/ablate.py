@@ -24,7 +24,7 @@ from benchmarks.toy import Answerer, exact, load_questions
 from cli import main, parse, UserError
 from experiments.embeddings import plot_embeddings
 from experiments.processes import Jobs
-from experiments.report import import_pyplot, markdown, plot, table_rows
+from experiments.report import draw, markdown, table_rows
 from experiments.tables import LLAVA, NO_EXPERTS, row_folder, row_name, TABLES
 from formats.json_files import read_json, read_json_list
 from toy.files import write_atomically, write_dialect, write_unseen
@@ -241,7 +241,6 @@ def train_rows(o):
 
 
 def make_table(o):
-    import_pyplot()  # an error now rather than after hours of training
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # like Ctrl-C, it ends the jobs
     table, began = TABLES[o.table], time.perf_counter()
     with locked(os.path.join(o.out, "lock")) as ours:
@@ -254,7 +253,7 @@ def make_table(o):
         "title": table.title, "options": dataclasses.asdict(o), "seconds": seconds, "rows": rows})
     print(f"{table.title}; {o.seeds} seeds, {o.steps} steps, {seconds:.0f} s\n\n"
           f"{markdown(table, rows)}", flush=True)
-    plot(table, rows, os.path.join(o.out, f"table_{o.table}.png"))
+    draw(table, rows).savefig(os.path.join(o.out, f"table_{o.table}.png"), dpi=100)
 
 
 def run():

@@ -6,11 +6,12 @@ import os
 from collections import defaultdict
 
 import torch
+from matplotlib.figure import Figure
 
 from baselines import is_guided, weight_source
 from benchmarks.toy import Answerer, load_questions
 from cli import UserError
-from experiments.report import half_width, import_pyplot
+from experiments.report import half_width
 from toy.world import FAMILIES
 from training.options import EXPERT_OPTIONS
 from weights import load
@@ -58,14 +59,14 @@ def probe(e, families, images):
 
 def plot_embeddings(o):
     """Draw OUT/embeddings.png from the stages of --base and print the probe's accuracy."""
-    pyplot = import_pyplot()
     after = load(os.path.join(o.base, "stage2"))
     experts = {name: after.config["training"][name] for name in EXPERT_OPTIONS} | {"vlora": None}
     before = load(os.path.join(o.base, "stage1"), next(after.model.parameters()).dtype, experts)
     questions = load_questions(os.path.join(o.base, "world"), "heldout")
     questions = [q for q in questions if q.family != "caption"]
     families, images = [q.family for q in questions], [q.image for q in questions]
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5))
+    figure = Figure((11, 5), layout="tight")
+    axes = figure.subplots(1, 2)
     for panel, name, checkpoint in zip(axes, ("before", "after"), (before, after)):
         e = embed(checkpoint, questions)
         accuracy, half = probe(e, families, images)
@@ -78,6 +79,5 @@ def plot_embeddings(o):
         print(f"{name}: a linear probe of e finds {100 * accuracy:.1f} % of the families "
               f"(95 %: ± {100 * half:.1f}; chance {100 / len(FAMILIES):.1f} %)")
     axes[1].legend(markerscale=2, fontsize=8)
-    figure.tight_layout()
     os.makedirs(o.out, exist_ok=True)
     figure.savefig(os.path.join(o.out, "embeddings.png"), dpi=100)

@@ -3,7 +3,6 @@
 Read ablate.py first.
 """
 import functools
-import importlib.util
 import os
 import statistics
 import time
@@ -11,6 +10,7 @@ from collections import Counter, defaultdict, deque
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from cli import UserError
 from data import collate, encode_prompt
@@ -188,16 +188,6 @@ def markdown(table, rows):
 # ---- Plots
 
 
-def import_pyplot():
-    """matplotlib's pyplot, without a display; UserError if it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the plots need matplotlib: pip install -r requirements-dev.txt")
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
 def spreads(values):
     """(means, error bars or None) of some (mean, spread)."""
     means, spread = zip(*values)
@@ -230,17 +220,14 @@ def plot_bars(axes, rows, split):
     axes.legend(fontsize=8)
 
 
-def plot(table, rows, path):
-    """Draw the scores, with the spread over seeds, into a PNG."""
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(11, 4))
-    split = table.splits[0]
+def draw(table, rows):
+    """A matplotlib figure of the scores, with the spread over seeds."""
+    figure = Figure((11, 4), layout="tight")
+    axes, split = figure.add_subplot(), table.splits[0]
     if table.axis:
         plot_curves(axes, table, rows, split)
     else:
         plot_bars(axes, rows, split)
     axes.set_ylabel(f"exact match on {split}, %")
     axes.set_title(table.title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    return figure

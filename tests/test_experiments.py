@@ -218,14 +218,13 @@ def test_one_seed_has_no_spread_and_is_not_shown_as_if_it_had(tmp_path):
     text = experiments.report.markdown(table, found)
     assert "**50.0** |" in text and "+25.0 (± " in text
     assert not [word for word in ("nan", "None", "seeds") if word in text]
-    experiments.report.plot(table, found, tmp_path / "x.png")
+    experiments.report.draw(table, found).savefig(tmp_path / "x.png")
     assert "NaN" not in json.dumps(found)
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns(tmp_path, name,
-                                                                                 monkeypatch):
-    table, drawn = TABLES[name], []
+def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns(tmp_path, name):
+    table = TABLES[name]
     found = [{"name": row.name, "options": row.options, "paper": row.paper, "costs": COST,
               "families": {family: (50.0 + i, 1.0)
                            for family in (toy.world.FAMILIES if name != "dialect" else ("shift",))},
@@ -246,10 +245,9 @@ def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns
         "| peak, GB | prompt, ms | a further token, ms |")
     assert costs.splitlines()[2] == (
         f"| {table.rows[0].name} | 1,234 | 99 | 252 | 4.02 | 0.65 | 1.44 | 6.6 | 1.74 |")
-    pyplot = experiments.report.import_pyplot()
-    monkeypatch.setattr(pyplot, "close", drawn.append)
-    experiments.report.plot(table, found, tmp_path / "x.png")
-    axes, = drawn[0].axes
+    figure = experiments.report.draw(table, found)
+    figure.savefig(tmp_path / "x.png")
+    axes, = figure.axes
     if table.axis:  # each row is a point of a curve
         assert sum(len(container.lines[0].get_xdata())
                    for container in axes.containers) == len(table.rows)
@@ -403,7 +401,7 @@ def test_a_row_of_other_tables_goes_all_the_way(base, mesh, tmp_path, table, mon
                                    align=2, pictures=40, jobs=1, allow_random_llm=True)
     experiments.ablate.train_rows(o)
     row, = experiments.report.table_rows(o)
-    experiments.report.plot(TABLES[table], [row], tmp_path / "x.png")
+    experiments.report.draw(TABLES[table], [row]).savefig(tmp_path / "x.png")
     assert experiments.report.markdown(TABLES[table], [row]).count("\n") == 6
     with open(os.path.join(experiments.tables.row_folder(o, TABLES[table].rows[0], 0), "stage2",
                            "log.jsonl")) as f:

@@ -13,7 +13,6 @@ from formats.tokenizer import train_tokenizer
 from toy.files import write_world
 from toy.stand_ins import (Captions, LLAMA, StandInCLIP, StandInLlama, VISION, words, write_clip,
     write_llm)
-from training.curves import plot, read_runs
 from training.feed import VLMData
 
 
@@ -71,6 +70,7 @@ def finish(out, began):
 
     began  time.perf_counter() at the start of the run
     """
+    from training.curves import plot, read_runs  # only here: training itself needs no matplotlib
     try:
         plot(read_runs([out]), os.path.join(out, "curves.png"))
     except UserError as error:  # a log that is gone or damaged
