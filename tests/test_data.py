@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import pickle
 import struct

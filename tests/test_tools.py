@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
