@@ -127,16 +127,18 @@ class MatrixExpert(nn.Module):
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         super().__init__()
+        self.scale = embed ** 0.5 / guidance_dim
         self.encoder = nn.Linear(guidance_dim, embed)
         self.up = nn.Parameter(torch.empty(inputs, outputs))  # b^(n)
         self.reset_parameters()
 
     def reset_parameters(self):
         self.encoder.reset_parameters()
+        self.encoder.weight.data /= self.scale
         nn.init.zeros_(self.up)
 
     def weights(self, guidance, hypernet):
-        matrix = hypernet(self.encoder(rms(guidance)))
+        matrix = hypernet(self.encoder(rms(guidance) * self.scale))
         return (self.up + matrix.unflatten(-1, self.up.shape),)
 
     def forward(self, x, weights, use_id=None):

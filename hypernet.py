@@ -85,10 +85,16 @@ class Expert(nn.Module):
 
     SwiGLU in a bottleneck of width R needs a gate and a value, so W_d is 2R wide and W_u starts
     from R. W_u is zero at the start: before training, the model *is* LLaVA.
+
+    The guidance is scaled by sqrt(E)/G, and the weights of E_n start larger by G/sqrt(E), so e
+    starts as that of a plain nn.Linear. Without the factor, one Adam step at rate lr would move
+    every e by up to 0.8 G lr, more than its size for wide models. With it, the step is 0.8 sqrt(E)
+    lr at every G, and moves W_1 e about as far as a step of W_1 does (docs/readings.md).
     """
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         super().__init__()
+        self.scale = embed ** 0.5 / guidance_dim                 # of the guidance
         self.encoder = nn.Linear(guidance_dim, embed)            # E_n of Eq. 3
         self.down = nn.Parameter(torch.empty(2 * rank, inputs))  # b^(n) of Eq. 4, for W_d
         self.up = nn.Parameter(torch.empty(rank, outputs))       # b^(n) of Eq. 4, for W_u
@@ -96,13 +102,14 @@ class Expert(nn.Module):
 
     def reset_parameters(self):
         self.encoder.reset_parameters()
+        self.encoder.weight.data /= self.scale
         nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
         nn.init.zeros_(self.up)
 
     def weights(self, guidance, hypernet):
         """W_d float[B, U, 2R, inputs] and W_u float[B, U, R, outputs] for guidance float[B, U, G].
         """
-        e = self.encoder(rms(guidance))                              # (B, U, E)  Eq. 3
+        e = self.encoder(rms(guidance) * self.scale)                 # (B, U, E)  Eq. 3
         down, up = hypernet(e)                                       # w^(n)  Eq. 4
         return (self.down + down.unflatten(-1, self.down.shape),     # K^(n) = w^(n) + b^(n)  Eq. 4
                 self.up + up.unflatten(-1, self.up.shape))

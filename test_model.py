@@ -60,7 +60,8 @@ def by_hand(x, expert, hypernet, guidance):
     """Eqs. 3 to 5 for one token float[inputs] and one guidance float[G], with the modules' weights.
     """
     g = guidance / (guidance.square().mean() + 1e-6).sqrt()
-    e = expert.encoder.weight @ g + expert.encoder.bias
+    E, G = expert.encoder.weight.shape
+    e = expert.encoder.weight @ (g * E ** 0.5 / G) + expert.encoder.bias
     a = F.silu(hypernet.trunk.weight @ e + hypernet.trunk.bias) / len(e) ** 0.5
     down = (hypernet.down.weight @ a).view_as(expert.down) + expert.down
     up = (hypernet.up.weight @ a).view_as(expert.up) + expert.up
@@ -76,6 +77,35 @@ def expert_with(inputs, outputs, guide, embed=6, rank=3):
     torch.nn.init.normal_(net.up.weight)
     torch.nn.init.normal_(expert.up)
     return expert, net
+
+
+def embedding(expert, guidance):
+    """e of Eq. 3 for guidance float[B, U, G]."""
+    found = []
+    handle = expert.encoder.register_forward_hook(lambda module, inputs, e: found.append(e))
+    expert.weights(guidance, lambda e: (e.new_zeros(1, 1, 30), e.new_zeros(1, 1, 21)))
+    handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("guide", [64, 1024])
+def test_the_embedding_starts_as_that_of_a_plain_linear_layer(guide):
+    expert, linear = expert_with(5, 7, guide, embed=16)[0], torch.nn.Linear(guide, 16).double()
+    guidance = torch.randn(2, 3, guide).double()
+    for layer in (expert, linear):
+        torch.manual_seed(1)
+        layer.reset_parameters()
+    assert torch.allclose(embedding(expert, guidance), linear(rms(guidance)))
+
+
+@pytest.mark.parametrize("guide", [64, 1024])
+def test_a_step_of_adam_moves_the_embedding_equally_far_at_every_width_of_the_guidance(guide):
+    expert, guidance = expert_with(5, 7, guide, embed=16)[0], torch.randn(1, 1, guide).double()
+    before = embedding(expert, guidance)
+    (before * torch.randn(16)).sum().backward()
+    torch.optim.AdamW(expert.encoder.parameters(), lr=1e-3, weight_decay=0.0).step()
+    moved = (embedding(expert, guidance) - before).abs() / 1e-3
+    assert (moved - (1 + 0.8 * 16 ** 0.5)).abs().max() < 0.3  # the bias moves by lr
 
 
 def test_every_token_runs_with_the_weights_of_its_own_turn_and_without_a_turn_gets_exactly_zero():

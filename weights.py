@@ -33,11 +33,11 @@ from formats.llava import read_llava, read_original, vlora_config, VLORA_TYPE
 from formats.name_rules import (BY_ID, clip_rules, llama_rules, ORIGINAL_PROJECTOR, OURS,
                                 rename, SKIP)
 from formats.tokenizer import Tokenizer
-from formats.weight_files import fingerprint, tensors, write_tensors
+from formats.weight_files import check_fit, fingerprint, tensors, write_tensors
 from model import VLM, VLMConfig
 from vlora import GeneratorConfig, VLoRA, VLoRAConfig
 
-FORMAT, VERSION = "hyperllava", 1
+FORMAT, VERSION = "hyperllava", 2  # of a checkpoint of ours, see `rescale_encoders`
 
 
 # ---- Device and precision
@@ -116,16 +116,6 @@ def names_of(cfg):
 
 
 # ---- Filling a model
-
-
-def check_fit(target, tensor, shape, label):
-    """UserError unless the tensor has the shape and kind of the parameter `target`."""
-    if tensor.shape != shape:
-        raise UserError(f"{label} is {list(tensor.shape)}, "
-                        f"but the model's {target} is {list(shape)}")
-    if not tensor.is_floating_point():
-        raise UserError(f"{label} has dtype {tensor.dtype}, expected a floating type: "
-                        f"quantised weights are not supported")
 
 
 def assign(model, target, tensor):
@@ -284,8 +274,7 @@ def read_config(values, label):
     saved = build_dataclass(SavedConfig, values, label)
     check_heads(saved.vision.width, saved.vision.heads, f"{label}.vision")
     check_heads(saved.llm.width, saved.llm.heads, f"{label}.llm", saved.llm.kv_heads)
-    cfg = make_config(**vars(saved))
-    return cfg
+    return make_config(**vars(saved))
 
 
 def check_method(cfg, wanted, label):
@@ -324,15 +313,29 @@ def add_experts(cfg, options, label):
     return grown
 
 
-def build_and_fill(cfg, sources, label, *, dtype, cast, seed, experts, added=0):
+def rescale_encoders(model):
+    """Convert the encoders of version 1, which read the guidance without `Expert.scale`.
+
+    Products with the guidance stay what they were, but for rounding. New encoders have no storage
+    yet, so this does not change them.
+    """
+    for part in model.modules():
+        if hasattr(part, "scale"):
+            part.encoder.weight = nn.Parameter(part.encoder.weight / part.scale)
+
+
+def build_and_fill(cfg, sources, label, *, dtype, cast, seed, experts, added=0, version=VERSION):
     """The model of `cfg` with the tensors of `sources`, see `fill` and `load`.
 
     experts  options of the experts to add, initialised from `seed`; None: none
+    version  of a checkpoint of ours
     """
     grown = cfg if experts is None else add_experts(cfg, experts, label)
     model = build_empty(grown)
     new = names_of(grown) - names_of(cfg) if experts else ()
     fill(model, sources, dtype if cast else None, new, added)
+    if version == 1:
+        rescale_encoders(model)
     initialise(model, seed, dtype)
     return model
 
@@ -341,8 +344,8 @@ def load_ours(folder, config, *, dtype, **how):
     path = os.path.join(folder, "config.json")
     expect_keys(config, {"format", "version", "model", "preprocess", "template", "stage", "sources",
                          "training"}, path)
-    if config["version"] != VERSION:
-        raise UserError(f"{path}: version {config['version']}, this code reads {VERSION}")
+    if config["version"] not in (1, VERSION):
+        raise UserError(f"{path}: version {config['version']}, this code reads 1 and {VERSION}")
     cfg = read_config(config["model"], f"{path}: model")
     preprocess = build_dataclass(Preprocess, config["preprocess"], f"{path}: preprocess",
                                  absent={"background": "none"})
@@ -354,9 +357,9 @@ def load_ours(folder, config, *, dtype, **how):
         sources += [(source_folder(entry, folder), rules[part])
                     for part, entry in config["sources"].items()]
         dtype = dtype or next(tensors(folder))[1].dtype  # of the trained part
-    model = build_and_fill(cfg, sources, path, dtype=dtype, **how)
-    system = config["template"]["system"]
-    return Checkpoint(model, Tokenizer.load(folder), preprocess, system, config)
+    model = build_and_fill(cfg, sources, path, dtype=dtype, version=config["version"], **how)
+    tokenizer = Tokenizer.load(folder)
+    return Checkpoint(model, tokenizer, preprocess, config["template"]["system"], config)
 
 
 # ---- LLaVA-1.5 and VLoRA, in their authors' layout or in that of transformers

@@ -117,6 +117,16 @@ def tensors(folder, dtype=None):
             yield name, tensor, path
 
 
+def check_fit(target, tensor, shape, label):
+    """UserError unless the tensor has the shape and kind of the parameter `target`."""
+    if tensor.shape != shape:
+        raise UserError(f"{label} is {list(tensor.shape)}, "
+                        f"but the model's {target} is {list(shape)}")
+    if not tensor.is_floating_point():
+        raise UserError(f"{label} has dtype {tensor.dtype}, expected a floating type: "
+                        f"quantised weights are not supported")
+
+
 def fingerprint(folder):
     """sha256 of names, sizes, first and last MiB of the weight files: fast even for 13 GB."""
     digest = hashlib.sha256()

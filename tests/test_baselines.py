@@ -177,10 +177,28 @@ def test_a_matrix_expert_is_one_generated_linear_map_for_each_turn():
     for b in range(2):
         for i, turn in enumerate(use_id[b].tolist()):
             guidance = g[b, turn] / (g[b, turn].square().mean() + 1e-6).sqrt()
-            e = expert.encoder.weight @ guidance + expert.encoder.bias
+            e = expert.encoder.weight @ (guidance * E ** 0.5 / D) + expert.encoder.bias
             a = F.silu(net.trunk.weight @ e + net.trunk.bias) * E ** -0.5
             expected = x[b, i] @ (expert.up + (net.up.weight @ a).view(D, D)) * (turn >= 0)
             assert torch.allclose(shift[b, i], expected) and (turn < 0 or expected.abs().max() > 0)
+
+
+def test_the_encoder_of_a_matrix_expert_starts_as_that_of_an_expert():
+    torch.manual_seed(0)
+    matrix, expert = MatrixExpert(D, D, D, E, R), Expert(D, D, D, E, R)
+    for part in (matrix, expert):
+        torch.manual_seed(1)
+        part.reset_parameters()
+    assert torch.equal(matrix.encoder.weight, expert.encoder.weight)
+    assert matrix.scale == expert.scale
+
+
+@pytest.mark.parametrize("source", ["static", "latent", "lora"])
+def test_what_reads_no_guidance_is_the_same_in_checkpoints_of_version_1(source):
+    model = tuned(source)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    weights.rescale_encoders(model)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def test_lora_is_the_explicit_change_of_seven_matrices_with_alpha_twice_the_rank():

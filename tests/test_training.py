@@ -398,6 +398,14 @@ def test_a_stopped_run_is_neither_lost_nor_continued_with_other_options(run, mes
     for name, value in (("lr", 1.0), ("seed", 7), ("batch_size", 2), ("tune", "peft")):
         with pytest.raises(UserError, match=f"--resume: the run had --{name} "):
             train.run_stage(given | {"resume": True, name: value}, 2, mesh)
+    options = tmp_path / "stage2" / "state" / "step_000003" / "options.json"
+    text = options.read_text()
+    for version in ({}, {"version": 1}):
+        options.write_text(json.dumps(
+            {k: v for k, v in json.loads(text).items() if k != "version"} | version))
+        with pytest.raises(UserError, match="saved by another version of this code, .*--overwrite"):
+            train.run_stage(given | {"resume": True}, 2, mesh)
+    options.write_text(text)
     with pytest.raises(UserError, match="has taken 3 steps, more than --steps 2"):
         train.run_stage(given | {"resume": True, "steps": 2}, 2, mesh)
     assert sorted((tmp_path / "stage2" / "state").rglob("*")) == state

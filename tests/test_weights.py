@@ -490,6 +490,25 @@ def test_a_saved_model_loads_with_the_same_logits(world, tmp_path):
                                           torch.float16).model.parameters()} == {torch.float16}
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_encoders_of_version_1_are_converted_and_added_ones_are_not(world, tmp_path, stage):
+    world.save(tmp_path / "x", stage)
+    expected = weights.load(str(tmp_path / "x"), experts=EXPERTS).model
+    file, config = tmp_path / "x" / "model.safetensors", tmp_path / "x" / "config.json"
+    state = load_file(file)
+    encoders = [name for name in state if name.endswith("encoder.weight")]
+    assert len(encoders) == (3 if stage == 2 else 1)
+    for name in encoders:
+        E, G = state[name].shape
+        state[name] = state[name] * E ** 0.5 / G  # version 1 multiplied the guidance by 1
+    save_file(state, file)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"version": 1}))
+    loaded = weights.load(str(tmp_path / "x"), experts=EXPERTS).model
+    for (name, p), q in zip(expected.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.allclose(p, q) if name in encoders else torch.equal(p, q), name
+    assert close(world.logits(loaded), world.logits(expected))
+
+
 def test_whoever_may_read_the_config_may_read_the_weights(world, tmp_path):
     world.save(tmp_path / "x")
     modes = {os.stat(tmp_path / "x" / name).st_mode for name in os.listdir(tmp_path / "x")}
@@ -633,7 +652,7 @@ def test_our_own_checkpoints_are_read_as_strictly(world, tmp_path, change, words
 @pytest.mark.parametrize("change, words", [
     (lambda c: c.update(format="other"), "format 'other' cannot be opened"),
     (lambda c: c.pop("format"), "format None cannot be opened"),
-    (lambda c: c.update(version=2), "version 2"),
+    (lambda c: c.update(version=3), "version 3, this code reads 1 and 2"),
     (lambda c: c.update(colour="red"), "unknown key 'colour'"),
     (lambda c: c["model"].update(colour="red"), "model: unknown key 'colour'"),
     (lambda c: c["model"]["llm"].update(colour="red"), "model.llm: unknown key 'colour'"),

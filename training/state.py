@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from cli import UserError
 from training.distributed import DistributedUserError, raise_on_all_ranks
 from training.options import CHANGEABLE, stage_folder, title
+from weights import VERSION
 
 
 def state_of(model, optimisers):
@@ -43,7 +44,7 @@ def save_state(folder, step, model, optimisers, o):
             drop(folder, [name for name in names if name.endswith(".tmp")])
             os.makedirs(path + ".tmp")
             with open(os.path.join(path + ".tmp", "options.json"), "w") as f:
-                json.dump(dataclasses.asdict(o), f)
+                json.dump(dataclasses.asdict(o) | {"version": VERSION}, f)
 
     def publish():
         if dist.get_rank() == 0:
@@ -88,8 +89,8 @@ def saved_steps(folder):
 def first_step(o):
     """The number of steps already done: those of the newest saved state with --resume, else 0.
 
-    Raises UserError if there is nothing to resume, if the options differ from those of the saved
-    run, or if a saved run would be lost.
+    Raises UserError if there is nothing to resume, if the options or the version of the code differ
+    from those of the saved run, or if a saved run would be lost.
     """
     states = os.path.join(stage_folder(o), "state")
     saved = saved_steps(states)
@@ -102,6 +103,10 @@ def first_step(o):
         raise UserError(f"--resume: no saved state in {states}")
     with open(os.path.join(states, f"step_{saved[-1]:06d}", "options.json")) as f:
         before = json.load(f)
+    if before.get("version") != VERSION:
+        raise UserError(f"--resume: {states} was saved by another version of this code, whose "
+                        f"weights and moments differ: finish the run with that version, "
+                        f"or say --stage {o.stage} --overwrite")
     for name, value in dataclasses.asdict(o).items():
         if name not in CHANGEABLE and before.get(name, value) != value:
             raise UserError(f"--resume: the run had --{name} {before[name]}, not {value}")
