@@ -27,6 +27,7 @@ import experiments.bench
 import experiments.embeddings
 import experiments.outsider
 import experiments.report
+import experiments.step_size
 import experiments.tables
 import toy.files
 import toy.questions
@@ -39,6 +40,7 @@ import weights
 from cli import parse, UserError
 from experiments.tables import NO_EXPERTS, PEFT, TABLES
 from formats.tokenizer import train_tokenizer
+from hypernet import Expert
 from model import VLMConfig
 from training.costs import generated_weights, lora_weights
 from vlora import VLoRAConfig
@@ -615,3 +617,44 @@ def test_questions_have_one_answer_each():
         ("How many things are there?", "3"),
         ("How many blue things are there?", "1"), ("How many red things are there?", "2")]
     assert Counter(q.family for q in asked) == {"colour": 1, "shape": 1, "count": 3}
+
+
+# ---- Step size
+
+
+@pytest.fixture
+def small_sites(monkeypatch):
+    monkeypatch.setattr(experiments.step_size, "SITES",
+                        {"E_V1": (24, 20, 16), "E_V2": (20, 20, 16), "E_L": (20, 20, 16)})
+    monkeypatch.setattr(experiments.step_size, "STEPS", (1, 10, 20))
+
+
+@pytest.mark.parametrize("site", ["E_V1", "E_V2", "E_L"])
+def test_the_form_linear_learns_as_an_encoder_without_a_scale_does(small_sites, monkeypatch, site):
+    class Plain(Expert):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.encoder.weight.data *= self.scale
+            self.scale = 1
+
+    train = experiments.step_size.train
+    linear, ours = (train(site, form, "fresh", 1e-2)["steps"] for form in ("linear", "scaled"))
+    monkeypatch.setattr(experiments.step_size, "Expert", Plain)
+    for step, found in train(site, "scaled", "fresh", 1e-2)["steps"].items():
+        assert found == pytest.approx(linear[step], rel=1e-2)
+    assert ours["20"] != pytest.approx(linear["20"], rel=1e-2)
+
+
+def test_step_size_keeps_its_runs_and_shows_them_all(small_sites, monkeypatch, capsys, tmp_path):
+    def run(*forms):
+        words = ["--site", "E_V1", "--lr", "1e-3", "--data", "repeated", "--out", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", ["step_size", *words, *forms])
+        experiments.step_size.run()
+        return capsys.readouterr()
+
+    first, second = run("--form", "one"), run("--form", "one", "--form", "scaled_norm")
+    assert first.err == "E_V1 repeated 0.001 one\n"
+    assert second.err == "E_V1 repeated 0.001 scaled_norm\n"
+    assert second.out.splitlines()[:3] == first.out.splitlines()[:3]
+    assert second.out.splitlines()[3].startswith("| E_V1 | repeated | 0.001 | scaled_norm | ")
+    assert (tmp_path / "step_size.png").stat().st_size > 1000
