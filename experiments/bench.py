@@ -1,9 +1,8 @@
-"""Speed of training and loading, and the share of padding: `python -m experiments.bench OPTIONS`.
+"""Speed of training and loading: `python -m experiments.bench OPTIONS`.
 
     --train 7b --out DIR         trains both stages on random weights, without and with experts
     --make 7b --out DIR          writes a folder like llava-hf's: LLaVA-1.5's shapes, random weights
     --load DIR                   loads it with weights.load, then with transformers, a process each
-    --padding J.json --llm DIR   compares the padding in random order, in LLaVA's and in ours
 
 The last line of standard output is one JSON object. --load needs Linux and transformers.
 """
@@ -21,20 +20,17 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import weights
 from cli import main, parse, UserError
-from data import Conversations, Preprocess, PromptFormat, SYSTEM
+from data import Preprocess, SYSTEM
 from experiments.processes import environment, last_line, read_log, ROOT
 from formats.export import write_llama, write_llava, write_vision
-from formats.folders import resolve
 from formats.json_files import write_json
 from formats.sentencepiece import layout_of_llama
 from formats.tokenizer import Tokenizer
 from formats.weight_files import tensors, weight_files
 from model import CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
-from training.feed import BatchSampler, padding_share
 from training.plan import foreseen_gb
 from weights import build_empty
 
@@ -51,7 +47,7 @@ WARM = 2  # first steps of a stage, which are not counted
 
 @dataclass
 class Options:
-    """Measure training (--train), loading (--make a checkpoint, then --load it) or --padding."""
+    """Measure training (--train) or loading (--make a checkpoint, then --load it)."""
     train: Literal[(*SHAPES,)] | None = None  # train a model of this size with random weights
     steps: int = 12                       # of each stage; the first two are not counted
     save: bool = False                    # with --train: save the state once, 12 bytes a parameter
@@ -60,24 +56,18 @@ class Options:
     load: str | None = None               # folder to load in bfloat16, here and with transformers
     cold: bool = False                    # drop the folder's files from the system's cache first
     only: Literal["ours", "transformers"] | None = None  # load with one of the two, in this process
-    padding: str | None = None            # JSON file of training data to make batches of
-    llm: str | None = None                # folder or hub name of a Llama, for its tokenizer
-    image_tokens: int = 576               # positions of a picture
-    ranks: int = 8                        # that share a step's samples
     micro_batch_size: int = 16            # samples that a rank processes at once
 
     def __post_init__(self):
-        wanted = [bool(self.train), bool(self.make), bool(self.load), bool(self.padding)]
-        partners = any(wanted[:2]) == bool(self.out) and wanted[3] == bool(self.llm)
-        if sum(wanted) != 1 or not partners:
+        wanted = [bool(self.train), bool(self.make), bool(self.load)]
+        if sum(wanted) != 1 or any(wanted[:2]) != bool(self.out):
             raise UserError("expected --train SIZE --out FOLDER, --make SIZE --out FOLDER, "
-                            "--load FOLDER, or --padding FILE --llm FOLDER")
+                            "or --load FOLDER")
         if self.steps <= WARM + self.save:
             raise UserError(f"--steps {self.steps}: expected more than {WARM + self.save}, "
                             f"{WARM} are not counted")
-        for name in ("ranks", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: expected more than 0")
+        if self.micro_batch_size < 1:
+            raise UserError(f"--micro_batch_size {self.micro_batch_size}: expected more than 0")
 
 
 # ---- A model with real shapes and random weights
@@ -297,71 +287,10 @@ def compare_training(o):
     print(json.dumps(found))
 
 
-# ---- Padding
-
-
-def word_count(record):
-    """LLaVA's measure of a record's length: the words of its messages."""
-    return sum(len(message["value"].split()) for message in record["conversations"])
-
-
-def llava_order(sizes, has_image, ranks, micro, rng):
-    """LLaVA's --group_by_modality_length (llava/train/llava_trainer.py); its megabatch is a step.
-
-    Records with and without a picture are grouped apart: shuffled, cut into steps, each sorted and
-    dealt to the ranks so that their sums are similar. The last step of each kind, full or not,
-    comes at the end.
-    sizes int64[n], has_image bool[n]; returns int64[n]
-    """
-    steps, left = [], []
-    for kind in (True, False):
-        order = rng.permutation(np.flatnonzero(has_image == kind))
-        cuts = [order[i:i + ranks * micro] for i in range(0, len(order), ranks * micro)]
-        for cut in cuts[:-1]:
-            chunks = [[] for _ in range(ranks)]
-            for i in sorted(cut, key=lambda i: -sizes[i]):
-                open_chunks = (c for c in chunks if len(c) < micro)
-                min(open_chunks, key=lambda c: sizes[c].sum() if c else 0).append(i)
-            steps.append(np.concatenate(chunks))
-        left += cuts[-1:]
-    mixed = [steps[i] for i in rng.permutation(len(steps))]
-    return np.concatenate([*mixed, np.sort(np.concatenate(left))]).astype(np.int64)
-
-
-def compare_padding(o):
-    """Padding of an epoch's batches in three orders, by true lengths, rounded as by collate."""
-    tokenizer = Tokenizer.load(resolve(o.llm))
-    layout = PromptFormat(system=SYSTEM, image_tokens=o.image_tokens)
-    data = Conversations(o.padding, "", tokenizer, layout)
-    n, size = len(data), o.ranks * o.micro_batch_size
-    lengths = np.array([len(data[i].ids) for i in tqdm(range(n), "records", mininterval=5)])
-    rng, ours = np.random.default_rng(0), BatchSampler(n, 0, size, data.lengths, data.has_image)
-    if n < size:
-        raise UserError(f"--padding {o.padding}: {n} records, "
-                        f"a step of {o.ranks} x {o.micro_batch_size} wants more")
-    sizes = np.array([word_count(data.record(i)) for i in range(n)])
-    orders = {"random": rng.permutation(n),
-              "llava": llava_order(sizes, data.has_image, o.ranks, o.micro_batch_size, rng),
-              "ours": ours.epoch(0)}
-    found = {"records": n, "ranks": o.ranks, "micro_batch_size": o.micro_batch_size,
-             "mean_length": lengths.mean()}
-    for name, order in orders.items():
-        batches = order[:n // size * size].reshape(-1, o.micro_batch_size)
-        longest = lengths[batches].max(1).reshape(-1, o.ranks).max(1)
-        # slowest: a step's time is that of its slowest rank; relative to a step without padding
-        found[name] = {"padding": padding_share(lengths, batches),
-                       "slowest": longest.sum() / lengths[batches].mean(1).sum() * o.ranks}
-        print(f"{name:<8} padding {found[name]['padding']:.1%}, "
-              f"a step takes {found[name]['slowest']:.2f} times as long as without padding")
-    print(json.dumps(found))
-
-
 def run():
     o = Options(**parse(Options))
     if o.train:
         compare_training(o)
-    elif o.padding:
-        compare_padding(o)
     elif o.make:
         make(o)
     elif o.only:

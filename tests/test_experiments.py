@@ -25,6 +25,7 @@ import torch
 import experiments.ablate
 import experiments.bench
 import experiments.embeddings
+import experiments.order
 import experiments.outsider
 import experiments.report
 import experiments.step_size
@@ -520,17 +521,19 @@ def test_a_stage_0_that_was_stopped_goes_on(base, tmp_path):
         -1] == "--resume"
 
 
-# ---- Speed and padding
+# ---- Orders
 
 
-def test_what_bench_calls_llavas_order_groups_as_llava_does():
+def test_what_is_called_llavas_order_groups_as_llava_does():
     rng = np.random.default_rng(0)
     sizes, pictured = rng.integers(1, 400, 1000), rng.random(1000) < 0.8
-    order = experiments.bench.llava_order(sizes, pictured, 4, 8, rng)
-    assert sorted(order) == list(range(1000))
+    found = experiments.order.llava_order(sizes, pictured, 32, 4)
+    order = np.ravel(found)
+    assert len(order) == len(set(order)) == 1000 // 32 * 32
     whole = [(pictured == kind).sum() // 32 - ((pictured == kind).sum() % 32 == 0)
              for kind in (True, False)]
-    steps = order[:32 * sum(whole)].reshape(-1, 4, 8)
+    steps = np.array(found[:sum(whole)])
+    assert steps.shape[1:] == (4, 8)
     assert all(len(set(pictured[step.ravel()])) == 1 for step in steps)
     left = order[32 * sum(whole):]
     assert len(set(pictured[left])) == 2 and (np.diff(left) > 0).all()
@@ -538,21 +541,45 @@ def test_what_bench_calls_llavas_order_groups_as_llava_does():
     assert spread(steps) < 0.2 * spread(rng.permutation(1000)[:steps.size].reshape(steps.shape))
 
 
-def test_bench_counts_the_padding_of_three_orders(tmp_path, capsys):
+@pytest.mark.parametrize("ranks, micro", [(8, 16), (2, 16), (2, 4)])
+def test_the_order_by_modality_is_llavas_with_little_padding_and_balanced_ranks(ranks, micro):
+    """On the sources of mix665k, each with a tenth of its records."""
+    samples = experiments.order.made_up(576)
+    rows = np.random.default_rng(1).permutation(len(samples.words))[::10]
+    samples = experiments.order.Samples(*(values[rows] for values in vars(samples).values()))
+    parts = 128 // micro
+    llava = experiments.order.judge(samples, experiments.order.llava_order(
+        samples.words, samples.has_image, 128, parts), ranks)
+    ours, by_length = (experiments.order.judge(
+        samples, experiments.order.our_order(samples, order, 128, parts), ranks)
+        for order in ("modality", "length"))
+    assert ours["padding"] < 0.08 and ours["slowest"] < 1.05 and llava["padding"] > 0.2
+    assert ours["peak"] < 0.85 * llava["peak"]
+    assert np.abs(ours["sources"] / llava["sources"] - 1).max() < 0.1
+    assert (by_length["sources"] / llava["sources"]).max() > 5
+
+
+def test_orders_are_compared_on_a_file_of_conversations(tmp_path, capsys, monkeypatch):
     toy.files.write_world(tmp_path, pictures=200, texts=2, test_pictures=2)
     tokenizer = train_tokenizer(toy.stand_ins.words(str(tmp_path)), 400)
     tokenizer.save(str(tmp_path))
-    experiments.bench.compare_padding(
-        experiments.bench.Options(padding=str(tmp_path / "instruct.json"), llm=str(tmp_path),
-                                  image_tokens=49, ranks=4, micro_batch_size=4))
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["records"] == 200 and 0 < found["ours"]["padding"] < 0.7 * found["llava"][
-        "padding"]
-    assert 1 < found["ours"]["slowest"] < found["llava"]["slowest"]
-    with pytest.raises(UserError, match="a step of 32 x 16 wants more"):
-        experiments.bench.compare_padding(
-            experiments.bench.Options(padding=str(tmp_path / "instruct.json"), llm=str(tmp_path),
-                                      ranks=32))
+    words = ["--data", f"{tmp_path}/instruct.json", "--llm", str(tmp_path), "--image_tokens", "49"]
+    monkeypatch.setattr(sys, "argv", ["order", *words, "--ranks", "4", "--micro_batch_size", "4",
+                                      "--batch_size", "16"])
+    experiments.order.run()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["| LLaVA's", "| length", "| modality"]
+    padding = [float(row[1].rstrip("%")) for row in rows]
+    assert 0 < padding[1] < padding[2] < 0.7 * padding[0]
+    monkeypatch.setattr(sys, "argv", ["order", *words, "--batch_size", "256"])
+    with pytest.raises(UserError, match="200 records, fewer than --batch_size 256"):
+        experiments.order.run()
+    for wrong in ({"ranks": 3}, {"ranks": 0}, {"micro_batch_size": -1}, {"data": "x"}):
+        with pytest.raises(UserError, match="expected"):
+            experiments.order.Options(**wrong)
+
+
+# ---- Speed
 
 
 @pytest.mark.slow

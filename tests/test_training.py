@@ -3,6 +3,7 @@ went wrong.
 """
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -41,10 +42,12 @@ import training.sharding
 import training.state
 import weights
 from cli import UserError
-from data import collate, IGNORE, IMAGE, Sample
+from data import collate, IGNORE, IMAGE, MULTIPLE, Sample
+from hypernet import Expert, HyperNetwork
 from model import Block, generate, LlamaConfig, MLP, rotary, rotate, VisionConfig, VLM, VLMConfig
 from tests.programs import HERE, Program, start_ranks, succeeds, words_of
-from training.feed import BatchSampler, padding_share, Question, split_across_ranks, TrainDataset
+from training.feed import (BatchSampler, deal, Question, split_across_ranks, TrainDataset,
+                           VLMData)
 
 
 TINY = {"batch_size": 4, "steps": 4, "dtype": "float32", "log_every": 1000, "muon_lr": 4e-3,
@@ -473,6 +476,28 @@ def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_re
         assert "2 pictures could not be read" in capfd.readouterr().err
 
 
+def test_a_record_that_stands_in_for_another_is_not_longer(monkeypatch):
+    """Or a micro-batch of many short records would suddenly be many times as large."""
+    bad = {"b.png"}
+
+    def load_picture(sample):
+        if sample.image in bad:
+            raise UserError(f"{sample.image} is bad")
+        return torch.zeros(3, 2, 2)
+
+    class Conversations(list):
+        lengths = has_image = None
+
+    arrays = [np.zeros(length, np.int64) for length in (20, 30, 33, 64, 32)]
+    data = VLMData(Conversations(Sample(a, a, a, a, 1, f"{name}.png", f"record {name}", 1)
+                                 for name, a in zip("abcde", arrays)), load_picture, None, skip=True)
+    assert data.with_picture(1)[0].record == "record e"  # 30 and 32 positions are padded to 32
+    assert data.with_picture(2)[0].record == "record c" and len(data.take_skipped()) == 1
+    bad |= {"a.png", "e.png"}
+    with pytest.raises(UserError, match="no record can stand in for record 1"):
+        data.with_picture(1)
+
+
 def test_a_llama_that_guesses_is_refused_before_stage_1(run, mesh, tmp_path):
     given = {"out": str(tmp_path), **TINY, "data": f"{run}/world/captions.json",
              "images": f"{run}/world/images",
@@ -619,7 +644,8 @@ def rehearse(name, out):
                       f"record {i}", 1)
 
     class Data:
-        lengths, has_image, take_skipped = np.full(16, 192), None, staticmethod(list)
+        lengths, has_image = np.full(16, 192), np.ones(16, bool)
+        take_skipped = staticmethod(list)
 
         def __len__(self):
             return 16
@@ -670,6 +696,28 @@ def test_the_activations_of_a_block_are_what_autograd_keeps(eager, trains):
     foreseen = (training.plan.activations(cfg, batch, size=2, trains_llm=trains, eager=eager)
                 - training.plan.backward(cfg.llm, batch, 2))
     assert out.requires_grad and abs(foreseen / real - 1) < 0.06, (foreseen, real)
+
+
+@pytest.mark.parametrize("turns", [1, 20])
+def test_an_expert_keeps_the_weights_of_every_turn(turns):
+    llm = LlamaConfig(width=64, depth=1, heads=4, kv_heads=2, hidden=160, vocab=10)
+    expert, hypernet = Expert(64, 64, 64, 8, 16).bfloat16(), HyperNetwork(64, 64, 8, 16).bfloat16()
+    x = torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)
+    guidance = torch.randn(2, turns, 64, dtype=torch.bfloat16)
+    own = {p.untyped_storage().data_ptr() for p in (x, guidance, *expert.parameters(),
+                                                   *hypernet.parameters())}
+    kept = {}
+    keep = lambda t: kept.update({
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        expert(x, expert.weights(guidance, hypernet), torch.arange(96).view(2, 48) % turns)
+    real = sum(size for at, size in kept.items() if at not in own)
+    shape = training.plan.MicroBatch(2, 48, 0, 0, turns)
+    with_expert, without = (training.plan.activations(
+        VLMConfig(llm=llm, language_expert=which), shape, size=2, trains_llm=True)
+        for which in ("all", "none"))
+    expected = (with_expert - without) / 3  # twice as much again in the backward pass
+    assert abs(expected / real - 1) < 0.15, (expected, real)
 
 
 @pytest.mark.parametrize("which", ["selective", "full"])
@@ -919,44 +967,121 @@ def test_the_help_names_the_values_of_every_preset_in_80_columns():
                 assert ", ".join(f"{name}={value!r}" for name, value in values.items()) in text
 
 
-def llava_batches(lengths, pictured, size, ranks, rng):
-    """Micro-batches as LLaVA's --group_by_modality_length makes them (llava_trainer.py), but for
-    what is left over at the end.
-
-    Of each modality, so many random samples as a step has are dealt out, the longest first, each to
-    the micro-batch that has the fewest words and still room.
-    """
-    batches = []
-    for kind in (True, False):
-        order = rng.permutation(np.flatnonzero(pictured == kind))
-        for i in range(0, len(order) // size * size, size):
-            dealt = [[] for _ in range(ranks)]
-            for j in sorted(order[i:i + size], key=lambda j: -lengths[j]):
-                min((d for d in dealt if len(d) < size // ranks),
-                    key=lambda d: lengths[d].sum() if d else 0).append(j)
-            batches += dealt
-    return batches
-
-
-def test_grouping_leaves_a_sixth_of_the_padding_that_llavas_has():
-    rng, n = np.random.default_rng(0), 20000
-    pictured = rng.random(n) < 0.94  # as in LLaVA's 665K
+def made_up_lengths(n):
+    """(tokens, words, whether there is a picture) of n samples, as different as in LLaVA's 665K."""
+    rng = np.random.default_rng(0)
+    pictured = rng.random(n) < 0.94
     text = np.where(pictured, np.exp(rng.normal(5.0, 0.8, n)),
                     np.exp(rng.normal(6.3, 0.8, n))).astype(int) + 10
-    tokens, words = np.minimum(text + 576 * pictured,
-                               2048), (text * rng.uniform(0.6, 0.9, n)).astype(int)
+    tokens = np.minimum(text + 576 * pictured, 2048)
+    return tokens, (text * rng.uniform(0.6, 0.9, n)).astype(int), pictured
+
+
+def padding_of(tokens, batches):
+    places = sum(len(b) * -(-int(tokens[b].max()) // MULTIPLE) * MULTIPLE for b in batches)
+    return 1 - sum(int(tokens[b].sum()) for b in batches) / places
+
+
+def test_the_order_by_length_leaves_little_padding():
+    tokens, words, pictured = made_up_lengths(n := 20000)
     ours = BatchSampler(n, 0, 128, words, pictured)
     steps = ours.epoch(0)[:n // 128 * 128].reshape(-1, 128)
-    share = lambda batches: padding_share(tokens, batches)
-    assert 0.05 < share(steps.reshape(-1, 16)) < 0.075 and 0.35 < share(
-        llava_batches(words, pictured, 128, 8, rng)) < 0.45
-    # the modalities together
-    assert share(BatchSampler(n, 0, 128, words).epoch(0)[:len(steps) * 128].reshape(-1, 16)) > 0.085
+    assert 0.05 < padding_of(tokens, steps.reshape(-1, 16)) < 0.075
+    together = BatchSampler(n, 0, 128, words).epoch(0)[:len(steps) * 128]  # the modalities
+    assert padding_of(tokens, together.reshape(-1, 16)) > 0.085
     kinds = pictured[steps].mean(1)
     assert ((kinds > 0) & (kinds < 1)).sum() == 1 and 0.03 < (kinds == 0).mean() < 0.09
     assert sorted(ours.epoch(3)) == [*range(n)] and (ours.epoch(3) != ours.epoch(0)).any()
     assert ours.step(len(steps) + 5) == BatchSampler(n, 0, 128, words,
                                                      pictured).step(len(steps) + 5)
+
+
+def test_the_order_by_modality_keeps_pictures_and_text_apart_and_is_random_within_them():
+    tokens, words, pictured = made_up_lengths(n := 20000)
+    ours = BatchSampler(n, 0, 128, None, pictured)
+    for epoch in (0, 1):
+        assert sorted(ours.epoch(epoch)) == [*range(n)]
+    assert (ours.epoch(0) != ours.epoch(1)).mean() > 0.99
+    steps = ours.epoch(0)[:n // 128 * 128].reshape(-1, 128)
+    kinds = pictured[steps].mean(1)
+    assert set(kinds[:-1]) == {0, 1} and 0 < kinds[-1] < 1  # what is left of both comes last
+    assert 0.03 < (kinds == 0).mean() < 0.09 and (kinds[:len(kinds) // 2] == 0).any()
+    # a step's mean length scatters as that of random samples does, not as with order length
+    scatter = tokens[steps[kinds == 1]].mean(1).std() / (tokens[pictured].std() / 128 ** 0.5)
+    assert 0.85 < scatter < 1.15
+
+
+def test_dealing_finds_the_smallest_largest_micro_batch():
+    rng = np.random.default_rng(0)
+    for n, parts in ((6, 1), (6, 3), (7, 4), (8, 8), (9, 2)):
+        for _ in range(20):
+            sizes = rng.integers(1, 12, n)
+            dealt = deal(sizes, parts)
+            assert sorted(np.concatenate(dealt)) == [*range(n)]
+            assert len(dealt) == parts and all(map(len, dealt))
+            largest = lambda batches: max(len(b) * max(b) for b in batches)
+            falling = sorted(sizes, reverse=True)
+            cuts = ([0, *inner, n] for inner in itertools.combinations(range(1, n), parts - 1))
+            best = min(largest([falling[i:j] for i, j in zip(cut, cut[1:])]) for cut in cuts)
+            assert largest([sizes[part] for part in dealt]) == best
+
+
+class Sizes:
+    """Data whose samples have so many positions and no content."""
+
+    def __init__(self, tokens, pictured):
+        self.lengths, self.has_image = 4 * tokens, pictured
+        self.ids = [np.full(n, IMAGE) for n in tokens]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def sample(self, i):
+        turn = np.zeros_like(self.ids[i])
+        return Sample(self.ids[i], self.ids[i], turn, turn, 1, None, f"record {i}")
+
+    batch, take_skipped = staticmethod(list), staticmethod(list)
+
+
+@pytest.mark.parametrize("batch_size, micro, ranks", [(128, 16, (1, 2, 8)), (128, 4, (1, 2, 8)),
+                                                      (24, 4, (1, 2, 3))])
+def test_a_step_has_the_same_micro_batches_on_any_number_of_ranks(monkeypatch, batch_size, micro,
+                                                                  ranks):
+    tokens, words, pictured = made_up_lengths(3000)
+    o = training.options.Options(stage=2, order="modality", batch_size=batch_size, steps=20,
+                                 micro_batch_size=micro)
+    for world in ranks:
+        monkeypatch.setattr(dist, "get_world_size", lambda: world)
+        found = [[] for _ in range(o.steps)]
+        for rank in range(world):
+            monkeypatch.setattr(dist, "get_rank", lambda: rank)
+            dataset = TrainDataset(Sizes(tokens, pictured), o)
+            assert len(dataset) == o.steps * batch_size // micro // world
+            for k in range(len(dataset)):
+                found[k // dataset.accumulation].append(tuple(dataset[k][0]))
+        for step, batches in enumerate(found):
+            rows = sum(batches, ())
+            assert sorted(rows) == sorted(dataset.sampler.step(step)) and len(set(rows)) == len(rows)
+        found = [sorted(batches) for batches in found]
+        assert found == (first := found if world == ranks[0] else first)
+    assert max(len(batch) for step in found for batch in step) > micro  # of short samples
+    share = padding_of(tokens, [list(batch) for step in found for batch in step])
+    assert share < 0.1 and padding_of(tokens, np.reshape(
+        [dataset.sampler.step(step) for step in range(o.steps)], (-1, micro))) > 2 * share
+
+
+def test_the_plan_foresees_the_largest_micro_batch_of_the_run(mesh):
+    tokens, words, pictured = made_up_lengths(6400)
+    o = training.options.Options(stage=2, order="modality", batch_size=64, micro_batch_size=8,
+                                 steps=100)
+    data = Sizes(tokens, pictured)
+    dataset, shape = TrainDataset(data, o), training.plan.MicroBatch.of
+    typical, longest = training.plan.typical_and_longest(dataset, o)
+    foreseen = max(shape(batch).tokens for batch in typical + longest)
+    real = [shape([data.sample(i) for i in rows]).tokens
+            for step in range(o.steps) for rows in dataset.micro_batches(step)]
+    assert len(typical) == 128 and 0.97 * max(real) < foreseen <= max(real)
+    assert max(real) < 0.9 * 8 * tokens.max()  # a longest sample has few others beside it
 
 
 def test_the_plan_tells_the_padding_of_the_run(run, mesh, tmp_path):
@@ -974,7 +1099,8 @@ def test_the_plan_tells_the_padding_of_the_run(run, mesh, tmp_path):
     assert dataset.sampler.has_image.tolist() == [i % 3 > 0 for i in range(40)]
     batches = [dataset[k][0] for k in range(len(dataset))]
     real = 1 - sum(b.lengths.sum().item() for b in batches) / sum(b.ids.numel() for b in batches)
-    assert training.plan.share_of_padding(data, o) == pytest.approx(real) and 0 < real < 0.5
+    typical, _ = training.plan.typical_and_longest(dataset, o)
+    assert training.plan.share_of_padding(typical) == pytest.approx(real) and 0 < real < 0.5
 
 
 def test_the_plan_tells_how_many_samples_the_context_cuts(run, mesh, tmp_path, capsys):
@@ -987,7 +1113,7 @@ def test_the_plan_tells_how_many_samples_the_context_cuts(run, mesh, tmp_path, c
     assert [stage.data.is_cut(i) for i in range(8)] == [i == 3 for i in range(8)]
     model, opts = train.setup_model(stage.model, o, mesh)
     training.plan.print_plan(model, opts, stage, o, True)
-    assert "  cut by the context: 1 of these samples" in capsys.readouterr().err
+    assert "  cut by the context: 1 of 8 samples" in capsys.readouterr().err
 
 
 def test_own_data_in_the_toy_needs_neither_its_world_nor_its_held_out_data(tmp_path, mesh,

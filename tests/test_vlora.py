@@ -1211,7 +1211,7 @@ def test_the_presets_are_the_papers_and_the_scripts(given, mesh, tmp_path):
     assert (one.batch_size, one.lr, one.template, one.aspect, one.epochs) == (768, 5e-5, "plain",
                                                                               "crop", 1)
     assert (two.batch_size, two.lr, two.template, two.aspect,
-            two.group_by_length) == (128, 2e-5, "v1", "pad", True)
+            two.order) == (128, 2e-5, "v1", "pad", "modality")
     assert train.model_options(one)["vlora"] == GeneratorConfig() == train.model_options(two)[
         "vlora"]
     # of one small card

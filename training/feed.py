@@ -3,6 +3,7 @@
 The order of the data is f(seed, epoch, step) and nothing else. A resumed run, on any number of
 ranks, sees the same samples in the same steps.
 """
+import bisect
 import functools
 import json
 from dataclasses import dataclass
@@ -14,19 +15,24 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cli import UserError
-from data import (IGNORE, MULTIPLE, PromptFormat, TAG, collate, encode, encode_conversation,
+from data import (IGNORE, IMAGE, MULTIPLE, PromptFormat, TAG, collate, encode, encode_conversation,
                   encode_prompt, open_image, pixels, turns_of_record)
 from formats.tokenizer import Tokenizer
 from model import Batch, generate
 from training.distributed import all_gather, ignore_signals
 
 
-def padding_share(lengths, batches, multiple=MULTIPLE):
+def padded(length):
+    """The length of a sequence in a batch, see `collate`."""
+    return -(-length // MULTIPLE) * MULTIPLE
+
+
+def padding_share(lengths, batches):
     """The share of padding among the positions of batches.
 
-    lengths int64[n], batches [[index, ...], ...]; `multiple` as in `collate`
+    lengths int64[n], batches [[index, ...], ...]
     """
-    places = sum(len(b) * -(-int(lengths[b].max()) // multiple) * multiple for b in batches)
+    places = sum(len(b) * padded(int(lengths[b].max())) for b in batches)
     return 1 - sum(int(lengths[b].sum()) for b in batches) / places
 
 
@@ -36,40 +42,36 @@ class BatchSampler:
 
     The permutations of the epochs follow one another and are cut into steps of `batch_size`.
 
-    lengths    int64[n], any measure: samples of similar length share a step, so that less is
-               padded. Runs of GROUP steps are sorted by length; then the steps of the epoch are
-               shuffled
-    has_image  bool[n]: samples with and without a picture are grouped apart, since their lengths
-               cannot be compared; only the remainders of both share a step
-
-    LLaVA's --group_by_modality_length sorts only within a step, to give the ranks similar sums, so
-    its batches mix long and short samples. Sorting more steps at once makes batches of similar
-    lengths.
+    has_image  bool[n]: as with LLaVA's --group_by_modality_length, the samples of a step all have a
+               picture, or none has; otherwise they are random. What is left of both comes last
+    lengths    float[n], any measure: also put samples of similar length into one step. Runs of
+               GROUP steps are sorted by length; then the steps of the epoch are shuffled
     """
     GROUP = 32
 
     def __init__(self, n, seed, batch_size, lengths=None, has_image=None):
-        self.n, self.seed, self.batch_size, self.lengths = n, seed, batch_size, lengths
-        self.has_image = np.zeros(n, bool) if has_image is None else has_image
+        self.n, self.seed, self.batch_size = n, seed, batch_size
+        self.lengths, self.has_image = lengths, has_image
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
 
     def epoch(self, epoch):
         """int64[n], the order of the samples in an epoch."""
-        rng = np.random.default_rng([self.seed, epoch])
+        rng, size = np.random.default_rng([self.seed, epoch]), self.batch_size
         order = rng.permutation(self.n)
-        if self.lengths is None:
+        if self.lengths is None and self.has_image is None:
             return order
-        first = min(-epoch * self.n % self.batch_size, self.n)  # the rest of a step
-        last = first + (self.n - first) // self.batch_size * self.batch_size
-        body, size = order[first:last], self.batch_size
-        kinds = [body[self.has_image[body] == kind] for kind in (True, False)]
+        first = min(-epoch * self.n % size, self.n)  # the rest of a step of the last epoch
+        head, body = order[:first], order[first:]
+        has_image = np.zeros(self.n, bool) if self.has_image is None else self.has_image
+        kinds = [body[has_image[body] == kind] for kind in (True, False)]
         whole = [kind[:len(kind) // size * size] for kind in kinds]
-        left = np.concatenate([kind[len(part):] for kind, part in zip(kinds, whole)])
-        run = self.GROUP * size
-        runs = [part[i:i + run] for part in (*whole, left) for i in range(0, len(part), run)]
-        runs = [r[np.lexsort((self.lengths[r], self.has_image[r]))] for r in runs]
-        steps = np.concatenate(runs).reshape(-1, size) if runs else order[:0].reshape(0, size)
-        return np.concatenate([order[:first], rng.permutation(steps).ravel(), order[last:]])
+        left = [kind[len(part):] for kind, part in zip(kinds, whole)]
+        if self.lengths is not None:
+            run = self.GROUP * size
+            runs = [part[i:i + run] for part in whole for i in range(0, len(part), run)]
+            whole = [r[np.argsort(self.lengths[r], kind="stable")] for r in runs] or whole
+        steps = rng.permutation(np.concatenate(whole).reshape(-1, size))
+        return np.concatenate([head, steps.ravel(), *left])
 
     def step(self, step):
         """list[int] of the samples of optimiser step `step`."""
@@ -77,30 +79,76 @@ class BatchSampler:
         return [int(self.epoch(place // self.n)[place % self.n]) for place in places]
 
 
+def deal(sizes, parts):
+    """Cut samples into `parts` micro-batches of similar work, the longest samples first.
+
+    sizes    int64[n], n >= parts: positions of each sample
+    returns  [int64[m], ...]: indices of samples
+
+    The samples are sorted by size. Of all ways to cut them into runs, this is one whose largest
+    padded run, samples x longest, is smallest. So there is little padding, ranks that work at the
+    same time take similar times, and memory is at its least. Short samples share a micro-batch with
+    more others than long ones do. The square in attention's cost is left out: with 7B and 2,048
+    positions it is 4 % of the work.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    sizes = sizes[order]
+
+    def cut(bound):
+        """Where runs of at most `bound` padded positions end; the last one is n if they suffice."""
+        ends = [0]
+        for more in reversed(range(parts)):  # so many runs follow, and each needs a sample
+            ends.append(min(ends[-1] + bound // sizes[ends[-1]], len(sizes) - more))
+        return ends[1:]
+
+    bounds = range(sizes[0], sizes[0] * -(-len(sizes) // parts) + 1)
+    least = bisect.bisect_left(bounds, True, key=lambda bound: cut(bound)[-1] == len(sizes))
+    return np.split(order, cut(bounds[least])[:-1])
+
+
 class TrainDataset(Dataset):
     """The micro-batches of this rank in order: item k is micro-batch k % accumulation of step
     k // accumulation.
 
-    A step has the same samples on any number of ranks: its micro-batch j goes to rank j % ranks.
+    A step has the same samples and the same micro-batches on any number of ranks: micro-batch j
+    goes to rank j % ranks. `micro_batch_size` is the mean of their sizes, see `deal`.
     An item is (batch, messages about skipped pictures). If a batch cannot be built, a UserError
     stands in its place: raised in a worker, it would arrive inside a traceback.
     """
+    PICTURE = 576  # where a picture takes no positions (VLoRA), its work counts as so many
 
     def __init__(self, data, o):
         self.data, self.o = data, o
-        lengths = data.lengths if o.group_by_length else None
-        self.sampler = BatchSampler(len(data), o.seed, o.batch_size, lengths, data.has_image)
+        self.sampler = BatchSampler(len(data), o.seed, o.batch_size,
+                                    data.lengths if o.order == "length" else None,
+                                    data.has_image if o.order != "random" else None)
         self.accumulation = o.batch_size // (o.micro_batch_size * dist.get_world_size())
+        self.micro_batches = functools.lru_cache(maxsize=2)(self.micro_batches)
 
     def __len__(self):
         return self.o.steps * self.accumulation
 
+    def size(self, i):
+        """Positions of sample i in a batch."""
+        if self.data.sample is None:  # samples of one size
+            return 1
+        sample = self.data.sample(i)
+        bare = sample.image is not None and IMAGE not in sample.ids
+        return padded(len(sample.ids)) + self.PICTURE * bare
+
+    def micro_batches(self, step):
+        """[[index, ...], ...] of all micro-batches of a step, over all ranks."""
+        rows, parts = self.sampler.step(step), self.o.batch_size // self.o.micro_batch_size
+        if parts == 1:
+            return [rows]
+        sizes = np.array([self.size(i) for i in rows])
+        return [[rows[i] for i in part] for part in deal(sizes, parts)]
+
     def __getitem__(self, k):
         step, turn = divmod(k, self.accumulation)
-        rows = self.sampler.step(step)
-        first = (turn * dist.get_world_size() + dist.get_rank()) * self.o.micro_batch_size
         try:
-            batch = self.data.batch(rows[first:first + self.o.micro_batch_size])
+            rows = self.micro_batches(step)[turn * dist.get_world_size() + dist.get_rank()]
+            batch = self.data.batch(rows)
         except UserError as error:
             return error, []
         return batch, self.data.take_skipped()
@@ -207,7 +255,7 @@ class VLMData:
     """Conversations with their pictures, in batches.
 
     blank  shape of a picture or of its features, for batches without one
-    skip   replace a record whose picture cannot be read by the next one in the file
+    skip   replace a record whose picture cannot be read by the next one that is not longer
     """
 
     def __init__(self, conversations, load_picture, blank, skip=False):
@@ -244,19 +292,23 @@ class VLMData:
 
     def with_picture(self, i):
         """(sample i, its picture or None). With `skip`, the next readable record stands in for a
-        bad one.
+        bad one; it must not be longer, or the micro-batch might not fit into memory.
 
         The rule depends on the data only, so that a resumed run makes the same replacement.
         """
+        longest = padded(len(self.conversations[i].ids))
         for j in range(len(self)):
             sample = self.conversations[(i + j) % len(self)]
+            if len(sample.ids) > longest:
+                continue
             try:
                 return sample, None if sample.image is None else self.load_picture(sample)
             except UserError as error:
                 if not self.skip:
                     raise
                 self.skipped.append(str(error))
-        raise UserError("--skip_bad_images: no picture of the data can be read")
+        raise UserError(f"--skip_bad_images: no record can stand in for record {i}: of those that "
+                        f"are not longer, no picture can be read")
 
     def text_batches(self):
         """The first 32 conversations as text only, in the form that chat Llamas are trained on."""

@@ -49,7 +49,7 @@ LLAVA = {
             lr=1e-3),              # --gradient_accumulation_steps 1, --learning_rate
     2: dict(template="v1", aspect="pad",          # --version v1, --image_aspect_ratio pad
             batch_size=128, micro_batch_size=16, lr=2e-5,
-            group_by_length=True)  # --group_by_modality_length
+            order="modality")  # --group_by_modality_length
 }
 
 # What --tune peft changes in stage 2 of LLaVA's recipe. The paper names no rates for it; we take
@@ -69,7 +69,8 @@ LLAVA_LORA = LLAVA | {
 ONE_GPU = LLAVA | {1: LLAVA[1] | dict(micro_batch_size=16), 2: LLAVA[2] | dict(micro_batch_size=4)}
 
 TOY = {
-    "all": dict(system="", schedule="wsd", clip=1.0, expert_embed=16, group_by_length=True,
+    # A step of the toy is one micro-batch: in another order a quarter of it would be padding
+    "all": dict(system="", schedule="wsd", clip=1.0, expert_embed=16, order="length",
                 kernels="eager", log_every=20, val_every=300, save_every=200),
     "clip": dict(batch_size=64, lr=2e-3, muon_lr=15e-3, steps=450),  # 64 pairs of pictures
     "llm": dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=500),
@@ -164,10 +165,13 @@ class Options:
                                      # transparency is dropped (default: as in --init, or none)
     context: int | None = None       # longest sequence in tokens, with image tokens (default: the
                                      # Llama's, but at most 2048)
-    group_by_length: bool = False    # put samples of similar length into one step, for less padding
+    order: Literal["random", "modality", "length"] = "random"  # what shares a step. random: any
+                                     # samples; modality: random ones, but pictures and text apart,
+                                     # as in LLaVA; length: also of similar lengths
     cache_features: bool = False     # run the frozen CLIP once per picture, before training, and
                                      # keep its features in memory
     skip_bad_images: bool = False    # replace a record whose picture is unreadable by the next one
+                                     # that is not longer
     # model
     method: Literal["hyperllava", "vlora"] = "hyperllava"  # hyperllava: image tokens and experts;
                                      # vlora: pictures as weights of the Llama
@@ -213,8 +217,9 @@ class Options:
     device: Literal["cuda", "cpu"] | None = None  # default: cuda if available
     dtype: Literal["bfloat16", "float32"] | None = None  # of the computation (default:
                                      # bfloat16 if the device has fast bfloat16)
-    micro_batch_size: int | None = None  # samples per process in one forward pass; gradients
-                                     # add up to --batch_size (default: the preset's, or all)
+    micro_batch_size: int | None = None  # samples per process in one forward pass, on average;
+                                     # gradients add up to --batch_size (default: the preset's, or
+                                     # all)
     workers: int = 0                 # processes that prepare batches
     checkpointing: Literal["none", "selective", "full"] = "none"  # recompute activations in
                                      # the backward pass, to save memory: every second block, or all

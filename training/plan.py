@@ -29,8 +29,9 @@ import torch.distributed as dist
 from cli import UserError
 from data import IGNORE
 from model import Block
-from training.costs import expert_weights, generated_weights, kv_width, source_of, vlora_of
-from training.feed import padding_share, TrainDataset
+from training.costs import (expert_weights, generated_weights, GUIDED, kv_width, source_of,
+                            vlora_of)
+from training.feed import padded, TrainDataset
 from training.muon import Muon
 from training.options import title
 from vlora import Generator
@@ -127,23 +128,32 @@ def muon_bytes(optimisers, ranks=1):
 class MicroBatch:
     """The shape of the samples that a rank processes at once."""
     samples: int
-    length: int      # positions of a sample, image tokens included
-    supervised: int  # supervised tokens of a sample
+    length: int      # positions of a sample, with image tokens and padding
+    supervised: int  # supervised tokens, in all
     pictures: int    # in all
+    turns: int = 1   # of a sample
 
     @property
     def tokens(self):
         return self.samples * self.length
 
+    @classmethod
+    def of(cls, samples):
+        pictures = sum(sample.image is not None for sample in samples)
+        return cls(len(samples), padded(max(len(sample.ids) for sample in samples)),
+                   sum(map(supervised_tokens, samples)), pictures or 1,  # a blank one
+                   max(sample.turns for sample in samples))
 
-def backward(llm, batch, size):
+
+def backward(llm, batch, size, expert=0):
     """Bytes that the backward pass allocates for the head or for a block, the larger of the two.
 
     Head: size + 12 bytes for each of V logits at a supervised position (logits, their fp32 copy,
-    log-softmax and its gradient). Block: 2 D + 2 F numbers per position.
+    log-softmax and its gradient). Block: 2 D + 2 F numbers per position, and twice the numbers that
+    its expert keeps.
     """
-    head = batch.samples * batch.supervised * llm.vocab * (size + 12)
-    return max(head, size * batch.tokens * 2 * (llm.width + llm.hidden))
+    head = batch.supervised * llm.vocab * (size + 12)
+    return max(head, size * (batch.tokens * 2 * (llm.width + llm.hidden) + 2 * expert))
 
 
 def block_activations(llm, batch, size, trains, eager, device):
@@ -172,24 +182,27 @@ def activations(cfg, batch, *, size, trains_llm, eager=False, checkpointing="non
     eager       attention and norms are written out; checkpointing: none|selective|full
 
     A checkpointed block keeps D numbers per position, its input; one at a time is whole again.
-    A language expert keeps 9 R numbers per position and, for each sample, its weights twice.
+    A language expert keeps, for each turn, 4 R numbers per position and its weights per sample.
     A picture keeps C + 3 D numbers per patch. In VLoRA it keeps C + 2 E per patch and, for each
     block of a generator, 2 E per patch and 20 E per query; each changed matrix keeps R numbers per
     position and D R per sample.
     """
     llm, vlora, D, R = cfg.llm, vlora_of(cfg), cfg.llm.width, cfg.expert_rank
     bare = {"none": 0, "selective": llm.depth // 2, "full": llm.depth}[checkpointing]
+    whole = max(1, llm.depth - bare)
     block = block_activations(llm, batch, size, trains_llm, eager, device)
-    total = max(1, llm.depth - bare) * block + bare * size * batch.tokens * D
-    total += backward(llm, batch, size)
+    total = whole * block + bare * size * batch.tokens * D
     N, C = cfg.vision.tokens, cfg.vision.width
     if vlora is None:
-        expert = 9 * R * batch.tokens + 2 * batch.samples * expert_weights("hyper", D, D, R)
-        return total + size * (len(cfg.expert_blocks()) * expert + batch.pictures * N * (C + 3 * D))
+        experts = -(-len(cfg.expert_blocks()) * whole // llm.depth)  # in blocks that are whole
+        turns = min(experts, 1) * (batch.turns if source_of(cfg) in GUIDED else 1)
+        expert = turns * (4 * R * batch.tokens + batch.samples * expert_weights("hyper", D, D, R))
+        total += backward(llm, batch, size, expert)
+        return total + size * (experts * expert + batch.pictures * N * (C + 3 * D))
     E, Q = vlora.embed, len(vlora.blocks(llm))
     picture = N * (C + 2 * E) + len(vlora.sites) * vlora.depth * E * (2 * N + 20 * Q)
     branches = generated_weights(cfg) // D * (batch.tokens + batch.samples * D)
-    return total + size * (batch.pictures * picture + branches)
+    return total + backward(llm, batch, size) + size * (batch.pictures * picture + branches)
 
 
 # ---- What there is
@@ -213,31 +226,52 @@ def peak(device):
 # ---- The plan
 
 
-def estimate_memory(model, opts, samples, o, trains_llm):
-    """The Estimate of a step in which each sample is as long as the longest of `samples`."""
+def estimate_memory(model, opts, batches, o, trains_llm):
+    """The Estimate of a step with the largest of some MicroBatches."""
     size, shards = getattr(torch, o.dtype).itemsize, dist.get_world_size() // o.replicate
     estimate = Estimate(*state(model, opts, shards))
     if o.stage > 0:  # stage 0 trains the toy's small stand-ins, which are no VLM
         estimate.once = o.batch_size == o.micro_batch_size * dist.get_world_size()
         estimate.gathered, reduced = gathered(model, size, shards)
         estimate.update = max(reduced, muon_bytes(opts, shards))
-        longest, answer = max(len(s.ids) for s in samples), max(map(supervised_tokens, samples))
-        batch = MicroBatch(o.micro_batch_size, longest, answer, o.micro_batch_size)
-        estimate.activations = activations(
+        estimate.activations = max(activations(
             model.cfg, batch, size=size,
             trains_llm=trains_llm or source_of(model.cfg) == "lora",  # LoRA needs the same inputs
             eager=o.kernels != "fused", checkpointing=o.checkpointing, device=o.device)
+            for batch in batches)
     return estimate
 
 
-def share_of_padding(data, o):
-    """The share of padding in some steps, taken from the whole run."""
-    order, steps = TrainDataset(data, o).sampler, max(1, 1024 // o.batch_size)
-    rows = [order.step(step) for step in range(0, o.steps, max(1, o.steps // steps))[:steps]]
-    batches = np.reshape(rows, (-1, o.micro_batch_size))
-    lengths = np.zeros(len(data), np.int64)
-    lengths[batches] = [[len(data.sample(i).ids) for i in batch] for batch in batches.tolist()]
-    return padding_share(lengths, batches)
+def typical_and_longest(dataset, o):
+    """(micro-batches of steps from the whole run, micro-batches of its longest steps): each is
+    [[Sample, ...], ...], of all ranks; about 1024 samples, and 512 with pictures and 512 without.
+
+    To find the longest, at most 5,000 steps are compared by the sizes of their records, of which a
+    token has about 4 bytes.
+    """
+    data, count = dataset.data, max(1, 1024 // o.batch_size)
+    steps = range(0, o.steps, -(-o.steps // 5000))
+    rows = np.array([dataset.sampler.step(step) for step in steps])
+    sizes = np.minimum(data.lengths, 4 * (o.context or 2048))[rows].sum(1)
+    longest = []
+    for kind in (True, False):
+        own = np.flatnonzero(data.has_image[rows].any(1) == kind)
+        longest += [steps[i] for i in own[np.argsort(sizes[own])[-max(1, count // 2):]]]
+    typical = range(0, o.steps, max(1, o.steps // count))[:count]
+    return [[[data.sample(i) for i in batch] for step in some
+             for batch in dataset.micro_batches(step)] for some in (typical, longest)]
+
+
+def share_of_padding(batches):
+    """The share of padding among the positions of batches, [[Sample, ...], ...]."""
+    places = sum(MicroBatch.of(batch).tokens for batch in batches)
+    return 1 - sum(len(sample.ids) for batch in batches for sample in batch) / places
+
+
+def count_cut(data):
+    """How many conversations the context cuts, of about 256 from the whole of the data, as text."""
+    some = range(0, len(data), max(1, len(data) // 256))
+    return f"{sum(map(data.is_cut, some))} of {len(some)} samples"
 
 
 def supervised_tokens(sample):
@@ -288,22 +322,23 @@ def check_memory(estimate, o):
 
 def plan(model, opts, stage, o, trains_llm):
     """What the run will do, on one screen; UserError if it needs more memory than there is."""
-    data, ranks = stage.data, dist.get_world_size()
-    n = len(data)
-    looked_at = range(0, n, max(1, n // 256))
-    samples = [data.sample(i) for i in looked_at] if data.sample else []
+    n, ranks = len(stage.data), dist.get_world_size()
     seen, copies = o.steps * o.batch_size, f" in {o.replicate} copies" if o.replicate > 1 else ""
     text = [f"{title(o)}: {n:,} samples, {o.steps:,} steps of {o.batch_size} "
             f"({seen / n:.2f} epochs)",
             f"  {o.dtype}, {ranks} process{'es' * (ranks > 1)} on {o.device.upper()}{copies}, "
             f"micro-batch {o.micro_batch_size}", *part_lines(model)]
-    if samples:
+    batches = []
+    if stage.data.sample:
+        typical, longest = typical_and_longest(TrainDataset(stage.data, o), o)
+        batches, samples = [*map(MicroBatch.of, typical + longest)], sum(typical, [])
         supervised = np.mean([*map(supervised_tokens, samples)]) * seen
         text += [f"  supervised tokens: about {supervised:,.0f} (from {len(samples)} samples)",
-                 f"  padding: about {share_of_padding(data, o):.0%} of the positions",
-                 f"  cut by the context: {sum(map(data.is_cut, looked_at))} of these samples"]
+                 f"  padding: about {share_of_padding(typical):.0%} of the positions; about "
+                 f"{max(batch.tokens for batch in batches):,} in the largest micro-batch",
+                 f"  cut by the context: {count_cut(stage.data)}"]
     text += [f"  every {o.val_every} steps: {stage.question}"] if stage.question else []
-    estimate = estimate_memory(model, opts, samples, o, trains_llm)
+    estimate = estimate_memory(model, opts, batches, o, trains_llm)
     check_memory(estimate, o)
     text += memory_lines(estimate)
     return "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in text)
