@@ -147,7 +147,7 @@ def run():
     orders = {"LLaVA's": llava_order(samples.words, samples.has_image, size, parts)}
     orders |= {name: our_order(samples, name, size, parts) for name in ("length", "modality")}
     found = {name: judge(samples, steps, o.ranks) for name, steps in orders.items()}
-    print("| order | padding | slowest rank | time | most positions | tokens of a step "
+    print("| order | padding | slowest rank | time | positions | tokens of a step "
           "| commonest source | weight of sources |")
     for name, f in found.items():
         share = f["sources"] / found["LLaVA's"]["sources"]
