@@ -79,7 +79,7 @@ def meaningless_tokenizer(ids):
     names += [f"▁{i}" for i in range(ids - len(names))]
     inner = layout_of_llama({name: i for i, name in enumerate(names)}, [])
     inner.add_special_tokens(names[:3])
-    return Tokenizer(inner)
+    return Tokenizer(json.loads(inner.to_str()))
 
 
 def random_like(state):

@@ -94,6 +94,10 @@ def write_llava_tokenizer(folder, tokenizer, context):
         "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor",
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
         "padding_side": "left", "model_max_length": context, "clean_up_tokenization_spaces": False})
+    for text, id in tokenizer.words.items():
+        if inner.token_to_id(text) != id:
+            raise UserError(f"the added token {text} has the id {id}; transformers would give it "
+                            f"{inner.token_to_id(text)}, because ids before it are free")
     image, pad = inner.token_to_id(TAG), inner.token_to_id("<pad>")
     return image, pad, max(image, pad, inner.get_vocab_size() - 1) + 1
 

@@ -64,13 +64,13 @@ def train_sentencepiece(folder, **options):
     return (folder / "m.model").read_bytes()
 
 
-def spaced(proto):
+def spaced(proto, first=False):
     """The model with what Llama's has and sentencepiece's trainer does not make: runs of spaces
-    that share a score.
+    that share a score, the lowest. In Llama's, their ids are among the first.
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     pieces = [(processor.id_to_piece(i), processor.get_score(i))
               for i in range(len(BASE), processor.vocab_size())]
     pieces = [(t, s, 1) for t, s in pieces if set(t) != {"▁"}]
     runs = [("▁" * n, -1e9, 1) for n in (2, 4, 8, 3, 16, 5, 1, 7, 6, 11, 9, 10, 15, 13, 12, 14)]
-    return model_proto(BASE + pieces + runs)
+    return model_proto(BASE + (runs + pieces if first else pieces + runs))

@@ -28,6 +28,7 @@ import formats.export
 import formats.folders
 import formats.llava
 import formats.name_rules
+import formats.sentencepiece
 import formats.tokenizer
 import formats.weight_files
 import sample
@@ -45,7 +46,7 @@ from tests.helpers import CLIPS, hf_clip, hf_llama, LLAMAS, randomised
 from tests.reference import (batch_of, Bomb, close, equal, hf_llava, opened, state_of, STATIC,
     TEXTS as SHORT_TEXTS, theirs_generate)
 from tests.sentencepiece_files import (BASE, field, LETTERS, message, model_proto, TEXTS,
-    train_sentencepiece, WRITTEN)
+    spaced, train_sentencepiece, WRITTEN)
 
 VOCAB, IDS = 320, 291  # rows of the embedding; ids of the tokenizer and of what a text may hold
 
@@ -88,6 +89,7 @@ def test_the_ids_are_laid_out_like_llamas(tokenizer):
 def test_no_token_crosses_a_space_and_cutting_first_gives_the_same_ids(tokenizer):
     assert all("▁" not in token[1:] for token in tokenizer.inner.get_vocab())
     cut = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
+    cut.normalizer = formats.sentencepiece.llama_normalizer()
     cut.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
     for text in STRANGE + TEXTS[:12]:
         assert cut.encode(text).ids == tokenizer.encode(text)
@@ -136,6 +138,74 @@ def test_added_tokens_of_a_file_are_neither_read_from_text_nor_counted(tokenizer
     assert loaded.vocab == tokenizer.vocab
     assert loaded.encode("a <image> b") == tokenizer.encode("a <image> b")
     assert loaded.decode([tokenizer.vocab] + tokenizer.encode("red")) == "red"
+
+
+def with_added(tokenizer, folder, *tokens):
+    """Save a tokenizer with more added tokens, (content, id, whether it is special)."""
+    spec = json.loads(tokenizer.file)
+    spec["added_tokens"] += [{"id": id, "content": text, "special": special, "single_word": False,
+                              "lstrip": False, "rstrip": False, "normalized": not special}
+                             for text, id, special in tokens]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+
+def test_a_token_that_a_user_added_is_one_id_in_texts_and_in_answers(tokenizer, tmp_path):
+    seg = tokenizer.vocab + 2  # behind <image> and <pad>
+    with_added(tokenizer, tmp_path, ("<image>", seg - 2, True), ("<pad>", seg - 1, False),
+               ("[SEG]", seg, False), ("[SEG]ment", seg + 1, False))
+    found = Tokenizer.load(tmp_path)
+    found.save(tmp_path)
+    for loaded in (found, Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(found))):
+        assert loaded.vocab == seg + 2
+        red, space = tokenizer.encode("red"), tokenizer.encode("a ")[len(tokenizer.encode("a")):]
+        assert loaded.encode("red [SEG] red") == red + space + [seg] + red
+        assert loaded.encode("[SEG][SEG]ment") == [seg, seg + 1]
+        for text in ["[SEG]", " [SEG] x", "a[SEG]b", "[SEG]\nx [SEG].", "[SEG", "", *STRANGE]:
+            assert loaded.decode(loaded.encode(text)) == text
+        for text in STRANGE + ["</s>", "<s>", "<unk>", "<image>", "<pad>"]:
+            assert loaded.encode(text) == tokenizer.encode(text)
+        assert loaded.decode([1, seg - 2, seg, *red, 2]) == "[SEG] red"
+
+
+def test_a_special_token_of_a_users_own_stays_text_and_is_named(tokenizer, tmp_path, capsys):
+    with_added(tokenizer, tmp_path, ("[SEG]", tokenizer.vocab, True))
+    loaded = Tokenizer.load(tmp_path)
+    assert "[SEG]: special tokens stay text" in capsys.readouterr().err
+    assert loaded.encode("a [SEG] b") == tokenizer.encode("a [SEG] b")
+    assert loaded.vocab == tokenizer.vocab
+
+
+@pytest.mark.parametrize("form", ["before 4.34", "since 4.34"])
+def test_added_tokens_beside_a_tokenizer_model_are_read(slow, llama, proto, tmp_path, form):
+    n, red = slow.vocab_size(), slow.encode("red")
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    ids = {"<pad>": n, "[SEG]": n + 3, "<odd>": n + 1}  # with a gap
+    if form == "before 4.34":
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<unk>": 0} | ids))
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(
+            {"pad_token": "<pad>", "additional_special_tokens": [{"content": "<odd>"}]}))
+    else:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
+            id: {"content": text, "special": text != "[SEG]"} for text, id in ids.items()}}))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode("red[SEG] red") == red + [n + 3] + red
+    assert loaded.encode("<odd> <pad>") == llama.encode("<odd> <pad>")
+    assert loaded.decode([n + 1, *red, n, n + 3]) == "red[SEG]"
+
+
+@pytest.mark.parametrize("file, values", [
+    ("tokenizer_config.json", {"added_tokens_decoder": {"500": {"content": "x", "lstrip": True}}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"500": "x"}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"many": {"content": "x"}}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"500": {"special": True}}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": [3]}),
+    ("added_tokens.json", {"x": "500"}), ("added_tokens.json", {"x": None})])
+def test_an_added_token_that_cannot_be_read_is_one_line(tokenizer, tmp_path, file, values):
+    tokenizer.save(tmp_path)
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(UserError, match="added.token") as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_tokenizer_is_an_error_that_says_what_was_looked_for(tmp_path):
@@ -205,13 +275,42 @@ def test_a_tokenizer_json_of_transformers_gives_sentencepieces_ids_too(slow, lla
                             legacy=legacy)
     theirs.add_tokens(["<image>", "<pad>"], special_tokens=True)
     theirs.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(
-        b"not looked at: the other file knows of <image> and <pad>")
     loaded = Tokenizer.load(tmp_path)
     assert loaded.vocab == slow.vocab_size()
     texts = STRANGE + [" a", "  a", " "] + list(fuzz(slow, 500))
     assert [text for text in texts if loaded.encode(text) != slow.encode(text)] == []
     assert loaded.decode([loaded.vocab, 1] + slow.encode(" a") + [loaded.vocab + 50]) == " a"
+
+
+def test_merges_that_transformers_5_has_sorted_by_id_give_sentencepieces_ids(tmp_path, monkeypatch):
+    proto = spaced(train_sentencepiece(tmp_path), first=True)
+    slow = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    spec = json.loads(Tokenizer.load(tmp_path).file)
+    vocab = spec["model"]["vocab"]
+    spec["model"]["merges"].sort(key=lambda pair: vocab["".join(pair)])
+    spec["normalizer"], spec["pre_tokenizer"] = None, {
+        "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    texts = STRANGE + [" " * n + "x" for n in range(40)] + list(fuzz(slow, 1000))
+
+    def others():
+        loaded = Tokenizer.load(tmp_path)
+        return [text for text in texts if loaded.encode(text) != slow.encode(text)]
+
+    assert others() == []
+    os.remove(tmp_path / "tokenizer.model")
+    assert "a   b\t\r\n" in others()
+    # Llama's own vocabulary is known by some of its ids
+    monkeypatch.setattr(formats.tokenizer, "LLAMA", {"▁▁": vocab["▁▁"]})
+    assert others() == []
+
+
+def test_tokenizer_files_with_different_pieces_are_refused(llama, proto, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    with pytest.raises(UserError, match="different pieces"):
+        Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("change, named", [
@@ -305,6 +404,12 @@ def test_a_tokenizer_json_that_treats_spaces_otherwise_is_refused(tokenizer, tmp
     other.pre_tokenizer = metaspace(prepend_scheme=scheme, split=split)
     other.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="not one of Llama's kind"):
+        Tokenizer.load(tmp_path)
+    lower = tokenizers.Tokenizer.from_str(tokenizer.file)
+    lower.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.NFKC(), lower.normalizer])
+    lower.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="NFKC"):
         Tokenizer.load(tmp_path)
 
 
@@ -986,6 +1091,21 @@ def test_the_processor_of_transformers_makes_our_pixels_and_ids(written, tmp_pat
     assert made["input_ids"][0].tolist() == [image if i == IMAGE else i
                                              for i in sample.ids.tolist()]
     assert (made["pixel_values"][0] - pixels(picture, prep)).abs().max() < 1e-6
+
+
+def test_added_tokens_are_written_with_their_ids(small, tmp_path):
+    folder = shutil.copytree(small.folder("today"), tmp_path / "x")
+    with_added(small.tokenizer, folder, ("[SEG]", IDS, False))
+    point = weights.load(str(folder))
+    out = str(tmp_path / "out")
+    formats.export.write_llava(out, point.model, point.tokenizer, point.preprocess, point.system)
+    back, theirs = weights.load(out).tokenizer, transformers.AutoTokenizer.from_pretrained(out)
+    assert back.encode("a [SEG]") == point.tokenizer.encode("a [SEG]")
+    assert IDS in back.encode("a [SEG]") and IDS == theirs.convert_tokens_to_ids("[SEG]")
+    with_added(small.tokenizer, folder, ("[SEG]", IDS + 1, False))  # IDS is nobody's
+    point = weights.load(str(folder))
+    with pytest.raises(UserError, match=rf"\[SEG\] has the id {IDS + 1}; .* give it {IDS}"):
+        formats.export.write_llava(out, point.model, point.tokenizer, point.preprocess, "")
 
 
 def test_a_model_with_experts_is_not_written(small, tmp_path):
