@@ -26,9 +26,9 @@ from baselines import BaselineConfig, BaselineVLM, weight_source
 from cli import UserError
 from data import Preprocess, PromptFormat, SYSTEM
 from formats.configs import (build_dataclass, check_heads, expect_keys, llama_config,
-                             vision_config)
+                             read_model_config, vision_config)
 from formats.folders import atomic_folder, locate, resolve
-from formats.json_files import read_json_object, write_json
+from formats.json_files import write_json
 from formats.llava import read_llava, read_original, vlora_config, VLORA_TYPE
 from formats.name_rules import (BY_ID, clip_rules, llama_rules, ORIGINAL_PROJECTOR, OURS,
                                 rename, SKIP)
@@ -340,8 +340,7 @@ def build_and_fill(cfg, sources, label, *, dtype, cast, seed, experts, added=0, 
     return model
 
 
-def load_ours(folder, config, *, dtype, **how):
-    path = os.path.join(folder, "config.json")
+def load_ours(folder, path, config, *, dtype, **how):
     expect_keys(config, {"format", "version", "model", "preprocess", "template", "stage", "sources",
                          "training"}, path)
     if config["version"] not in (1, VERSION):
@@ -365,8 +364,7 @@ def load_ours(folder, config, *, dtype, **how):
 # ---- LLaVA-1.5 and VLoRA, in their authors' layout or in that of transformers
 
 
-def load_llava(folder, config, *, dtype, **how):
-    path = os.path.join(folder, "config.json")
+def load_llava(folder, path, config, *, dtype, **how):
     read = read_original if "mm_vision_tower" in config else read_llava
     vision, llm, preprocess, sources = read(folder, config, path)
     added = config.get("added_rows", 0)
@@ -400,11 +398,9 @@ def load(name, dtype=None, experts=None, seed=0, cast=True):
     changed.
     """
     folder = locate(name)
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: a file, expected the folder of a checkpoint")
-    config = read_json_object(os.path.join(folder, "config.json"))
+    path, config = read_model_config(folder)
     kind = config.get("format", config.get("model_type"))
     if not isinstance(kind, str) or kind not in LOADERS:
-        raise UserError(f"{folder}/config.json: format {kind!r} cannot be opened, "
+        raise UserError(f"{path}: format {kind!r} cannot be opened, "
                         f"expected one of {', '.join(LOADERS)}")
-    return LOADERS[kind](folder, config, dtype=dtype, cast=cast, seed=seed, experts=experts)
+    return LOADERS[kind](folder, path, config, dtype=dtype, cast=cast, seed=seed, experts=experts)

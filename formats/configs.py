@@ -94,6 +94,20 @@ def demand(values, path, **wanted):
             raise UserError(f"{path}: {key} {values[key]!r} is not supported, only {value!r}")
 
 
+def read_model_config(folder):
+    """(path, values) of the config.json in a folder; UserError if the weights are quantised."""
+    if os.path.isfile(folder):
+        raise UserError(f"{folder}: a file, expected the folder of a checkpoint")
+    path = os.path.join(folder, "config.json")
+    values = read_json_object(path)
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    for found in filter(None, (part.get("quantization_config") for part in parts)):
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise UserError(f"{path}: quantised weights (quantization_config, {method}) are not "
+                        "supported; take the checkpoint that they were made from")
+    return path, values
+
+
 # ---- Tables of fields, {our name: (their name, their default)}
 
 
@@ -127,13 +141,13 @@ def tower_config(values, path):
     return dataclasses.replace(cfg, depth=cfg.depth - 1)
 
 
-def vision_config(folder):
+def vision_config(folder, aspect=None):
     """(VisionConfig, Preprocess) of a CLIPVisionModel or CLIPModel, without the last block.
 
+    aspect  as for `preprocessing`
     Raises UserError that names the field by which this is another kind of tower.
     """
-    path = os.path.join(folder, "config.json")
-    values = read_json_object(path)
+    path, values = read_model_config(folder)
     if values.get("model_type") not in ("clip", "clip_vision_model", None):
         raise UserError(f"{path}: model_type {values['model_type']!r}, expected clip or "
                         "clip_vision_model")
@@ -143,7 +157,7 @@ def vision_config(folder):
         check_value(part, dict, f"{path}: vision_config")
     values = {**parts[0], **parts[-1]}
     cfg = tower_config(values, path)
-    return cfg, preprocessing(folder, cfg.image_size)
+    return cfg, preprocessing(folder, cfg.image_size, aspect)
 
 
 def vision_values(config, blocks):
@@ -159,9 +173,33 @@ PROCESSOR_FIXED = dict(do_resize=True, resample=3, do_rescale=True, rescale_fact
 PROCESSOR_FIELDS = {"mean": ("image_mean", CLIP_MEAN), "std": ("image_std", CLIP_STD)}
 
 
-def preprocessing(folder, image_size, aspect="pad"):
+def aspect_of(values, path, aspect):
+    """"pad" or "crop": how an image processor with these fields makes a picture square.
+
+    aspect  what LLaVA's config says, or None. Where neither says anything: "pad", as LLaVA does
+    Raises UserError for another way, and if the two contradict each other.
+    """
+    said = {key: values[key] for key in ("do_pad", "do_center_crop") if values.get(key) is not None}
+    for key, value in said.items():
+        check_value(value, bool, f"{path}: {key}")
+    if str(values.get("image_processor_type")).startswith("CLIP"):
+        demand(said, f"{path}: a CLIPImageProcessor", do_pad=False)
+    if aspect is not None:
+        demand(said, f"{path}: with the image_aspect_ratio of config.json", do_pad=aspect == "pad")
+    if not said.get("do_pad"):
+        demand(said, f"{path}: without do_pad true", do_center_crop=True)
+    pads = said.get("do_pad", aspect != "crop")
+    size = values.get("size")
+    if not pads and isinstance(size, dict) and "shortest_edge" not in size:
+        raise UserError(f"{path}: size {size} without padding distorts pictures, which is "
+                        "not supported, only a shortest_edge")
+    return "pad" if pads else "crop"
+
+
+def preprocessing(folder, image_size, aspect=None):
     """`Preprocess` from preprocessor_config.json; CLIP's defaults if the file or a field is absent.
 
+    aspect  "pad" or "crop", what LLaVA's config says of making pictures square; None: nothing
     transformers 5 keeps the same fields inside processor_config.json.
     """
     paths = [os.path.join(folder, f"{name}_config.json") for name in ("preprocessor", "processor")]
@@ -177,7 +215,8 @@ def preprocessing(folder, image_size, aspect="pad"):
                             f"{image_size} px")
     demand(values, path, **PROCESSOR_FIXED)
     found = translate(values, path, PROCESSOR_FIELDS)
-    return Preprocess(image_size, tuple(found["mean"]), tuple(found["std"]), aspect)
+    return Preprocess(image_size, tuple(found["mean"]), tuple(found["std"]),
+                      aspect_of(values, path, aspect))
 
 
 def image_values(preprocess, kind):
@@ -236,8 +275,8 @@ def llama_config(folder):
 
     Raises UserError that names the field by which it is another model.
     """
-    path = os.path.join(folder, "config.json")
-    return text_config(read_json_object(path), path)
+    path, values = read_model_config(folder)
+    return text_config(values, path)
 
 
 def text_values(config, bos, eos):

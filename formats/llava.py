@@ -3,7 +3,6 @@
 Each reader returns the two configs, the preprocessing and where the weights are; weights.py builds
 the model. Next: export.py, the other direction.
 """
-import dataclasses
 import os
 import re
 
@@ -29,13 +28,14 @@ TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig(),
           "clip-vit-large-patch14-336": VisionConfig()}  # in VLoRA's scripts
 
 
-def aspect_of(config, path):
-    """How pictures are made square: "pad", or "crop" if the config says that it was trained so."""
-    aspect = config.get("image_aspect_ratio", "pad")
-    if aspect not in ("pad", "square"):
+def trained_aspect(config, path):
+    """How pictures were made square in training, "pad" or "crop"; None if the config says nothing.
+    """
+    aspect = config.get("image_aspect_ratio")
+    if aspect not in (None, "pad", "square"):
         raise UserError(f"{path}: image_aspect_ratio {aspect!r} is not supported, only 'pad' and "
                         "'square'")
-    return "crop" if aspect == "square" else "pad"
+    return "crop" if aspect == "square" else aspect
 
 
 # ---- In the layout of transformers
@@ -57,7 +57,7 @@ def read_llava(folder, config, path):
     tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
     llm = text_config({"model_type": "llama", **text, "tie_word_embeddings": tied},
                       f"{path}: text_config")
-    preprocess = preprocessing(folder, vision.image_size, aspect_of(config, path))
+    preprocess = preprocessing(folder, vision.image_size, trained_aspect(config, path))
     return vision, llm, preprocess, [(folder, llava_rules(vision.depth, llm.tied))]
 
 
@@ -90,15 +90,14 @@ def read_original(folder, config, path):
     check_original(config, path, "vlora" if vlora else "mlp2x_gelu")
     llm = text_config({**config, "model_type": "llama"}, path)
     rules = (vlora_rules() if vlora else ORIGINAL_PROJECTOR) + llama_rules(llm.tied)
-    name, aspect = config["mm_vision_tower"], aspect_of(config, path)
+    name, aspect = config["mm_vision_tower"], trained_aspect(config, path)
     inside = any(n.startswith(ORIGINAL_TOWER) for n in names_in(folder))
     if inside and name in TOWERS and not os.path.isdir(name):
         vision = TOWERS[name]
         preprocess = preprocessing(folder, vision.image_size, aspect)
     else:
         clip = tower_folder(name, folder, path)
-        vision, preprocess = vision_config(clip)
-        preprocess = dataclasses.replace(preprocess, aspect=aspect)
+        vision, preprocess = vision_config(clip, aspect)
     demand(config, path, mm_hidden_size=vision.width)
     if inside:
         tower = under(re.escape(ORIGINAL_TOWER), tower_rules(vision.depth))
@@ -130,7 +129,8 @@ def projector_file(name):
     folder = os.path.dirname(name) if is_file else locate(name)
     file = name if is_file else os.path.join(folder, PROJECTOR)
     if not is_file:
-        whole = any(os.path.exists(os.path.join(folder, layout)) for layout in LAYOUTS)
+        held = os.listdir(folder)
+        whole = any(name in held for name in LAYOUTS)
         if whole or not os.path.exists(file):
             return None
     config = os.path.join(folder, "config.json")

@@ -6,6 +6,7 @@ Next: configs.py.
 import hashlib
 import os
 import pickle
+import re
 import zipfile
 
 import torch
@@ -19,6 +20,7 @@ from formats.json_files import read_json_object, write_json
 
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")  # in order of preference
+SHARD_NAME = re.compile(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
 SHARD = 5 * 10**9  # largest weight file to write, bytes
 REMAP = 2**27      # map a file again after this many bytes were read and cast
 
@@ -49,6 +51,10 @@ def weight_files(folder):
         path = os.path.join(folder, layout)
         if os.path.isfile(path):
             return shards_of(path) if layout.endswith(".json") else [(path, None)]
+    shards = list(filter(SHARD_NAME.fullmatch, os.listdir(folder)))
+    if shards:
+        index = re.sub(r"-\d+-of-\d+", "", min(shards)) + ".index.json"
+        raise UserError(f"{folder}: {len(shards)} shards without an index: {index} is missing")
     raise UserError(f"no weights in {folder}: looked for {', '.join(LAYOUTS)}")
 
 

@@ -38,7 +38,8 @@ import training.feed
 import training.options
 import weights
 from cli import UserError
-from data import collate, Conversations, encode_prompt, IMAGE, MULTIPLE, pixels, Preprocess, SYSTEM
+from data import (CLIP_MEAN, CLIP_STD, collate, Conversations, encode_prompt, IMAGE, MULTIPLE,
+    pixels, Preprocess, SYSTEM)
 from formats.tokenizer import Tokenizer, train_tokenizer
 from model import generate, LlamaConfig, VisionConfig, VLMConfig
 from projector import Projector
@@ -686,6 +687,52 @@ def test_size_mean_and_std_are_those_of_the_preprocessor_file(copied):
         refused(folder, "preprocessor_config.json", f"{key} {{", "28 px")
 
 
+PROCESSOR = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28},
+             "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3}
+
+
+SQUARE = {"height": 28, "width": 28}
+
+
+@pytest.mark.parametrize("said, llava, clip", [  # and what LLaVA's and CLIP's are refused for
+    ({"do_pad": True}, None, "do_pad True"), ({"do_pad": False}, None, None),
+    ({"do_pad": True, "do_center_crop": False}, None, "do_pad True"),
+    ({"do_pad": False, "do_center_crop": True}, None, None),
+    ({"do_pad": False, "do_center_crop": False}, "do_center_crop False", "do_center_crop False"),
+    ({"do_center_crop": False}, "do_center_crop False", "do_center_crop False"),
+    ({"do_pad": True, "size": SQUARE}, None, "do_pad True"),
+    ({"do_pad": False, "size": SQUARE}, "size {", "size {")], ids=str)
+def test_what_an_image_processor_says_of_squares_is_done_or_refused_by_name(copied, said, llava,
+                                                                            clip):
+    folder, draw = copied("today"), np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 256, (*size, 3), np.uint8))
+                for size in ((40, 90), (91, 40), (28, 28), (61, 61))]
+    for kind, refusal in (("LlavaImageProcessor", llava), ("CLIPImageProcessor", clip)):
+        (folder / "preprocessor_config.json").write_text(
+            json.dumps({**PROCESSOR, "image_processor_type": kind, **said}))
+        if refusal:
+            refused(folder, "preprocessor_config.json", refusal)
+            continue
+        prep = weights.load(str(folder)).preprocess
+        theirs = transformers.AutoImageProcessor.from_pretrained(str(folder))
+        for picture in pictures:
+            made = torch.as_tensor(np.array(theirs(picture)["pixel_values"][0]))
+            assert (pixels(picture, prep) - made).abs().max() < 1e-5
+
+
+def test_an_image_processor_that_says_nothing_of_squares_pads_as_llava_does(copied):
+    folder = copied("today")
+    for said in ({}, {"do_pad": None}, {"do_center_crop": True}, {"do_center_crop": None}):
+        (folder / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **said}))
+        assert weights.load(str(folder)).preprocess.aspect == "pad"
+    edit(folder / "config.json", lambda c: c.update(image_aspect_ratio="square"))
+    assert weights.load(str(folder)).preprocess.aspect == "crop"
+    edit(folder / "preprocessor_config.json", lambda c: c.update(do_pad=True))
+    refused(folder, "image_aspect_ratio", "do_pad True")
+    edit(folder / "preprocessor_config.json", lambda c: c.update(do_pad="no"))
+    refused(folder, "do_pad is 'no'")
+
+
 def test_absent_fields_mean_what_they_mean_to_transformers(copied):
     folder, expected = copied("today"), None
     expected = weights.load(str(folder)).model.cfg
@@ -985,6 +1032,30 @@ def test_a_layout_in_shards_gives_the_same_model(copied, layout):
         refused(folder, files[1])
     os.remove(folder / files[1])
     refused(folder, "index.json", files[1], "not there")
+
+
+@pytest.mark.parametrize("layout", ["until 4.51", "original"])
+def test_shards_without_an_index_are_named(copied, layout):
+    folder = copied(layout)
+    file = file_of(folder).name
+    shard(folder, read(folder / file))
+    os.remove(folder / f"{file}.index.json")
+    refused(folder, f"2 shards without an index: {file}.index.json is missing")
+
+
+@pytest.mark.parametrize("layout", ["today", "original", "clip", "llama"])
+@pytest.mark.parametrize("said, name", [({"quant_method": "gptq", "bits": 4}, "gptq"),
+                                        ({"load_in_4bit": True}, "None"), ("awq", "awq")])
+def test_quantised_weights_are_refused_before_anything_else(copied, small, tmp_path, layout, said,
+                                                            name):
+    folder = tmp_path / "clip" if layout == "clip" else copied(layout)
+    edit(folder / "config.json", lambda c: c.update(quantization_config=said))
+    file_of(folder).write_bytes(b"")
+    refused(folder, f"quantised weights (quantization_config, {name})", open_=opener(layout, small))
+    if layout == "today":
+        edit(folder / "config.json", lambda c: c["text_config"].update(
+            quantization_config=c.pop("quantization_config")))
+        refused(folder, f"quantised weights (quantization_config, {name})")
 
 
 @pytest.mark.parametrize("layout, file",
