@@ -47,6 +47,7 @@ class Options:
     chat: bool = False                 # go on with questions from the terminal, or lines of a pipe
     model: str | None = None           # a checkpoint, or a run's folder: its newest finished stage;
                                        # none: the newest finished stage under out/
+    base: str | None = None            # of a LoRA: the model it was trained on; none: as it says
     # answer
     max_new_tokens: int = 256          # longest answer, in tokens
     temperature: float = 0.0           # 0: always the likeliest token; above 0: drawn at random
@@ -94,7 +95,7 @@ def load(o, name):
     """(Checkpoint, a line about it), on the device and in the dtype of the options."""
     device = pick_device(o.device)
     dtype = o.dtype or fast_dtype(device)
-    checkpoint = weights.load(name, getattr(torch, dtype))
+    checkpoint = weights.load(name, getattr(torch, dtype), base=o.base)
     if o.merge and not isinstance(checkpoint.model, vlora.VLoRA):
         raise UserError(f"--merge: {name} is not a VLoRA, --merge works only with one")
     if o.background:
@@ -332,7 +333,7 @@ def answer_file(o):
     out = o.out or f"{os.path.splitext(o.batch)[0]}.answers.jsonl"
     images = o.images or os.path.dirname(o.batch) or "."
     sampling = {n: getattr(o, n) for n in ("temperature", "top_p", "max_new_tokens", "seed",
-                                           "background")}
+                                           "background", "base")}
     settings = {"model": name, "fingerprint": fingerprint(locate(name)), **sampling}
     answers = AnswerFile(out, rows, settings)
     if answers.done == len(rows):

@@ -353,7 +353,7 @@ def build_model(o):
         raise UserError(f"--init {o.init}: a projector, but VLoRA has none; "
                         f"expected a checkpoint of stage 1")
     if o.stage == 2 and not projector:
-        checkpoint = load(o.init, dtype, options, o.seed, cast=False)
+        checkpoint = load(o.init, dtype, options, o.seed, cast=False, base=o.base)
         return checkpoint.model, checkpoint.tokenizer, checkpoint.preprocess, {}
     parts = {"vision": o.vision, "llm": o.llm}
     folders = [resolve(name) for name in parts.values()]

@@ -2,7 +2,8 @@
 
     assemble(clip, llama, options)   a model of two pretrained parts, with a new projector and
                                      experts
-    load(folder or hub name)         a checkpoint of ours, LLaVA-1.5 in either layout, or VLoRA's
+    load(folder or hub name)         a checkpoint of ours, LLaVA-1.5 in either layout or as a LoRA,
+                                     or VLoRA's
     save(folder, ...)                write one of ours, whole or not at all
 
 The model is built without storage and filled tensor by tensor from mapped files. Rules rename the
@@ -27,9 +28,10 @@ from cli import UserError
 from data import Preprocess, PromptFormat, SYSTEM
 from formats.configs import (build_dataclass, check_heads, expect_keys, llama_config,
                              read_model_config, vision_config)
-from formats.folders import atomic_folder, locate, resolve
+from formats.folders import atomic_folder, has_config, locate, resolve
 from formats.json_files import write_json
 from formats.llava import read_llava, read_original, vlora_config, VLORA_TYPE
+from formats.lora import add_lora, base_folder, merge
 from formats.name_rules import (BY_ID, clip_rules, llama_rules, ORIGINAL_PROJECTOR, OURS,
                                 rename, SKIP)
 from formats.tokenizer import Tokenizer
@@ -124,13 +126,14 @@ def assign(model, target, tensor):
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
-def fill(model, sources, dtype=None, new=(), added=0):
+def fill(model, sources, dtype=None, new=(), added=0, factors={}):
     """Fill a model without storage from files.
 
     sources  [(folder, rules)], see `tensors` and `rename`
     dtype    cast all tensors to it; None: each keeps its own. A tensor without a cast stays mapped
     new      names of the parameters that no source holds; they stay empty, for `initialise`
     added    number of rows that `write_llava` added to embedding and head; they are left out
+    factors  {our name: the factors of a LoRA to add}, see `add_lora`
     Raises UserError on a tensor that is missing, left over, mis-shaped or there twice.
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -147,6 +150,7 @@ def fill(model, sources, dtype=None, new=(), added=0):
                 raise UserError(f"{label} fills {target}, but so does {origin[target]}")
             tensor = tensor[:-added] if added and target in BY_ID else tensor
             check_fit(target, tensor, shapes[target], label)
+            tensor = merge(tensor, factors.get(target), dtype, label)
             assign(model, target, tensor.to(dtype or tensor.dtype).contiguous())
             origin[target] = label
     missing = [name for name in shapes if name not in origin and name not in new]
@@ -179,8 +183,7 @@ def tokenizer_of(folder, llm):
     """The tokenizer in a folder; UserError if it has ids without an embedding in the Llama."""
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab > llm.vocab:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab} ids, "
-                        f"but the model only {llm.vocab}")
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab} ids, the model {llm.vocab}")
     return tokenizer
 
 
@@ -324,16 +327,19 @@ def rescale_encoders(model):
             part.encoder.weight = nn.Parameter(part.encoder.weight / part.scale)
 
 
-def build_and_fill(cfg, sources, label, *, dtype, cast, seed, experts, added=0, version=VERSION):
+def build_and_fill(cfg, sources, label, *, dtype, cast, seed, experts, lora, added=0,
+                   version=VERSION):
     """The model of `cfg` with the tensors of `sources`, see `fill` and `load`.
 
     experts  options of the experts to add, initialised from `seed`; None: none
+    lora     folder with a LoRA that was trained on these tensors, or without one
     version  of a checkpoint of ours
     """
+    sources, factors = add_lora(lora, sources)
     grown = cfg if experts is None else add_experts(cfg, experts, label)
     model = build_empty(grown)
     new = names_of(grown) - names_of(cfg) if experts else ()
-    fill(model, sources, dtype if cast else None, new, added)
+    fill(model, sources, dtype if cast else None, new, added, factors)
     if version == 1:
         rescale_encoders(model)
     initialise(model, seed, dtype)
@@ -385,7 +391,7 @@ LOADERS = {FORMAT: load_ours, "llava": load_llava, "llava_llama": load_llava,
            VLORA_TYPE: load_llava}
 
 
-def load(name, dtype=None, experts=None, seed=0, cast=True):
+def load(name, dtype=None, experts=None, seed=0, cast=True, base=None):
     """The `Checkpoint` in a folder or under a hub name: ours, LLaVA-1.5 in either layout, or
     VLoRA's.
 
@@ -393,14 +399,17 @@ def load(name, dtype=None, experts=None, seed=0, cast=True):
     experts  options of `make_config`, to add the experts that the checkpoint lacks
     seed     of the added experts
     cast     False: `dtype` is that of the added experts; the folder's tensors keep theirs, mapped
+    base     of a LoRA, a folder or hub name; None: as its adapter_config.json says
     Falls back to `name`.old if a save was killed. Raises UserError: no checkpoint, another format,
     an unknown key, a tensor that is missing, left over or mis-shaped, a frozen part that has
     changed.
     """
     folder = locate(name)
-    path, config = read_model_config(folder)
+    home = base_folder(folder, base)  # where most of the weights are
+    path, config = read_model_config(folder if has_config(folder) else home)
     kind = config.get("format", config.get("model_type"))
     if not isinstance(kind, str) or kind not in LOADERS:
         raise UserError(f"{path}: format {kind!r} cannot be opened, "
                         f"expected one of {', '.join(LOADERS)}")
-    return LOADERS[kind](folder, path, config, dtype=dtype, cast=cast, seed=seed, experts=experts)
+    return LOADERS[kind](home, path, config, dtype=dtype, cast=cast, seed=seed, experts=experts,
+                         lora=folder)

@@ -33,6 +33,7 @@ class Options:
     """Score a checkpoint on benchmarks, the toy's own first of all."""
     # what to score
     model: str = "out/toy/stage2"     # folder or hub name of the checkpoint
+    base: str | None = None           # of a LoRA: the model it was trained on; none: as it says
     task: Literal["all", *TASKS] | None = None  # benchmark to run; all: every one that is found
                                       # under --root; none: the toy, or --data
     list: bool = False                # only print what each task needs and where it comes from
@@ -201,8 +202,8 @@ def prepare(o):
     weights = fingerprint(locate(o.model)) if o.answers is None else None
     dtype = o.dtype or fast_dtype(pick_device(o.device))
     os.makedirs(out, exist_ok=True)
-    return names, {"model": o.model, "fingerprint": weights, "choose": o.choose, "dtype": dtype,
-                   "batch_size": o.batch_size}, out
+    return names, {"model": o.model, "base": o.base, "fingerprint": weights, "choose": o.choose,
+                   "dtype": dtype, "batch_size": o.batch_size}, out
 
 
 def evaluate(o):
@@ -214,7 +215,7 @@ def evaluate(o):
         parent = os.path.dirname(os.path.abspath(o.model))
         world = o.data or os.path.join(parent, "world")
         if os.environ.get("RANK", "0") == "0":
-            TASKS["toy"].score(o.model, world, o.out or parent, time.perf_counter())
+            TASKS["toy"].score(o.model, world, o.out or parent, time.perf_counter(), o.base)
         return
     names, settings, out = raise_on_all_ranks(lambda: prepare(o))
     results, failed, device = {}, [], pick_device(o.device)
@@ -223,7 +224,7 @@ def evaluate(o):
 
     @functools.cache
     def load_once():
-        checkpoint = load(o.model, getattr(torch, settings["dtype"]))
+        checkpoint = load(o.model, getattr(torch, settings["dtype"]), base=o.base)
         checkpoint.model.to(device).eval()
         return checkpoint
 

@@ -131,13 +131,14 @@ def object_f1(questions, answers):
     return 2 * hits / max(1, predicted + actual)
 
 
-def score(model, folder, out, began):
+def score(model, folder, out, began, base=None):
     """Score a toy checkpoint; write out/scores.json and out/gallery.png; print what came out.
 
     model   folder of the checkpoint; folder: of the world
     began   time.perf_counter() when the run began whose "seconds" are counted
+    base    of a LoRA, see `weights.load`
     """
-    checkpoint = load(model)
+    checkpoint = load(model, base=base)
     os.makedirs(out, exist_ok=True)
     answerer = Answerer(checkpoint)
     everything, splits = load_questions(folder, "heldout"), {}

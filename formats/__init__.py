@@ -7,6 +7,7 @@
     name_rules.py     names of tensors in other checkpoints -> names here
     tokenizer.py      text to ids and back; sentencepiece.py reads Llama's tokenizer.model
     llava.py          open LLaVA-1.5 and VLoRA as their authors publish them
+    lora.py           LoRA folders of LLaVA: changes to add to the weights of a base
     export.py         write CLIP, Llama and LLaVA for transformers
     answers.py        the questions and answers of sample.py; runs.py finds a finished run
 

@@ -13,6 +13,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from cli import UserError
 
 PROJECTOR = "mm_projector.bin"  # the only weights that LLaVA's stage 1 writes
+# What LLaVA's LoRA training writes, see lora.py
+ADAPTER_CONFIG, TRAINED_WHOLE = "adapter_config.json", "non_lora_trainables.bin"
 
 
 # ---- Finding a folder
@@ -42,7 +44,7 @@ def resolve(name):
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"{name}: no such folder, and not the name of a model on the Hugging Face "
                         "hub (owner/name)")
-    small = ["*.json", "tokenizer.model"]
+    small = ["*.json", "tokenizer.model", "adapter_model.*", TRAINED_WHOLE]
     try:  # fetch only one format of weights where a repository has both
         folder = huggingface_hub.snapshot_download(
             name, allow_patterns=["model*.safetensors", *small])

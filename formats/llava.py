@@ -9,7 +9,7 @@ import re
 from cli import UserError
 from formats.configs import (demand, LLAVA_FIXED, preprocessing, text_config, tower_config,
     translate, vision_config)
-from formats.folders import locate, PROJECTOR, resolve
+from formats.folders import ADAPTER_CONFIG, locate, PROJECTOR, resolve
 from formats.json_files import read_json_object
 from formats.name_rules import (clip_rules, llama_rules, llava_rules, ORIGINAL_PROJECTOR,
     ORIGINAL_TOWER, tower_rules, under, vlora_rules)
@@ -130,7 +130,7 @@ def projector_file(name):
     file = name if is_file else os.path.join(folder, PROJECTOR)
     if not is_file:
         held = os.listdir(folder)
-        whole = any(name in held for name in LAYOUTS)
+        whole = any(name in held for name in (*LAYOUTS, ADAPTER_CONFIG))
         if whole or not os.path.exists(file):
             return None
     config = os.path.join(folder, "config.json")

@@ -83,8 +83,8 @@ TO_LLAVA = [  # the other way: our name -> that before 4.52, which every version
 
 ORIGINAL_TOWER = "model.vision_tower.vision_tower."  # prefix of a tower inside the checkpoint
 ORIGINAL_PROJECTOR = [  # also the names in mm_projector.bin; module 1 is the GELU
-    (r"model\.mm_projector\.0\.(weight|bias)", r"projector.linear_1.\1"),
-    (r"model\.mm_projector\.2\.(weight|bias)", r"projector.linear_2.\1"),
+    (r"(?:model\.)?mm_projector\.0\.(weight|bias)", r"projector.linear_1.\1"),
+    (r"(?:model\.)?mm_projector\.2\.(weight|bias)", r"projector.linear_2.\1"),
 ]
 
 

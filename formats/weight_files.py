@@ -20,6 +20,7 @@ from formats.json_files import read_json_object, write_json
 
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")  # in order of preference
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")  # of a LoRA
 SHARD_NAME = re.compile(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
 SHARD = 5 * 10**9  # largest weight file to write, bytes
 REMAP = 2**27      # map a file again after this many bytes were read and cast
@@ -47,7 +48,7 @@ def weight_files(folder):
     """[(path, names in the index, or None)] of a folder or a file; UserError without weights."""
     if os.path.isfile(folder):
         return [(folder, None)]
-    for layout in LAYOUTS:
+    for layout in LAYOUTS + ADAPTERS:
         path = os.path.join(folder, layout)
         if os.path.isfile(path):
             return shards_of(path) if layout.endswith(".json") else [(path, None)]

@@ -890,6 +890,8 @@ REPOSITORIES = {
                           "tokenizer.model",
                           "pytorch_model.bin.index.json"], ["README.md"]),
     "liuhaotian/projector": (["config.json", "mm_projector.bin"], ["README.md"]),
+    "someone/llava-lora": (["config.json", "adapter_config.json", "adapter_model.bin",
+                            "non_lora_trainables.bin"], ["README.md", "trainer_state.bin"]),
     "ours/hyperllava": (["config.json", "model.safetensors", "tokenizer.json"],
                         ["log.jsonl", "README.md"]),
 }
@@ -1076,6 +1078,193 @@ def test_what_is_no_llava_is_named(tmp_path, small):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     refused(tmp_path, "config.json", "no vision_config")
     refused(small.folder("projector"), "no weights", "model.safetensors")
+
+
+# ---- LoRA
+
+
+LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "use_dora": False,
+        "base_model_name_or_path": "vicuna", "target_modules": ["q_proj", "down_proj"],
+        "modules_to_save": None, "rank_pattern": {}, "use_rslora": False, "lora_dropout": 0.05,
+        "init_lora_weights": True, "layers_to_transform": None, "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture
+def lora(small, tmp_path, monkeypatch):
+    """A LoRA folder as LLaVA writes it, with its base `vicuna` and the tower in the working folder.
+    """
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "lora"
+    shutil.copytree(small.folder("original"), folder)
+    state = read(folder / "pytorch_model.bin")
+    os.remove(folder / "pytorch_model.bin")
+    os.remove(folder / "tokenizer.json")
+    shutil.copytree(small.folder("llama"), tmp_path / "vicuna")
+    shutil.copytree(small.root / "clip", tmp_path / "clip")
+    torch.manual_seed(5)
+    torch.save({f"base_model.model.{name}": torch.randn_like(tensor)
+                for name, tensor in state.items() if "mm_projector" in name},
+               folder / "non_lora_trainables.bin")
+    save_file({f"base_model.model.model.layers.{i}.{layer}.lora_{x}.weight": torch.randn(shape)
+               for i in range(3) for layer, out, inside in (("self_attn.q_proj", 32, 32),
+                                                            ("mlp.down_proj", 32, 48))
+               for x, shape in (("A", (4, inside)), ("B", (out, 4)))},
+              folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(LORA))
+    return folder
+
+
+def merged(lora, small, scale):
+    """Our state of what the LoRA folder means, computed in fp64."""
+    state = state_of(weights.load(str(small.folder("original"))).model)
+    for name, tensor in read(lora / "non_lora_trainables.bin").items():
+        state[ours_of(name)] = tensor
+    factors = read(lora / "adapter_model.safetensors")
+    for name in [name for name in factors if ".lora_A." in name]:
+        ours = name.replace("base_model.model.model.", "llm.").replace(".lora_A", "")
+        delta = factors[name.replace("lora_A", "lora_B")].double() @ factors[name].double() * scale
+        state[ours] = (state[ours].double() + delta).float()
+    return state
+
+
+def same_to_fp32(found, expected):
+    return found.keys() == expected.keys() and all(
+        torch.allclose(found[name], expected[name], rtol=1e-6, atol=1e-5) for name in expected)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "keys without prefixes", "rslora",
+                                  "base by option", "base with a projector", "base in half"])
+def test_a_lora_folder_opens_merged_in_fp32(lora, small, tmp_path, form):
+    base, scale, dtype, factors = None, 2.0, None, read(lora / "adapter_model.safetensors")
+    expected = merged(lora, small, 4.0 if form == "rslora" else scale)
+    if form == "bin":  # as older versions of peft name them
+        os.remove(lora / "adapter_model.safetensors")
+        torch.save({re.sub("(lora_.)", r"\1.default", n): t for n, t in factors.items()},
+                   lora / "adapter_model.bin")
+    elif form == "keys without prefixes":
+        whole = lora / "non_lora_trainables.bin"
+        torch.save({n.removeprefix("base_model.model.model."): t for n, t in read(whole).items()},
+                   whole)
+    elif form == "rslora":
+        edit(lora / "adapter_config.json", lambda c: c.update(use_rslora=True))
+    elif form == "base by option":
+        base = str(os.rename("vicuna", "elsewhere") or tmp_path / "elsewhere")
+    elif form == "base with a projector":
+        base = str(small.folder("original"))
+    elif form == "base in half":
+        state, dtype = load_file("vicuna/model.safetensors"), torch.float16
+        save_file({n: t.half() for n, t in state.items()}, "vicuna/model.safetensors")
+        at = "llm.layers.0.self_attn.q_proj.weight"
+        delta = expected[at].double() - state[at.replace("llm", "model")].double()
+        whole = state[at.replace("llm", "model")].half().double() + delta
+    point = weights.load(str(lora), base=base)
+    found = state_of(point.model)
+    if dtype:
+        assert {t.dtype for t in found.values()} == {dtype}  # of the base; rounded once
+        assert (found[at].double() - whole).abs().max() <= whole.abs().max() * 2.0 ** -11
+        assert weights.load(str(lora), torch.float32).model.get_parameter(at).half().equal(found[at])
+    else:
+        assert same_to_fp32(found, expected)
+    assert point.tokenizer.encode("a red ring?") == small.tokenizer.encode("a red ring?")
+    assert point.preprocess == Preprocess(28) and point.system == SYSTEM
+
+
+def test_an_adapter_of_a_llava_in_the_layout_of_transformers_opens_too(lora, small, tmp_path):
+    expected = state_of(weights.load(str(small.folder("today"))).model)
+    for name in ("config.json", "non_lora_trainables.bin"):
+        os.remove(lora / name)
+    edit(lora / "adapter_config.json", lambda c: c.update(
+        base_model_name_or_path=str(small.folder("today"))))
+    names = {f"base_model.model.model.{part}.lora_{x}.weight": part for x in "AB" for part in (
+        "language_model.layers.1.mlp.up_proj", "vision_tower.encoder.layers.2.self_attn.q_proj",
+        "vision_tower.encoder.layers.0.self_attn.q_proj", "multi_modal_projector.linear_1")}
+    shapes = {n: tuple(small.theirs.get_parameter(f"model.{part}.weight").shape)
+              for n, part in names.items()}
+    factors = {n: torch.ones((4, i) if "lora_A" in n else (o, 4)) for n, (o, i) in shapes.items()}
+    save_file(factors, lora / "adapter_model.safetensors")
+    found = state_of(weights.load(str(lora)).model)
+    changed = {n: float((found[n] - expected[n]).mean()) for n in found
+               if not torch.equal(found[n], expected[n])}
+    assert changed == {n: pytest.approx(8.0) for n in (
+        "llm.layers.1.mlp.up_proj.weight", "vision.layers.0.self_attn.q_proj.weight",
+        "projector.linear_1.weight")}  # the tower's last block is not used
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"use_dora": True}, ["use_dora True"]), ({"bias": "all"}, ["bias 'all'"]),
+    ({"peft_type": "IA3"}, ["peft_type 'IA3'"]),
+    ({"modules_to_save": ["embed_tokens"]}, ["modules_to_save ['embed_tokens']"]),
+    ({"rank_pattern": {"q_proj": 8}}, ["rank_pattern"]),
+    ({"alpha_pattern": {"q_proj": 8}}, ["alpha_pattern"]),
+    ({"alora_invocation_tokens": [5]}, ["alora_invocation_tokens [5]"]),
+    ({"init_lora_weights": "pissa"}, ["init_lora_weights 'pissa'"]),
+    ({"r": 8}, ["lora_A.weight is [4, ", "r is 8"]), ({"r": None}, ["r is None"]),
+    ({"lora_alpha": "8"}, ["lora_alpha is '8'"]), ({"use_rslora": 1}, ["use_rslora is 1"]),
+    ({"base_model_name_or_path": None}, ["base_model_name_or_path is None"]),
+    ({"base_model_name_or_path": "nowhere"}, ["nowhere: no such folder", "--base"])])
+def test_a_lora_with_another_setting_is_refused_by_its_name(lora, change, words):
+    edit(lora / "adapter_config.json", lambda c: c.update(change))
+    refused(lora, *words)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda f: f.popitem(), ["has only one of its two factors"]),
+    (lambda f: f.update({"base_model.model.model.layers.9.mlp.down_proj.lora_A.weight":
+                         torch.ones(4, 48)}), ["layers.9.mlp", "no place in the base"]),
+    (lambda f: f.update({"base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector":
+                         torch.ones(32)}), ["lora_magnitude_vector has no place"]),
+    (lambda f: f.update({n: t.flatten() for n, t in f.items() if "0.mlp.down_proj" in n}), ["r is"]),
+    (lambda f: f.update({n: t[:, :-1].contiguous() for n, t in f.items() if "_A" in n}),
+     ["is this the base"])])
+def test_a_lora_is_read_strictly(lora, change, words):
+    factors = read(lora / "adapter_model.safetensors")
+    change(factors)
+    save_file(factors, lora / "adapter_model.safetensors")
+    refused(lora, *words)
+
+
+def test_a_lora_folder_without_a_part_or_with_another_base_is_refused(lora, small):
+    whole = read(lora / "non_lora_trainables.bin")
+    write({**whole, "base_model.model.model.norm.bias": torch.ones(32)},
+          lora / "non_lora_trainables.bin")
+    refused(lora, "norm.bias has no place")
+    write(dict(list(whole.items())[1:]), lora / "non_lora_trainables.bin")
+    refused(lora, "no tensor for projector.linear_1.weight")
+    os.remove(lora / "non_lora_trainables.bin")
+    refused(lora, "a LoRA without non_lora_trainables.bin")
+    write(whole, lora / "non_lora_trainables.bin")
+    weights.load(str(lora))
+    for change, words in (({"vocab_size": 321}, "vicuna/model.safetensors: tensor lm_head.weight is [320"),
+                          ({"num_hidden_layers": 2}, "has no place"),
+                          ({"num_hidden_layers": 4}, "no tensor for llm.layers.3")):
+        with_change = shutil.copytree(lora, f"{lora}_other", dirs_exist_ok=True)
+        edit(os.path.join(with_change, "config.json"), lambda c: c.update(change))
+        refused(with_change, words)
+    shutil.copy("vicuna/model.safetensors", lora)
+    refused(lora, "lora/model.safetensors is a whole model, and", "a LoRA")
+    refused(small.folder("original"), "--base vicuna", "not a LoRA",
+            open_=lambda path: weights.load(path, base="vicuna"))
+    os.remove(lora / "model.safetensors")
+    os.remove(lora / "config.json")
+    refused(lora, "vicuna/config.json: format 'llama' cannot be opened")
+
+
+def test_a_lora_is_asked_exported_and_trained_on_as_any_other_checkpoint(lora, small, monkeypatch,
+                                                                         capsys):
+    expected = state_of(weights.load(str(lora)).model)
+    os.rename("vicuna", "elsewhere")
+    for program, words in ((tools.export_llava, ["--export", "whole"]),
+                           (sample, ["--prompt", "a", "--max_new_tokens", "2"])):
+        monkeypatch.setattr(sys, "argv", ["x", "--model", "lora", "--base", "elsewhere", *words])
+        program.run()
+    assert "2 tokens" in capsys.readouterr().err
+    assert equal(state_of(weights.load("whole").model), expected)
+    given = {"init": "lora", "base": "elsewhere", "data": "d.json", "images": ".", "stage": 2}
+    model = train.build_model(training.options.Options(**given, dtype="float32"))[0]
+    found = state_of(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(UserError, match="--base elsewhere: only for stage 2"):
+        training.options.check_needed(training.options.Options(**given | {"stage": 1}), given)
 
 
 # ---- Writing LLaVA

@@ -662,7 +662,7 @@ def test_what_made_the_answers_is_noted_before_the_first_and_the_model_may_move(
     noted = json.loads((questions / "q.answers.meta.json").read_text())
     assert noted.pop("fingerprint") and noted == {
         "model": str(place / "model"), "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12,
-        "seed": 0, "background": None}
+        "seed": 0, "background": None, "base": None}
     _, found, _, _ = batch(place, questions, monkeypatch, capsys)
     file, moved = questions / "q.answers.jsonl", questions / "moved"
     file.write_bytes(file.read_bytes()[:-1])

@@ -14,6 +14,7 @@ from weights import load
 class Options:
     """Write a model without experts in the layout of llava-hf, for transformers to open."""
     model: str | None = None   # checkpoint: a folder or a name on the Hugging Face hub
+    base: str | None = None    # of a LoRA: the model it was trained on; none: as it says
     export: str | None = None  # folder to write
 
     def __post_init__(self):
@@ -25,7 +26,7 @@ class Options:
 
 def run():
     options = Options(**parse(Options))
-    checkpoint = load(options.model)
+    checkpoint = load(options.model, base=options.base)
     write_llava(options.export, checkpoint.model, checkpoint.tokenizer, checkpoint.preprocess,
                 checkpoint.system)
 

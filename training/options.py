@@ -147,6 +147,8 @@ class Options:
                                      # out/PRESET)
     init: str | None = None          # start of stage 2: a checkpoint of stage 1, a LLaVA-1.5, or
                                      # LLaVA's mm_projector.bin (default: OUT/stage1)
+    base: str | None = None          # if --init is a LoRA: the model it was trained on (default: as
+                                     # it says)
     resume: bool = False             # continue from the newest saved state
     steps: int | None = None         # optimiser steps (default: the preset's, or from --epochs)
     batch_size: int | None = None    # samples per optimiser step, over all processes (default: the
@@ -340,8 +342,10 @@ def check_needed(o, given):
         raise UserError(f"stage 2 starts from {o.init}, which is not there: run --stage 1 first, "
                         f"or name a checkpoint with --init")
     needed = {0: (), 1: ("vision", "llm", "data", "images"), 2: ("init", "data", "images")}[o.stage]
-    if o.stage == 2 and projector_file(o.init):
-        needed += ("vision", "llm")
+    projector = projector_file(o.init) if o.stage == 2 else None
+    if o.base is not None and (o.stage != 2 or projector):
+        raise UserError(f"--base {o.base}: only for stage 2, if --init is a LoRA")
+    needed += ("vision", "llm") if projector else ()
     missing = [f"--{name}" for name in needed if getattr(o, name) is None]
     if missing:
         raise UserError(f"stage {o.stage} with preset {o.preset} needs {', '.join(missing)}")
