@@ -18,9 +18,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from cli import main, parse
-from experiments.report import import_pyplot, markdown_table
+from experiments.report import markdown_table
 from formats.json_files import read_json, write_json
 from hypernet import Expert, HyperNetwork, rms
 
@@ -106,9 +107,8 @@ def train(site, form, data, lr):
 def plot(runs, path):
     """Draw |E| / |static| over the steps: a column for each site, a row for each rate."""
     rates = sorted({run.split()[2] for run in runs}, key=float)
-    figure, grid = import_pyplot().subplots(
-        len(rates), len(SITES), squeeze=False, sharex=True, sharey=True,
-        layout="constrained", figsize=(11, 2.3 * len(rates)))
+    figure = Figure((11, 2.3 * len(rates)), layout="constrained")
+    grid = figure.subplots(len(rates), len(SITES), squeeze=False, sharex=True, sharey=True)
     lines = {}
     for run, found in runs.items():
         site, data, lr, form = run.split()
