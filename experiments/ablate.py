@@ -97,14 +97,12 @@ def run_stage(jobs, o, stage, folder, options):
     if finished(folder, stage):
         return
     os.makedirs(folder, exist_ok=True)
-    for name in ("world", "stage0"):
-        link = os.path.join(folder, name)
-        if not os.path.lexists(link):
-            target = os.path.realpath(os.path.join(o.base, name))
-            os.symlink(os.path.relpath(target, os.path.realpath(folder)), link)
-    words = [word for k, v in options.items() for word in (f"--{k}", v)]
+    world, val = os.path.join(o.base, "world"), "validation_captions" if stage == 1 else "validation"
+    files = {"vision": folder_of(o.base, 0, "clip"), "llm": folder_of(o.base, 0, "llm"),
+             "images": os.path.join(world, "images"), "val": os.path.join(world, f"{val}.json")}
+    words = [word for k, v in (files | options).items() for word in (f"--{k}", v)]
     words += resume(folder_of(folder, stage)) + ["--allow_random_llm"] * o.allow_random_llm
-    jobs.run(folder, "train", "--stage", stage, "--out", folder, "--pictures", o.pictures, *words)
+    jobs.run(folder, "train", "--stage", stage, "--out", folder, *words)
     if not finished(folder, stage):
         raise UserError(f"{folder}: stopped before stage {stage} was finished")
 
