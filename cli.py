@@ -30,6 +30,8 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
+import os
 import re
 import signal
 import sys
@@ -152,6 +154,25 @@ def parse(options, argv=None, positional=None):
     return given
 
 
+MOST = 10**9  # more is a slip, and torch cannot count the elements
+POSITIVE = (math.ulp(0.0), MOST, "more than 0")  # from the smallest positive float
+
+
+def check_numbers(options, ranges):
+    """UserError that names a number out of its range.
+
+    ranges  {field: (least, most, the range in words)}; all others: POSITIVE
+    """
+    values = [(name, value) for name, entry in vars(options).items()
+              for value in (entry if isinstance(entry, (list, tuple)) else [entry])]
+    for name, value in values:
+        least, most, words = ranges.get(name, POSITIVE)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not least <= value <= most:
+            expected = "at most 10**9" if most == MOST < value < math.inf else words
+            raise UserError(f"--{name} {value}: expected {expected}")
+
+
 def main(run):
     """Run the program: exit code 0 on success, 1 with one line on a user's error, 130 on Ctrl-C.
 
@@ -222,6 +243,9 @@ def report_uncaught(kind, error, trace):
 
 
 interrupts = []
+for name in ("stdin", "stdout", "stderr"):
+    if getattr(sys, name) is None:  # closed: a file opened later would take its place
+        setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
 sys.excepthook = report_uncaught
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else Ctrl-C is to be ignored
     signal.signal(signal.SIGINT, note_interrupt)

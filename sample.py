@@ -8,7 +8,7 @@ everything else to standard error.
 `Chat` answers turn by turn and keeps a cache. Next: weights.py, which opens checkpoints.
 """
 # cli first: it handles Ctrl-C during the slow imports
-from cli import main, parse, read_lines, survive_mistakes, UserError
+from cli import check_numbers, main, MOST, parse, read_lines, survive_mistakes, UserError
 
 import contextlib
 import dataclasses
@@ -68,15 +68,12 @@ class Options:
                                        # an answer, for long answers
 
     def __post_init__(self):
-        for name, valid, wanted in (
-                ("max_new_tokens", self.max_new_tokens >= 1, "an answer has at least 1 token"),
-                ("temperature", self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
-                 "expected 0 or 0.001 to 1000"),
-                ("top_p", 1e-6 <= self.top_p <= 1, "expected above 0, and 1 at most"),
-                ("seed", 0 <= self.seed < 2**62, "expected 0 to 2**62"),  # --batch adds to it
-                ("batch_size", self.batch_size >= 1, "expected at least 1")):
-            if not valid:
-                raise UserError(f"--{name} {getattr(self, name)}: {wanted}")
+        coldest = 1e-3 if self.temperature else 0
+        check_numbers(self, {"max_new_tokens": (1, MOST, "at least 1 token"),
+                             "temperature": (coldest, 1e3, "0 or 0.001 to 1000"),
+                             "top_p": (1e-6, 1, "above 0, and 1 at most"),
+                             "seed": (0, 2**62, "0 to 2**62"),  # --batch adds to it
+                             "batch_size": (1, MOST, "at least 1")})
         if self.chat and self.image == "-":
             raise UserError("--image - and --chat both read standard input: give a file's path")
         if self.batch is not None and (self.image is not None or self.prompt or self.chat):

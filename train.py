@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -35,9 +34,9 @@ from toy import stage0 as toy
 from training.checks import check_llm
 from training.costs import step_flops
 from training.distributed import (DistributedUserError, main_distributed, raise_on_all_ranks,
-                                  Signals, start_world, sum_over_ranks)
-from training.feed import (describe_records, make_loader, Pictures, Question, split_across_ranks,
-                           TrainDataset, VLMData)
+                                  Signals, start_world, STOPS, sum_over_ranks)
+from training.feed import (describe_records, make_loader, next_batches, Pictures, Question,
+                           split_across_ranks, TrainDataset, VLMData)
 from training.log import (cut_log, expert_shares, log_row, open_log, progress_bar, write_row,
                           write_skipped)
 from training.muon import Muon
@@ -45,7 +44,7 @@ from training.options import (complete, device_of, EXPERT_OPTIONS, Options, stag
 from training.parts import check_options, run_parts_in_parallel, unfinished
 from training.plan import print_plan
 from training.sharding import compile_blocks, gather_tensors, recompute, set_modules, shard
-from training.state import first_step, load_state, save_or_warn
+from training.state import first_step, load_newest, save_and_end, save_or_warn
 from vlora import GeneratorConfig
 from weights import assemble, load, save, source_entry
 
@@ -130,33 +129,26 @@ class StepResult:
     operations: float  # multiplications and additions, see costs.step_flops
     skipped: float     # pictures that could not be read
     stop: int          # the signal that some rank got before the step, or 0
+    missing: float     # batches that could not be built; with one, or a signal, nothing was done
 
 
 def gather_counts(batches, model, step, o, mesh, *, skipped, stop):
     """(supervised tokens of the global batch, StepResult without loss and norm).
 
     One all-reduce sums the counts, errors and signals of all ranks. Raises DistributedUserError if
-    a batch could not be built on some rank, or if there is no supervised token.
+    there is no supervised token.
     """
-    errors = [b for b in batches if isinstance(b, UserError)]
     good = [b for b in batches if not isinstance(b, UserError)]
-    tokens, positions, work, skips, failed, terminated, interrupted = sum_over_ranks([
+    tokens, positions, work, skips, missing, *signals = sum_over_ranks([
         sum(b.trained for b in good),
         sum(b.lengths.sum().item() for b in good),
         sum(step_flops(model.cfg, b, trains_llm(o)) for b in good) if o.stage else 0,
-        skipped, len(errors), stop == signal.SIGTERM, stop == signal.SIGINT], mesh)
-    if failed:
-        raise_on_all_ranks(lambda: raise_first(errors))
-    if tokens == 0:
+        skipped, len(batches) - len(good), *(stop == s for s in STOPS)], mesh)
+    if tokens == 0 and not missing:
         raise DistributedUserError(f"step {step + 1}: no supervised token in its batch of "
                                    f"{describe_records(batches)}")
-    stop = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
-    return tokens, StepResult(0.0, 0.0, positions, work, skips, stop)
-
-
-def raise_first(errors):
-    if errors:
-        raise errors[0]
+    stop = next((s for s, got in zip(STOPS, signals) if got), 0)
+    return tokens, StepResult(0.0, 0.0, positions, work, skips, stop, missing)
 
 
 def train_step(model, optimisers, batches, step, o, mesh, *, skipped=0, stop=0):
@@ -170,6 +162,8 @@ def train_step(model, optimisers, batches, step, o, mesh, *, skipped=0, stop=0):
     means.)
     """
     tokens, result = gather_counts(batches, model, step, o, mesh, skipped=skipped, stop=stop)
+    if result.stop or result.missing:
+        return result
     # A resumed run draws the same dropout
     torch.manual_seed(o.seed + step * dist.get_world_size() + dist.get_rank())
     summed = 0.0
@@ -248,12 +242,7 @@ def setup_model(model, o, mesh):
 def start_or_resume(stage, model, optimisers, o, mesh):
     """(first step, number of skipped pictures so far): of the newest saved state, or zero.
     """
-    states = os.path.join(stage_folder(o), "state")
-    start = raise_on_all_ranks(lambda: first_step(o))
-    if start:
-        load_state(states, start, model, optimisers)
-    elif dist.get_rank() == 0:
-        shutil.rmtree(states, ignore_errors=True)
+    start = load_newest(o, model, optimisers)
     if o.stage == 1 and not start and not o.allow_random_llm:
         check_llm(model, raise_on_all_ranks(stage.data.text_batches), mesh)
     if dist.get_rank() > 0:
@@ -270,15 +259,14 @@ def train(stage, o, mesh, place=0):
     raise_on_all_ranks(lambda: print_plan(model, optimisers, stage, o, trains_llm(o)))
     start, skipped = start_or_resume(stage, model, optimisers, o, mesh)
     dataset = TrainDataset(stage.data, o)
-    loader = make_loader(dataset, start, o)
+    loader = raise_on_all_ranks(lambda: make_loader(dataset, start, o))
     first = began = time.perf_counter()
     save_seconds = 0.0
     with open_log(o) as log, progress_bar(start, o, place) as bar, Signals() as signals:
         for step in bar:
             # Data: this rank's micro-batches of the step
             asked = time.perf_counter()
-            items = [next(loader) for _ in range(dataset.accumulation)]
-            batches, messages = [batch for batch, _ in items], sum([m for _, m in items], [])
+            batches, messages = next_batches(loader, dataset.accumulation, signals)
             waited = time.perf_counter() - asked
             write_skipped(messages, bar)
 
@@ -290,6 +278,8 @@ def train(stage, o, mesh, place=0):
             # Forward, backward, clip, step
             result = train_step(model, optimisers, batches, step, o, mesh,
                                 skipped=len(messages), stop=signals.got)
+            if result.stop or result.missing:
+                save_and_end(states, step, model, optimisers, o, stop=result.stop, batches=batches)
             skipped += int(result.skipped)
 
             # Log
@@ -307,9 +297,8 @@ def train(stage, o, mesh, place=0):
 
             # Save
             save_seconds = 0.0
-            if result.stop or (step + 1) % o.save_every == 0 and not last:
-                save_seconds = save_or_warn(states, step + 1, model, optimisers, o,
-                                            stop=result.stop, bar=bar)
+            if (step + 1) % o.save_every == 0 and not last:
+                save_seconds = save_or_warn(states, step + 1, model, optimisers, o, bar=bar)
             began = time.perf_counter()
     finish(stage, model, skipped, o)
 
@@ -415,7 +404,7 @@ def run():
     o = Options(**given)
     mesh = start_world(device_of(o), o.replicate)
     raise_on_all_ranks(lambda: check_options(given))
-    rank_0, one_process = dist.get_rank() == 0, "WORLD_SIZE" not in os.environ
+    rank_0, one_process = dist.get_rank() == 0, dist.get_world_size() == 1
     progress = toy.Progress(o.stage is None and rank_0)
     # The toy needs its stand-ins for CLIP and the Llama, unless others are given, and its world for
     # them and as its data

@@ -19,7 +19,7 @@ from benchmarks.questions import read_own
 from benchmarks.report import unanswered
 from benchmarks.tasks import TASKS, Task
 from benchmarks.vqa import score_own
-from cli import UserError
+from cli import check_numbers, MOST, UserError
 from formats.folders import locate
 from formats.json_files import read_json_object, write_json
 from formats.weight_files import fingerprint
@@ -53,8 +53,7 @@ class Options:
     dtype: Literal["bfloat16", "float32"] | None = None  # none: bfloat16 where it is fast
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size {self.batch_size}: expected at least 1")
+        check_numbers(self, {"batch_size": (1, MOST, "at least 1")})
         if self.task is None:
             self.task = "own" if self.data and not os.path.isdir(self.data) else "toy"
         if self.answers is not None and self.task in ("all", "toy"):

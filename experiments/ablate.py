@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.toy import Answerer, exact, load_questions
-from cli import main, parse, UserError
+from cli import check_numbers, main, MOST, parse, UserError
 from experiments.embeddings import plot_embeddings
 from experiments.processes import Jobs
 from experiments.report import draw, markdown, table_rows
@@ -55,9 +55,7 @@ class Options:
     score: str | None = None   # only score the row in this folder (internal)
 
     def __post_init__(self):
-        for name, least in {"seeds": 1, "steps": 2, "align": 1, "pictures": 1, "jobs": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: expected at least {least}")
+        check_numbers(self, {"steps": (2, MOST, "at least 2")})
 
 
 # ---- One stage of one row

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import weights
-from cli import main, parse, UserError
+from cli import check_numbers, main, MOST, parse, UserError
 from data import Preprocess, SYSTEM
 from experiments.processes import environment, last_line, read_log, ROOT
 from formats.export import write_llama, write_llava, write_vision
@@ -63,11 +63,9 @@ class Options:
         if sum(wanted) != 1 or any(wanted[:2]) != bool(self.out):
             raise UserError("expected --train SIZE --out FOLDER, --make SIZE --out FOLDER, "
                             "or --load FOLDER")
-        if self.steps <= WARM + self.save:
-            raise UserError(f"--steps {self.steps}: expected more than {WARM + self.save}, "
-                            f"{WARM} are not counted")
-        if self.micro_batch_size < 1:
-            raise UserError(f"--micro_batch_size {self.micro_batch_size}: expected more than 0")
+        fewest = WARM + self.save + 1
+        check_numbers(self, {"steps": (
+            fewest, MOST, f"more than {fewest - 1}, {WARM} are not counted")})
 
 
 # ---- A model with real shapes and random weights

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cli import main, parse, UserError
+from cli import check_numbers, main, MOST, parse, UserError
 from data import Conversations, IGNORE, PromptFormat, SYSTEM
 from formats.folders import resolve
 from formats.tokenizer import Tokenizer
@@ -37,8 +37,8 @@ class Options:
     def __post_init__(self):
         if bool(self.data) != bool(self.llm):
             raise UserError("expected --data FILE --llm FOLDER, or neither")
-        step = self.ranks * self.micro_batch_size
-        if min(self.ranks, step, self.batch_size) < 1 or self.batch_size % step:
+        check_numbers(self, {"image_tokens": (0, MOST, "0 or more")})
+        if self.batch_size % (self.ranks * self.micro_batch_size):
             raise UserError(f"--batch_size {self.batch_size}: expected a multiple of --ranks "
                             f"{self.ranks} x --micro_batch_size {self.micro_batch_size}")
 

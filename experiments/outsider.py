@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from benchmarks.toy import Answerer, PictureQuestion
-from cli import main, parse
+from cli import check_numbers, main, MOST, parse
 from weights import load
 
 COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
@@ -33,6 +33,9 @@ class Options:
     seed: int = 0                  # of the pictures
     scattered: bool = False        # things lie anywhere, also across the borders of ninths
     out: str | None = None         # folder for the pictures; none: they are not saved
+
+    def __post_init__(self):
+        check_numbers(self, {"seed": (0, MOST, "0 or more")})
 
 
 def draw_thing(pen, kind, x, y, r, colour):

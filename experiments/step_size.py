@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from cli import main, parse
+from cli import check_numbers, main, parse
 from experiments.report import markdown_table
 from formats.json_files import read_json, write_json
 from hypernet import Expert, HyperNetwork, rms
@@ -41,6 +41,9 @@ class Options:
     lr: list[float] = (2e-5, 2e-4, 1e-3)                   # constant learning rates
     form: list[Literal[(*FORMS,)]] = ("linear", "scaled")  # of the encoder
     out: str = "out/step_size"                             # folder of results; it collects all runs
+
+    def __post_init__(self):
+        check_numbers(self, {})
 
 
 def make_world(site, inputs, outputs):

@@ -7,11 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from typing import Literal
 
 import pytest
 
 import cli
+import benchmarks.run
+import experiments.ablate
+import experiments.bench
+import experiments.order
+import experiments.outsider
+import experiments.step_size
+import sample
+import tools.check_data
+import training.options
 
 HERE = os.path.dirname(os.path.abspath(cli.__file__))
 
@@ -135,3 +145,40 @@ def test_errors_outside_main_keep_their_traceback():
                           capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+PROGRAMS = [  # (options, what they cannot do without)
+    (training.options.Options, {}), (sample.Options, {}), (tools.check_data.Options, {}),
+    (experiments.ablate.Options, {}), (experiments.outsider.Options, {}),
+    (experiments.order.Options, {}), (experiments.step_size.Options, {}),
+    (benchmarks.run.Options, {}), (experiments.bench.Options, {"train": "7b", "out": "x"})]
+NUMBERS = [(options, needed, f.name) for options, needed in PROGRAMS
+           for f in dataclasses.fields(options)
+           if cli.value_type(typing.get_type_hints(options)[f.name]) in (int, float, list[float])]
+
+
+@pytest.mark.parametrize("options, needed, name", NUMBERS, ids=[
+    f"{options.__module__}-{name}" for options, _, name in NUMBERS])
+def test_every_number_of_every_program_has_a_range(options, needed, name):
+    for value in (-1, float("nan"), float("inf"), 2**64):
+        with pytest.raises(cli.UserError, match=f"^--{name} {value}: expected "):
+            one = [value] if isinstance(getattr(options, name, None), tuple) else value
+            options(**needed | {name: one})
+
+
+def test_a_number_that_is_too_large_is_told_so():
+    with pytest.raises(cli.UserError, match=r"^--batch_size 2000000000: expected at most 10\*\*9$"):
+        training.options.Options(batch_size=2 * 10**9)
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_are_nowhere(closed, tmp_path):
+    code = ("import cli, sys; file = open('file', 'w'); print('out'); sys.stdout.flush(); "
+            "print('status', file=sys.stderr); sys.stderr.flush(); file.write(sys.stdin.read()); "
+            "cli.main(lambda: None)")
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code],
+                          cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          env={**os.environ, "PYTHONPATH": HERE})
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == ""
+    assert done.stdout == ("" if "1>" in closed else "out\n")
+    assert done.stderr == ("" if "2>" in closed else "status\n")

@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -365,8 +367,8 @@ def stopped(given, mesh, number, at):
 
 def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(run, mesh, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
-        out = tmp_path / str(code)
+    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)):
+        out = tmp_path / str(number)
         assert stopped(stage_2(run, out, steps=6), mesh, number, 2) == code
         steps = len(log_of(out, 2))
         assert 2 <= steps <= 3 and os.listdir(out / "stage2" / "state") == [f"step_{steps:06d}"]
@@ -383,7 +385,7 @@ def test_only_its_parent_can_end_a_worker():
         daemon=True)
     worker.start()
     assert ready.wait(20)
-    for name in ("TERM", "INT"):
+    for name in ("TERM", "INT", "HUP"):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     worker.join(0.5)
     assert worker.is_alive()
@@ -392,9 +394,146 @@ def test_only_its_parent_can_end_a_worker():
     assert worker.exitcode == 0
 
 
+def test_a_batch_that_cannot_be_had_ends_the_run_with_its_state_saved(run, mesh, tmp_path,
+                                                                     monkeypatch):
+    errors = {2: UserError("no such picture"), 3: RuntimeError("DataLoader worker (pid 7) died")}
+
+    def fail(self, k, real=TrainDataset.__getitem__):
+        error = errors.pop(k, None)
+        if isinstance(error, RuntimeError):
+            raise error
+        return (error, []) if error else real(self, k)
+
+    monkeypatch.setattr(TrainDataset, "__getitem__", fail)
+    given = stage_2(run, tmp_path, val_every=9)
+    with pytest.raises(UserError, match=r"no such picture \(stage 2 stopped after step 2, state sa"):
+        train.run_stage(given, 2, mesh)
+    with pytest.raises(UserError, match="died. If the machine is out of memory, use fewer --worker"):
+        train.run_stage(given | {"resume": True}, 2, mesh)
+    train.run_stage(given | {"resume": True}, 2, mesh)
+    assert [row["step"] for row in log_of(tmp_path, 2)] == [1, 2, 3, 4]
+
+
+class Slow:
+    """Stands in for a TrainDataset of pictures in bytes; the third one never comes."""
+    accumulation = 1
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, k):
+        if k == 2:
+            time.sleep(100)
+        return torch.full((3, 2**16), k), []
+
+
+def later(seconds, work):
+    timer = threading.Timer(seconds, work)
+    timer.start()
+    return timer
+
+
+def loader_of(workers):
+    return training.feed.make_loader(Slow(), 0, training.options.Options(workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", training.distributed.STOPS)
+def test_a_signal_ends_the_wait_for_data(workers, number):
+    loader, began = loader_of(workers), time.time()
+    with training.distributed.Signals() as signals:
+        batches, _ = training.feed.next_batches(loader, 2, signals)
+        assert [b[0, 0].item() for b in batches] == [0, 1]
+        later(0.3, lambda: os.kill(os.getpid(), number))
+        for _ in range(2):  # also one that came before
+            batches, messages = training.feed.next_batches(loader, 1, signals)
+            assert isinstance(batches[0], UserError) and messages == []
+    assert signals.got == number and time.time() - began < 20
+
+
+def test_workers_send_batches_without_shared_memory_and_their_death_is_told_between_two_steps(
+        monkeypatch):
+    loader = loader_of(2)
+    with training.distributed.Signals() as signals:
+        batches, _ = training.feed.next_batches(loader, 2, signals)
+        assert not any(b.is_shared() for b in batches)
+        later(0.3, multiprocessing.active_children()[0].kill).join()
+        time.sleep(0.5)  # amid a step: nothing is raised
+        batches, _ = training.feed.next_batches(loader, 2, signals)
+        assert "If the machine is out of memory" in str(batches[0])
+    loader = loader_of(2)
+    with training.distributed.Signals() as signals:
+        training.feed.next_batches(loader, 2, signals)
+        later(0.3, multiprocessing.active_children()[0].kill)
+        batches, _ = training.feed.next_batches(loader, 1, signals)
+        assert "If the machine is out of memory" in str(batches[0])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=9999))
+    with pytest.raises(UserError, match="/dev/shm is full.*--shm-size 1g.*--workers 0 needs none"):
+        loader_of(1)
+
+
+def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving():
+    def child():
+        master, slave = os.openpty()
+        os.dup2(slave, 2)
+        os.close(master)
+        with training.distributed.Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0)
+            print("stopped", file=sys.__stderr__, flush=True)
+        os._exit(signals.got == signal.SIGHUP)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 1
+
+
+def test_sighup_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with training.distributed.Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.got == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("left, many", [({}, False), ({"WORLD_SIZE": "1"}, False), (
+    {"WORLD_SIZE": "1", "RANK": "0"}, False), ({"RANK": "3"}, False), ({"WORLD_SIZE": "2"}, True)])
+def test_a_world_of_one_needs_no_variables_and_one_that_cannot_join_ends_in_one_line(
+        monkeypatch, left, many):
+    def join(backend, **alone):
+        assert bool(alone) != many
+        raise RuntimeError("Unable to find address for: ib0\nmore")
+
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    with pytest.raises(UserError, match="cannot be connected: Unable to find address for: ib0$"):
+        training.distributed.start_world("cpu")
+
+
+def test_an_error_before_the_ranks_are_connected_is_printed_whatever_a_cluster_left_behind(
+        monkeypatch, capsys):
+    def fail():
+        raise UserError("bad option")
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    for size, lines in (("1", 1), ("2", 0)):
+        for name, value in {"WORLD_SIZE": size, "RANK": "3", "LOCAL_RANK": "3"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit):
+            training.distributed.main_distributed(fail)
+        assert capsys.readouterr().err.count("error: bad option") == lines
+
+
 def test_a_stopped_run_is_neither_lost_nor_continued_with_other_options(run, mesh, tmp_path):
     given = stage_2(run, tmp_path, steps=6)
-    stopped(given, mesh, signal.SIGTERM, 2)
+    stopped(given, mesh, signal.SIGTERM, 3)
     state = sorted((tmp_path / "stage2" / "state").rglob("*"))
     with pytest.raises(UserError, match="stopped after step 3: --resume goes on"):
         train.run_stage(given, 2, mesh)
@@ -414,6 +553,69 @@ def test_a_stopped_run_is_neither_lost_nor_continued_with_other_options(run, mes
     assert sorted((tmp_path / "stage2" / "state").rglob("*")) == state
     train.run_stage(given | {"resume": True, "micro_batch_size": 2, "save_every": 7}, 2, mesh)
     assert len(log_of(tmp_path, 2)) == 6
+
+
+def test_a_run_goes_on_wherever_its_files_lie_but_not_with_others_under_their_names(
+        run, mesh, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for name in ("world", "stage0", "stage1"):
+        shutil.copytree(f"{run}/{name}", here / name)
+    stopped(stage_2(here, here, steps=3), mesh, signal.SIGTERM, 2)
+    os.rename(here, there)
+    given = stage_2(f"{there}/../there", there, steps=3, resume=True)
+    for name, file in (("data", "world/instruct.json"), ("val", "world/validation.json"),
+                       ("init", "stage1/model.safetensors"), ("init", "stage1/tokenizer.json")):
+        before = (there / file).read_bytes()
+        (there / file).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        training.state.digest.cache_clear()  # as in another process
+        with pytest.raises(UserError, match=f"the run had --{name} with content .*, not with content"):
+            train.run_stage(given, 2, mesh)
+        (there / file).write_bytes(before)
+    training.state.digest.cache_clear()
+    train.run_stage(given, 2, mesh)
+    assert len(log_of(there, 2)) == 3
+
+
+def test_a_digest_finds_a_change_of_a_256th_of_a_weight_file_and_any_change_of_data(tmp_path):
+    digest = training.state.digest.__wrapped__
+    for name in ("a/model.safetensors", "b.json"):
+        path = tmp_path / name
+        os.makedirs(path.parent, exist_ok=True)
+        whole = np.zeros(2**25, np.uint8)
+        whole.tofile(path)
+        asked = path if name == "b.json" else path.parent
+        before, first, size = digest(str(asked)), 2**25 // 3, 1 if name == "b.json" else 2**17
+        whole[first:first + size] = 1
+        whole.tofile(path)
+        assert digest(str(asked)) != before
+
+
+def test_a_damaged_state_is_named_and_the_one_before_it_used(run, mesh, tmp_path, capfd):
+    given = stage_2(run, tmp_path, steps=4, save_every=1, keep=2)
+    stopped(given, mesh, signal.SIGTERM, 3)
+    states = tmp_path / "stage2" / "state"
+    assert training.state.saved_steps(states) == [2, 3]
+    for name, harm in (("options.json", lambda path: os.truncate(path, 0)), (".metadata", os.remove),
+                       ("__0_0.distcp", lambda path: os.truncate(path, 999))):
+        shutil.copytree(states, tmp_path / name)
+        harm(tmp_path / name / "step_000003" / name)
+        step, _, problems = training.state.newest_state(tmp_path / name)
+        assert step == 2 and len(problems) == 1 and f"/step_000003/{name}: " in problems[0]
+        harm(tmp_path / name / "step_000002" / name)
+        with pytest.raises(UserError, match=f"step_000003/{name}: .*no older state is whole"):
+            training.state.newest_state(tmp_path / name)
+
+    path = states / "step_000003" / "__0_0.distcp"
+    os.truncate(path, 999)
+    log = tmp_path / "stage2" / "log.jsonl"
+    lines = log.read_text().splitlines(True)
+    log.write_text(lines[0] + lines[1][:30])
+    capfd.readouterr()
+    train.run_stage(given | {"resume": True, "keep": 1}, 2, mesh)
+    said = capfd.readouterr().err
+    assert f"warning: {path}: damaged, " in said and said.count("; going on after step 2") == 1
+    assert f"warning: {log} lacks 1 of the first 2 steps" in said
+    assert [row["step"] for row in log_of(tmp_path, 2)] == [1, 3, 4]
 
 
 def test_states_rotate_and_the_last_good_one_outlives_a_full_disk(run, mesh, tmp_path, monkeypatch,
@@ -471,7 +673,7 @@ def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_re
     assert data.batch([0, 1]).records[1].startswith("record 2 ") and len(data.take_skipped()) == 1
     if more:
         # 4 steps of 20 of 40 records: twice over
-        train.run_stage(given | {"skip_bad_images": True}, 2, mesh)
+        train.run_stage(given | {"skip_bad_images": True, "overwrite": True}, 2, mesh)
         assert log_of(tmp_path / "run", 2)[-1]["skipped_images"] >= 2
         assert "2 pictures could not be read" in capfd.readouterr().err
 

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from cli import main, parse, UserError
+from cli import check_numbers, main, MOST, parse, UserError
 from data import (Conversations, encode_conversation, IGNORE, IMAGE, load_records, open_image,
                   PromptFormat, read_record, TAG, truncate)
 from formats.configs import llama_config
@@ -51,10 +51,7 @@ class Options:
     guidance_pool: Literal["instruction", "prompt", "last"] = "instruction"  # as in training
 
     def __post_init__(self):
-        for name, least in (("context", 1), ("image_tokens", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name} {value}: expected {least} or more")
+        check_numbers(self, {name: (0, MOST, "0 or more") for name in ("show", "image_tokens")})
         if re.search("[\ud800-\udfff]", self.system or ""):
             raise UserError("--system is not valid Unicode")
 

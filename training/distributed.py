@@ -3,6 +3,7 @@
 Errors across ranks: if one fails, all must stop, or the rest hang in the next collective. So
 anything that may fail on one rank runs inside `raise_on_all_ranks`.
 """
+import contextlib
 import os
 import signal
 import sys
@@ -14,10 +15,19 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from cli import main, UserError
+from formats.folders import first_line
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they end a run with its state saved
 
 
 class DistributedUserError(UserError):
     """A user's error that all ranks raise, with the same text."""
+
+
+def many_processes():
+    """Whether torchrun started several: a cluster may leave WORLD_SIZE=1 behind, with no more."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def start_world(device, replicate=1):
@@ -26,17 +36,20 @@ def start_world(device, replicate=1):
 
     replicate  copies of the sharded state. torchrun numbers ranks node by node, so with one copy a
                node, parameters travel inside a node, and only summed gradients between nodes.
-    Raises DistributedUserError if the ranks cannot be split into that many copies.
+    Raises UserError if the ranks cannot reach each other, DistributedUserError if they cannot be
+    split into that many copies.
     """
     # Large pages for tensors in CPU memory: steps of the toy take a tenth less time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     backend = "nccl" if device == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    many = many_processes()
+    if many and device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    alone = {} if many else dict(store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dist.init_process_group(backend, **alone)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes cannot be connected: {first_line(error)}") from None
     ranks = dist.get_world_size()
     if replicate == 1:
         return init_device_mesh(device, (ranks,))
@@ -78,16 +91,19 @@ def raise_on_all_ranks(work):
 
 
 class Signals:
-    """Notes SIGTERM and Ctrl-C in `got` while it is entered; the loop looks at it between two
-    steps.
+    """Notes Ctrl-C, SIGTERM and SIGHUP in `got` while it is entered; the loop looks at it between
+    two steps.
 
     torchrun sends on a signal that the terminal has already sent. So a second Ctrl-C ends the
-    process at once only if it comes more than two seconds later.
+    process at once only if it comes more than two seconds later. nohup's choice is kept.
     """
 
     def __enter__(self):
-        self.got, self.when = 0, 0.0
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.got, self.when, self.waiting = 0, 0.0, False
+        self.loader_handler = signal.getsignal(signal.SIGCHLD)
+        self.before = {s: signal.signal(s, self.note) for s in STOPS
+                       if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN}
+        self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, self.check_workers)
         return self
 
     def note(self, number, frame):
@@ -95,10 +111,39 @@ class Signals:
             raise KeyboardInterrupt
         if not self.got:
             self.got, self.when = number, time.monotonic()
+        if number == signal.SIGHUP:
+            leave_terminal()
+        if self.waiting:
+            raise KeyboardInterrupt
+
+    def check_workers(self, *signal_and_frame):
+        """Let the data loader raise its RuntimeError if a worker died, but not amid a step."""
+        if self.waiting and callable(self.loader_handler):
+            self.loader_handler(signal.SIGCHLD, None)
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Within it, a signal raises KeyboardInterrupt at once, also one that came before."""
+        self.waiting = True
+        try:
+            self.check_workers()
+            if self.got:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.waiting = False
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def leave_terminal():
+    """If standard error was a terminal that is gone, write to nowhere, so that no message fails."""
+    try:
+        os.write(2, b"")
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def ignore_signals(worker):
@@ -107,11 +152,10 @@ def ignore_signals(worker):
     A terminal and torchrun signal all processes of a group, but workers are needed until the state
     is saved.
     """
-    numbers = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 
     def listen():
-        while signal.sigwaitinfo(numbers).si_pid != os.getppid():
+        while signal.sigwaitinfo(STOPS).si_pid != os.getppid():
             pass
         os._exit(0)
 
@@ -136,9 +180,11 @@ def main_distributed(work):
         main(work)
     except SystemExit as end:  # an error, a signal or --help
         code = end.code
-        shared = isinstance(end.__context__, DistributedUserError) or not dist.is_initialized()
+        joined = dist.is_initialized()
+        shared = isinstance(end.__context__, DistributedUserError) or not joined
         if isinstance(code, str):
-            if not shared or int(os.environ.get("RANK", 0)) == 0:
+            rank = dist.get_rank() if joined else int(os.environ.get("LOCAL_RANK", 0))
+            if not (shared and many_processes() and rank):
                 print(code, file=sys.stderr)
             code = 1
         flush_and_exit(code or 0)
@@ -146,9 +192,9 @@ def main_distributed(work):
         broken = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
         if not (broken or "/gloo/" in str(error)):
             raise
-        print(f"error: rank {os.environ['RANK']} stops because another rank is gone; the messages "
-              f"of that rank or of torchrun say why. --resume goes on from the last saved state",
-              file=sys.stderr)
+        print(f"error: rank {dist.get_rank()} stops because another rank is gone "
+              f"({first_line(error)}); the messages of that rank or of torchrun say why. "
+              f"--resume goes on from the last saved state", file=sys.stderr)
         flush_and_exit(1)
     dist.barrier()
     flush_and_exit(0)

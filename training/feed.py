@@ -6,6 +6,9 @@ ranks, sees the same samples in the same steps.
 import bisect
 import functools
 import json
+import os
+import pickle
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +20,7 @@ from tqdm import tqdm
 from cli import UserError
 from data import (IGNORE, IMAGE, MULTIPLE, PromptFormat, TAG, collate, encode, encode_conversation,
                   encode_prompt, open_image, pixels, turns_of_record)
+from formats.folders import first_line
 from formats.tokenizer import Tokenizer
 from model import Batch, generate
 from training.distributed import all_gather, ignore_signals
@@ -157,11 +161,39 @@ class TrainDataset(Dataset):
 def make_loader(dataset, start, o):
     """An iterator over the items of a TrainDataset from step `start` on, prepared by --workers
     processes.
+
+    Workers send bytes through a pipe: torch would put tensors into /dev/shm, which is small in
+    containers (Docker: 64 MB), and if it were full, the run would wait for ever. Raises UserError
+    if /dev/shm has no place for the workers' locks either.
     """
     items = range(start * dataset.accumulation, len(dataset))
-    return iter(DataLoader(dataset, batch_size=None, sampler=items, num_workers=o.workers,
-                           multiprocessing_context="fork" if o.workers else None,
-                           worker_init_fn=ignore_signals))
+    if not o.workers:
+        return map(dataset.__getitem__, items)
+    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < 2**20:
+        raise UserError(f"--workers {o.workers}: /dev/shm is full, a megabyte is needed (for "
+                        f"Docker: --shm-size 1g); --workers 0 needs none")
+    return map(pickle.loads, DataLoader(
+        dataset, batch_size=None, sampler=items, num_workers=o.workers, collate_fn=pickle.dumps,
+        multiprocessing_context="fork", worker_init_fn=ignore_signals))
+
+
+def next_batches(loader, count, signals):
+    """(this rank's micro-batches of a step, messages about skipped pictures).
+
+    A UserError stands for a batch that could not be built, and for all of them if a signal came or
+    a worker died meanwhile.
+    """
+    try:
+        with signals.interruptible():
+            items = [next(loader) for _ in range(count)]
+    except KeyboardInterrupt:
+        return [UserError("interrupted while waiting for data")], []
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        return [UserError(f"{first_line(error).rstrip('. ')}. If the machine is out of memory, use "
+                          f"fewer --workers")], []
+    return [batch for batch, _ in items], sum([messages for _, messages in items], [])
 
 
 def describe_records(batches, failed=False):

@@ -16,17 +16,23 @@ from training.plan import GB, peak
 def cut_log(path, step):
     """Drop the lines of log.jsonl after `step` steps: a resumed run writes them again.
 
-    Returns the last line kept, or {}. A line is a step; a kill may have cut off the last one.
+    Returns the last line kept, or {}. A line is a step; lines that a kill or a crash damaged are
+    dropped, and a warning says that steps are missing.
     """
-    lines = []
+    rows = []
     if os.path.exists(path):
-        with open(path) as f:
-            lines = f.readlines()
-    kept = lines[:step]
+        with open(path, "rb") as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+    kept = [row for row in rows if row["step"] <= step]
+    if len(kept) < step:
+        print(f"warning: {path} lacks {step - len(kept)} of the first {step} steps: it is damaged",
+              file=sys.stderr)
     with open(path + ".tmp", "w") as f:
-        f.writelines(kept)
+        f.writelines(f"{json.dumps(row)}\n" for row in kept)
     os.replace(path + ".tmp", path)
-    return json.loads(kept[-1]) if kept else {}
+    return kept[-1] if kept else {}
 
 
 def log_row(result, step, lr, times, o):

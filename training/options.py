@@ -5,7 +5,6 @@ then the preset's, then the defaults, checked against each other. The functions 
 tell where a stage writes and whether it is finished. Next: train.py.
 """
 import dataclasses
-import math
 import os
 import shutil
 import textwrap
@@ -15,7 +14,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from cli import UserError
+from cli import check_numbers, MOST, UserError
 from data import SYSTEM
 from formats.llava import projector_file
 from weights import fast_dtype, pick_device
@@ -30,7 +29,8 @@ EXPERT_OPTIONS = ("visual_expert", "language_expert", "guidance_after", "expert_
 CHANGEABLE = {
     "out", "resume", "overwrite", "steps", "epochs", "log_every", "val_every", "save_every", "keep",
     "workers", "device", "micro_batch_size", "skip_bad_images", "allow_random_llm", "checkpointing",
-    "compile", "replicate"}
+    "compile", "replicate",
+    "images", "data", "val", "init", "base", "vision", "llm"}  # the content counts, see state.py
 
 
 # ---- Presets: {stage, or part of stage 0: {option: value}}; "all" is for every stage
@@ -119,13 +119,11 @@ def preset_lines(tables):
 
 # ---- Options
 
-# Allowed values of numeric options: (least, most, in words)
-POSITIVE = (math.ulp(0.0), math.inf, "more than 0")  # from the smallest positive float
-RANGES = {  # all others: POSITIVE
-    "stage": (0, 2, "1 or 2; the toy also has 0"), "seed": (0, 2**63 - 1, "0 to 2**63 - 1"),
-    "clip": (0, math.inf, "0 or more"), "muon_lr": (0, math.inf, "0 or more"),
-    "warmup": (0, 1, "0 to 1"), "cooldown": (0, 1, "0 to 1"), "lora_dropout": (0, 1, "0 to 1"),
-    "guidance_after": (0, math.inf, "0 or more"), "workers": (0, math.inf, "0 or more")}
+# Allowed values of numeric options: (least, most, in words); the others: more than 0
+RANGES = {"stage": (0, 2, "1 or 2; the toy also has 0"), "seed": (0, 2**63 - 1, "0 to 2**63 - 1"),
+          "clip": (0, MOST, "0 or more"), "muon_lr": (0, MOST, "0 or more"),
+          "guidance_after": (0, MOST, "0 or more"), "workers": (0, MOST, "0 or more"),
+          **dict.fromkeys(("warmup", "cooldown", "lora_dropout"), (0, 1, "0 to 1"))}
 
 
 @dataclass
@@ -242,11 +240,7 @@ class Options:
 
     def __post_init__(self):
         self.out = self.out or os.path.join("out", self.preset)
-        for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                least, most, words = RANGES.get(name, POSITIVE)
-                if not (least <= value <= most and math.isfinite(value)):
-                    raise UserError(f"--{name} {value}: expected {words}")
+        check_numbers(self, RANGES)
 
     @classmethod
     def help_epilog(cls):
@@ -336,17 +330,21 @@ def check_paths(given):
             raise UserError(f"--{name} {given[name]}: {kind} not found")
 
 
+def inputs(o):
+    """Names of the options without whose files a stage cannot run."""
+    names = {0: (), 1: ("vision", "llm", "data", "images"), 2: ("init", "data", "images")}[o.stage]
+    projector = o.stage == 2 and projector_file(o.init)  # only a projector, without CLIP and Llama
+    return names + (("vision", "llm") if projector else ())
+
+
 def check_needed(o, given):
     """UserError that names the options a stage cannot do without and does not have."""
     if o.stage == 2 and "init" not in given and not finished(o.out, 1):
         raise UserError(f"stage 2 starts from {o.init}, which is not there: run --stage 1 first, "
                         f"or name a checkpoint with --init")
-    needed = {0: (), 1: ("vision", "llm", "data", "images"), 2: ("init", "data", "images")}[o.stage]
-    projector = projector_file(o.init) if o.stage == 2 else None
-    if o.base is not None and (o.stage != 2 or projector):
+    if o.base is not None and (o.stage != 2 or projector_file(o.init)):
         raise UserError(f"--base {o.base}: only for stage 2, if --init is a LoRA")
-    needed += ("vision", "llm") if projector else ()
-    missing = [f"--{name}" for name in needed if getattr(o, name) is None]
+    missing = [f"--{name}" for name in inputs(o) if getattr(o, name) is None]
     if missing:
         raise UserError(f"stage {o.stage} with preset {o.preset} needs {', '.join(missing)}")
 

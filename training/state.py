@@ -1,10 +1,12 @@
 """The saved state of a run: written whole or not at all, and read back on any number of ranks.
 
 A stage's folder has state/step_NNNNNN/ while it runs: the shards of torch.distributed.checkpoint
-and options.json.
+and options.json, which also holds the sizes of these files.
 """
 import dataclasses
-import json
+import functools
+import glob
+import hashlib
 import os
 import shutil
 import signal
@@ -15,11 +17,50 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict, StateDictOptions
+from tqdm import tqdm
 
 from cli import UserError
-from training.distributed import DistributedUserError, raise_on_all_ranks
-from training.options import CHANGEABLE, stage_folder, title
+from formats.configs import expect_keys
+from formats.folders import first_line, locate
+from formats.json_files import read_json_object, write_json
+from training.distributed import all_gather, DistributedUserError, raise_on_all_ranks
+from training.options import CHANGEABLE, inputs, stage_folder, title
 from weights import VERSION
+
+PIECE = 2**16  # bytes that `digest` reads at a place
+WEIGHTS = (".safetensors", ".bin")
+
+
+@functools.cache
+def digest(name):
+    """A hash of what a path or hub name stands for, wherever it lies: of a data file, the whole; of
+    a folder, its configs, tokenizer and weights.
+
+    Of a weight file only 256 pieces of 64 KiB and the size are read, so that 14 GB take no longer
+    than a second. This misses a change between two pieces, so in less than 1/256 of a file.
+    """
+    path = locate(name)
+    files = [path] if os.path.isfile(path) else sorted(
+        f.path for f in os.scandir(path) if f.name.endswith((*WEIGHTS, ".json", ".model")))
+    total = hashlib.sha256()
+    for file in files:
+        size = os.path.getsize(file)
+        total.update(f"{size} ".encode())
+        stride = max(PIECE, size // 256) if file.endswith(WEIGHTS) else PIECE
+        with open(file, "rb") as f:
+            for place in range(0, size, stride):
+                f.seek(place)
+                total.update(f.read(PIECE))
+    return f"with content {total.hexdigest()[:16]}"
+
+
+def identity(o):
+    """{option: value} of what makes a run what it is. Of files, the content counts, not the path;
+    one rank is enough to look at it. The pictures are left out.
+    """
+    fixed = {name: v for name, v in dataclasses.asdict(o).items() if name not in CHANGEABLE}
+    files = [name for name in (*inputs(o), "val", "base") if name != "images" and getattr(o, name)]
+    return fixed | {name: digest(getattr(o, name)) for name in files if dist.get_rank() == 0}
 
 
 def state_of(model, optimisers):
@@ -36,18 +77,19 @@ def save_state(folder, step, model, optimisers, o):
     leaves the older states. A name that ends in .tmp is the rest of an interrupted write or
     removal.
     """
-    path = os.path.join(folder, f"step_{step:06d}")
+    path = state_path(folder, step)
 
     def begin():
         if dist.get_rank() == 0:
-            names = os.listdir(folder) if os.path.isdir(folder) else []
-            drop(folder, [name for name in names if name.endswith(".tmp")])
+            for rest in glob.glob(os.path.join(folder, "*.tmp")):
+                shutil.rmtree(rest)
             os.makedirs(path + ".tmp")
-            with open(os.path.join(path + ".tmp", "options.json"), "w") as f:
-                json.dump(dataclasses.asdict(o) | {"version": VERSION}, f)
 
     def publish():
         if dist.get_rank() == 0:
+            sizes = {file.name: file.stat().st_size for file in os.scandir(path + ".tmp")}
+            write_json(os.path.join(path + ".tmp", "options.json"),
+                       {"version": VERSION, "options": identity(o), "sizes": sizes})
             drop(folder, [os.path.basename(path)] if os.path.isdir(path) else [])
             os.replace(path + ".tmp", path)
             kept = [f"step_{n:06d}" for n in saved_steps(folder)[-o.keep:]]
@@ -61,87 +103,142 @@ def save_state(folder, step, model, optimisers, o):
     except (DistributedUserError, CheckpointException) as error:  # the same on all ranks
         if dist.get_rank() == 0:
             shutil.rmtree(path + ".tmp", ignore_errors=True)
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error) if isinstance(error, CheckpointException) else error
         return f"the state after step {step} could not be saved in {folder} ({reason})"
 
 
 def drop(folder, names):
     """Remove saved states. Rename to .tmp first, so that a half-deleted state is never loaded."""
     for name in names:
-        path = os.path.join(folder, name)
-        doomed = path.removesuffix(".tmp") + ".tmp"
-        if path != doomed:
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(path, doomed)
+        doomed = os.path.join(folder, name + ".old.tmp")  # name.tmp may be what replaces it
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(os.path.join(folder, name), doomed)
         shutil.rmtree(doomed)
 
 
+def state_path(folder, step):
+    return os.path.join(folder, f"step_{step:06d}")
+
+
 def saved_steps(folder):
-    """The steps whose saved state is whole, ascending."""
+    """The steps whose state was saved, ascending; `read_saved` tells if one is still whole."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = [name for name in names if name.startswith("step_") and not name.endswith(".tmp")]
     return sorted(int(name.removeprefix("step_")) for name in names
-                  if os.path.exists(os.path.join(folder, name, ".metadata")))
+                  if not {".metadata", "options.json"}.isdisjoint(
+                      os.listdir(os.path.join(folder, name))))
+
+
+def read_saved(path):
+    """The options.json of a saved state; UserError that names a file which is not whole."""
+    file = os.path.join(path, "options.json")
+    saved = read_json_object(file)
+    if saved.get("version") != VERSION:
+        raise UserError(f"{file}: saved by another version of this code, whose weights and moments "
+                        f"differ: finish the run with that version, or say --overwrite")
+    expect_keys(saved, {"version", "options", "sizes"}, file)
+    for name, size in saved["sizes"].items():
+        file = os.path.join(path, name)
+        if not os.path.exists(file) or os.path.getsize(file) != size:
+            raise UserError(f"{file}: damaged, {size:,} bytes were written")
+    return saved
+
+
+def newest_state(folder):
+    """(step, its options.json, problems of newer states) of the newest whole state in a folder."""
+    problems = []
+    for step in reversed(saved_steps(folder)):
+        try:
+            return step, read_saved(state_path(folder, step)), problems
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError(f"--resume: {problems[0]}; no older state is whole" if problems else
+                    f"--resume: no saved state in {folder}")
 
 
 def first_step(o):
-    """The number of steps already done: those of the newest saved state with --resume, else 0.
+    """The number of steps already done: those of the newest whole state with --resume, else 0.
 
-    Raises UserError if there is nothing to resume, if the options or the version of the code differ
-    from those of the saved run, or if a saved run would be lost.
+    Raises UserError if there is nothing to resume, if the run would not have the identity of the
+    saved one, or if a saved run would be lost.
     """
     states = os.path.join(stage_folder(o), "state")
-    saved = saved_steps(states)
     if not o.resume:
-        if saved and not o.overwrite:
+        if (saved := saved_steps(states)) and not o.overwrite:
             raise UserError(f"{states} holds a run that was stopped after step {saved[-1]}: "
                             f"--resume goes on with it, --stage {o.stage} --overwrite starts anew")
         return 0
-    if not saved:
-        raise UserError(f"--resume: no saved state in {states}")
-    with open(os.path.join(states, f"step_{saved[-1]:06d}", "options.json")) as f:
-        before = json.load(f)
-    if before.get("version") != VERSION:
-        raise UserError(f"--resume: {states} was saved by another version of this code, whose "
-                        f"weights and moments differ: finish the run with that version, "
-                        f"or say --stage {o.stage} --overwrite")
-    for name, value in dataclasses.asdict(o).items():
-        if name not in CHANGEABLE and before.get(name, value) != value:
+    step, saved, _ = newest_state(states)
+    before = saved["options"]
+    for name, value in identity(o).items():
+        if before.get(name, value) != value:
             raise UserError(f"--resume: the run had --{name} {before[name]}, not {value}")
-    if o.steps and saved[-1] > o.steps:
-        raise UserError(f"--resume: the run has taken {saved[-1]} steps, "
-                        f"more than --steps {o.steps}")
-    return saved[-1]
+    if o.steps and step > o.steps:
+        raise UserError(f"--resume: the run has taken {step} steps, more than --steps {o.steps}")
+    return step
+
+
+def load_newest(o, model, optimisers):
+    """Load the newest whole state with --resume; returns the steps done, 0 for a new run.
+
+    Drops the states that the run will write again: damaged ones, or all. Raises
+    DistributedUserError as `first_step` does, and if the state cannot be read.
+    """
+    states = os.path.join(stage_folder(o), "state")
+    start = raise_on_all_ranks(lambda: first_step(o))
+    if start:
+        load_state(states, start, model, optimisers)
+    if dist.get_rank() == 0:
+        identity(o)  # now: later the files may be others
+        for problem in newest_state(states)[2] if start else ():
+            print(f"warning: {problem}; going on after step {start}", file=sys.stderr)
+        drop(states, [f"step_{step:06d}" for step in saved_steps(states) if step > start])
+    return start
 
 
 def load_state(folder, step, model, optimisers):
     """Load the state saved after `step` steps into model and optimisers, on any number of ranks."""
-    state = state_of(model, optimisers)
-    dcp.load(state, checkpoint_id=os.path.join(folder, f"step_{step:06d}"))
+    state, path = state_of(model, optimisers), state_path(folder, step)
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except CheckpointException as error:  # the same on all ranks
+        raise DistributedUserError(f"{path}: damaged ({reason_of(error)}); remove it to go on "
+                                   f"from an older state") from None
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     set_state_dict(model, optimisers, model_state_dict=state["model"],
                    optim_state_dict=state["optim"], options=options)
 
 
-def save_or_warn(folder, step, model, optimisers, o, *, stop, bar):
-    """Save the state after `step` steps; returns the seconds it took.
+def reason_of(error):
+    """The error in a CheckpointException of torch's, in one line."""
+    return first_line(next(iter(error.failures.values()))[0])
 
-    A failure is a warning. After the signal `stop` (0: none) it is an error; else the process ends,
-    with 130 after Ctrl-C and 0 after SIGTERM.
-    """
+
+def save_or_warn(folder, step, model, optimisers, o, *, bar):
+    """Save the state after `step` steps; returns the seconds it took. A failure is a warning."""
     began = time.perf_counter()
     problem = save_state(folder, step, model, optimisers, o)
-    rank_0 = dist.get_rank() == 0
-    if problem and stop:
-        raise DistributedUserError(
-            f"{title(o)} was stopped by {signal.Signals(stop).name}, and {problem}")
-    if problem and rank_0:
+    if problem and dist.get_rank() == 0:
         bar.write(f"warning: {problem}; training goes on, older states are kept", file=sys.stderr)
-    if stop:
-        if rank_0:
-            bar.write(f"{title(o)} stopped by {signal.Signals(stop).name} after step {step}, "
-                      f"state saved: --resume goes on", file=sys.stderr)
-        sys.exit(130 if stop == signal.SIGINT else 0)
     return time.perf_counter() - began
+
+
+def save_and_end(folder, step, model, optimisers, o, *, stop, batches):
+    """Save the state after `step` steps and end the process; the next step cannot be taken.
+
+    stop     the signal that some rank got, or 0. The exit code is then 130 after Ctrl-C, else 0
+    batches  this rank's for the next step. Without a signal, all ranks raise the first UserError
+             that stands for a batch, as a DistributedUserError
+    """
+    problem = save_state(folder, step, model, optimisers, o) if step else "nothing to save"
+    by = f" by {signal.Signals(stop).name}" if stop else ""
+    end = (f"{title(o)} stopped{by} after step {step}, "
+           f"{problem or 'state saved: --resume goes on'}")
+    if not stop:
+        errors = all_gather(next((str(b) for b in batches if isinstance(b, UserError)), ""))
+        raise DistributedUserError(f"{next(filter(None, errors))} ({end})")
+    if problem and step:
+        raise DistributedUserError(end)
+    if dist.get_rank() == 0:
+        tqdm.write(end, file=sys.stderr)
+    sys.exit(130 if stop == signal.SIGINT else 0)
