@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
-from benchmarks.questions import Question
 from cli import UserError
 from data import encode_conversation, open_image, pixels
 from formats.answers import AnswerFile, check_settings

@@ -8,9 +8,9 @@ import os
 import re
 
 from benchmarks.questions import entry
-from benchmarks.report import Score, mean_score, unanswered
+from benchmarks.report import mean_score, unanswered
 from cli import UserError
-from formats.json_files import read_json_list, read_json_lines, read_json_object
+from formats.json_files import read_json_lines, read_json_object
 
 NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten".split())}}

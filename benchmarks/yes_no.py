@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from benchmarks.questions import WORD
-from benchmarks.report import Score, mean_score, unanswered
+from benchmarks.report import Score, unanswered
 from benchmarks.vqa import split_marks
 from cli import UserError
 from formats.json_files import read_bytes, read_json_lines

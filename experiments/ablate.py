@@ -95,7 +95,8 @@ def run_stage(jobs, o, stage, folder, options):
     if finished(folder, stage):
         return
     os.makedirs(folder, exist_ok=True)
-    world, val = os.path.join(o.base, "world"), "validation_captions" if stage == 1 else "validation"
+    world = os.path.join(o.base, "world")
+    val = "validation_captions" if stage == 1 else "validation"
     files = {"vision": folder_of(o.base, 0, "clip"), "llm": folder_of(o.base, 0, "llm"),
              "images": os.path.join(world, "images"), "val": os.path.join(world, f"{val}.json")}
     words = [word for k, v in (files | options).items() for word in (f"--{k}", v)]

@@ -1265,7 +1265,8 @@ def test_a_step_has_the_same_micro_batches_on_any_number_of_ranks(monkeypatch, b
             rows = sum(batches, ())
             assert sorted(rows) == sorted(dataset.sampler.step(step)) and len(set(rows)) == len(rows)
         found = [sorted(batches) for batches in found]
-        assert found == (first := found if world == ranks[0] else first)
+        expected = found if world == ranks[0] else expected
+        assert found == expected
     assert max(len(batch) for step in found for batch in step) > micro  # of short samples
     share = padding_of(tokens, [list(batch) for step in found for batch in step])
     assert share < 0.1 and padding_of(tokens, np.reshape(
