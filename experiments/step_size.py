@@ -10,7 +10,6 @@ each sample. The target is the output of a teacher, which depends on the sample,
 noise: most of a gradient is noise, as in a language model's.
 """
 import itertools
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from matplotlib.figure import Figure
 
 from cli import check_numbers, main, parse
 from experiments.report import markdown_table
-from formats.json_files import read_json, write_json
 from hypernet import Expert, HyperNetwork, rms
 
 SITES = {"toy": (192, 192, 16), "E_V1": (1024, 4096, 64),  # inputs (= G), outputs, E
@@ -37,17 +35,19 @@ STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 400)  # after which figures are taken
 class Options:
     """Train an expert beside a random layer, with several forms of its encoder."""
     site: list[Literal[(*SITES,)]] = (*SITES,)             # where the expert is: gives the widths
-    data: list[Literal["fresh", "repeated"]] = ("fresh",)  # repeated: four batches again and again
+    data: list[Literal["fresh", "repeated"]] = ("fresh", "repeated")  # repeated: four batches
     lr: list[float] = (2e-5, 2e-4, 1e-3)                   # constant learning rates
     form: list[Literal[(*FORMS,)]] = ("linear", "scaled")  # of the encoder
-    out: str = "out/step_size"                             # folder of results; it collects all runs
+    out: str = "step_size.png"                             # the plot to write
 
     def __post_init__(self):
         check_numbers(self, {})
 
 
 def make_world(site, inputs, outputs):
-    """A function that draws a batch: x, guidance, the static layer's output, the teacher's."""
+    """A function that draws a batch: x, guidance, the static layer's output, the teacher's, and
+    the target.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -67,19 +67,20 @@ def make_world(site, inputs, outputs):
         guidance = guidance if site in ("toy", "E_L") else x.mean(1, keepdim=True)
         static = 0.5 * rms(F.gelu(x @ static_in) @ static_out)
         teacher = 0.15 * (torch.tanh(x @ read) * (1 + torch.tanh(own @ choose))) @ write
-        return x, guidance, static, teacher, 2 * teacher.std() * draw(*teacher.shape)
+        return x, guidance, static, teacher, teacher + 2 * teacher.std() * draw(*teacher.shape)
 
     return batch
 
 
-def train(site, form, data, lr):
-    """{"steps": {step: figures on held-out samples without noise}, "worst": training loss,
-    "cpu_s": seconds}. Losses are relative to those without an expert.
+def train(site, data, lr, form):
+    """(figures for the table, {step: |E| / |static|}), both on samples that are not trained on.
+
+    Losses are relative to those without an expert; that on held-out samples is without noise.
     """
     torch.manual_seed(0)
     began, (inputs, outputs, E), (a, b) = time.process_time(), SITES[site], FORMS[form]
     net, expert = HyperNetwork(inputs, outputs, E, 16), Expert(inputs, inputs, outputs, E, 16)
-    encoder, found, worst = expert.encoder, {}, 0.0
+    encoder, shares, losses = expert.encoder, {}, []
     if form.endswith("norm"):
         encoder.register_forward_hook(lambda module, x, e: rms(e) * 3 ** -0.5)  # its size at first
     rest = [p for p in (*net.parameters(), *expert.parameters()) if p is not encoder.weight]
@@ -88,12 +89,11 @@ def train(site, form, data, lr):
     draw = make_world(site, inputs, outputs)
     held_out, fixed = draw(32), [draw() for _ in range(4)]
     for step in range(1, STEPS[-1] + 1):
-        x, guidance, _, teacher, noise = fixed[step % 4] if data == "repeated" else draw()
-        target = teacher + noise
+        x, guidance, _, _, target = fixed[step % 4] if data == "repeated" else draw()
         shift = expert(x, expert.weights(guidance, net))
         loss = F.mse_loss(shift, target) / target.square().mean()
         loss.backward()
-        worst = max(worst, loss.item())
+        losses.append(loss.item())
         adam.step()
         adam.zero_grad()
         if step in STEPS:
@@ -101,56 +101,42 @@ def train(site, form, data, lr):
             with torch.no_grad():
                 shift = expert(x, expert.weights(guidance, net))
                 e = encoder(rms(guidance) * expert.scale)
-            loss = F.mse_loss(shift, teacher) / teacher.square().mean()
-            found[str(step)] = {"share": (shift.norm() / static.norm()).item(), "loss": loss.item(),
-                           "e": e.std().item()}
-    return {"steps": found, "worst": worst, "cpu_s": time.process_time() - began}
+            shares[step] = (shift.norm() / static.norm()).item()
+    held_out_loss = F.mse_loss(shift, teacher) / teacher.square().mean()
+    return {"held-out loss": held_out_loss.item(), "worst loss": max(losses),
+            "std of e": e.std().item(), "CPU s": time.process_time() - began}, shares
 
 
 def plot(runs, path):
-    """Draw |E| / |static| over the steps: a column for each site, a row for each rate."""
-    rates = sorted({run.split()[2] for run in runs}, key=float)
-    figure = Figure((11, 2.3 * len(rates)), layout="constrained")
-    grid = figure.subplots(len(rates), len(SITES), squeeze=False, sharex=True, sharey=True)
-    lines = {}
-    for run, found in runs.items():
-        site, data, lr, form = run.split()
-        axes = grid[rates.index(lr)][[*SITES].index(site)]
-        lines[f"{form}, {data}"], = axes.loglog(
-            [int(step) for step in found["steps"]],
-            [max(1e-4, figures["share"]) for figures in found["steps"].values()],
-            f"C{[*FORMS].index(form)}{'-' if data == 'fresh' else ':'}")
-        axes.set_title(f"{site}, G = {SITES[site][0]}, lr {lr}", fontsize=9)
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
+    """Draw |E| / |static| over the steps: a column for each site, a row for each rate.
+
+    runs  {(site, data, lr, form): {step: |E| / |static|}}
+    """
+    sites, rates = ([*dict.fromkeys(values)] for values in list(zip(*runs))[::2])
+    figure = Figure(figsize=(2.8 * len(sites), 2.4 * len(rates)), layout="constrained")
+    grid = figure.subplots(len(rates), len(sites), squeeze=False, sharex=True, sharey=True)
+    for (site, data, lr, form), shares in runs.items():
+        axes = grid[rates.index(lr)][sites.index(site)]
+        axes.loglog(shares.keys(), shares.values(), color=f"C{[*FORMS].index(form)}",
+                    linestyle="-" if data == "fresh" else ":", label=f"{form}, {data}")
+        axes.set(title=f"{site}, G = {SITES[site][0]}, lr {lr:g}", ylim=(1e-4, 30))
+        axes.legend(fontsize=6)
     figure.supylabel("|E| / |static layer's output|")
-    figure.savefig(path, dpi=100)
-
-
-def table_row(name, found):
-    """The cells of a run: its name, |E| / |static| after some steps, figures of the last step."""
-    shares = [found["steps"][n]["share"] for n in ("1", "10", "100", "400") if n in found["steps"]]
-    last = found["steps"][str(STEPS[-1])]
-    return [*name.split(), *(f"{share:.3f}" for share in shares),
-            f"{last['loss']:.3f}", f"{found['worst']:.2f}", f"{last['e']:.2f}"]
+    figure.savefig(path, dpi=80)
 
 
 def run():
     o = Options(**parse(Options))
     torch.set_num_threads(1)
-    os.makedirs(o.out, exist_ok=True)
-    file = os.path.join(o.out, "runs.json")
-    runs = read_json(file) if os.path.exists(file) else {}
-    for site, data, lr, form in itertools.product(o.site, o.data, o.lr, o.form):
-        name = f"{site} {data} {lr:g} {form}"
-        if name not in runs:
-            print(name, file=sys.stderr)
-            runs[name] = train(site, form, data, lr)
-            write_json(file, runs)
-    print(markdown_table(["site", "data", "lr", "encoder", "step 1", "10", "100", "400",
-                          "held-out loss", "worst loss", "std of e"],
-                         [table_row(name, found) for name, found in runs.items()]))
-    print(f"{sum(found['cpu_s'] for found in runs.values()) / 60:.1f} minutes of one core")
-    plot(runs, os.path.join(o.out, "step_size.png"))
+    rows, runs = [], {}
+    for name in itertools.product(o.site, o.data, o.lr, o.form):
+        figures, runs[name] = train(*name)
+        shown = [runs[name][step] for step in (1, 10, 100, 400)] + [*figures.values()]
+        rows.append([*map(str, name), *(f"{value:.3f}" for value in shown)])
+        print(*rows[-1], file=sys.stderr)
+    head = ["site", "data", "lr", "encoder", "step 1", "10", "100", "400", *figures]
+    print(markdown_table(head, rows))
+    plot(runs, o.out)
 
 
 if __name__ == "__main__":

@@ -653,7 +653,6 @@ def test_questions_have_one_answer_each():
 def small_sites(monkeypatch):
     monkeypatch.setattr(experiments.step_size, "SITES",
                         {"E_V1": (24, 20, 16), "E_V2": (20, 20, 16), "E_L": (20, 20, 16)})
-    monkeypatch.setattr(experiments.step_size, "STEPS", (1, 10, 20))
 
 
 @pytest.mark.parametrize("site", ["E_V1", "E_V2", "E_L"])
@@ -664,24 +663,21 @@ def test_the_form_linear_learns_as_an_encoder_without_a_scale_does(small_sites, 
             self.encoder.weight.data *= self.scale
             self.scale = 1
 
+    monkeypatch.setattr(experiments.step_size, "STEPS", (1, 10, 20))
     train = experiments.step_size.train
-    linear, ours = (train(site, form, "fresh", 1e-2)["steps"] for form in ("linear", "scaled"))
+    linear, ours = (train(site, "fresh", 1e-2, form)[1] for form in ("linear", "scaled"))
     monkeypatch.setattr(experiments.step_size, "Expert", Plain)
-    for step, found in train(site, "scaled", "fresh", 1e-2)["steps"].items():
-        assert found == pytest.approx(linear[step], rel=1e-2)
-    assert ours["20"] != pytest.approx(linear["20"], rel=1e-2)
+    plain = train(site, "fresh", 1e-2, "scaled")[1]
+    assert linear == pytest.approx(plain, rel=1e-2) and ours != pytest.approx(plain, rel=1e-2)
 
 
-def test_step_size_keeps_its_runs_and_shows_them_all(small_sites, monkeypatch, capsys, tmp_path):
-    def run(*forms):
-        words = ["--site", "E_V1", "--lr", "1e-3", "--data", "repeated", "--out", str(tmp_path)]
-        monkeypatch.setattr("sys.argv", ["step_size", *words, *forms])
-        experiments.step_size.run()
-        return capsys.readouterr()
-
-    first, second = run("--form", "one"), run("--form", "one", "--form", "scaled_norm")
-    assert first.err == "E_V1 repeated 0.001 one\n"
-    assert second.err == "E_V1 repeated 0.001 scaled_norm\n"
-    assert second.out.splitlines()[:3] == first.out.splitlines()[:3]
-    assert second.out.splitlines()[3].startswith("| E_V1 | repeated | 0.001 | scaled_norm | ")
-    assert (tmp_path / "step_size.png").stat().st_size > 1000
+def test_step_size_shows_every_run_in_a_row_and_in_a_plot(small_sites, monkeypatch, capsys,
+                                                          tmp_path):
+    monkeypatch.setattr("sys.argv", ["step_size", "--site", "E_V1", "--lr", "1e-3", "--form", "one",
+                                     "--form", "scaled_norm", "--out", str(tmp_path / "a.png")])
+    experiments.step_size.run()
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[1:4] for row in rows] == [
+        [data, "0.001", form] for data in ("fresh", "repeated") for form in ("one", "scaled_norm")]
+    assert {row.count("|") for row in rows} == {head.count("|")}
+    assert (tmp_path / "a.png").stat().st_size > 1000
