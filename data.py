@@ -389,6 +389,7 @@ def collate(samples, visual, blank=None, pad=0, multiple=1):
     """
     expected = sum(s.image is not None for s in samples)
     assert len(visual) == expected, f"{len(visual)} pictures for {expected} samples with one"
+    assert all(s.tag >= 0 for s in samples if s.image is not None), "a picture without a place"
     ids = pad_right([s.ids for s in samples], pad, multiple)
     labels = pad_right([s.labels for s in samples], IGNORE, multiple)
     has_image = torch.tensor([s.image is not None for s in samples])

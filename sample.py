@@ -26,9 +26,8 @@ import vlora
 import weights
 from data import collate, encode_prompt, image_path, open_image, pixels
 from formats.answers import AnswerFile, read_questions
-from formats.folders import locate
+from formats.lora import fingerprints
 from formats.runs import choose_checkpoint
-from formats.weight_files import fingerprint
 from model import end_turn, generate, stream
 from weights import fast_dtype, pick_device
 
@@ -330,8 +329,8 @@ def answer_file(o):
     out = o.out or f"{os.path.splitext(o.batch)[0]}.answers.jsonl"
     images = o.images or os.path.dirname(o.batch) or "."
     sampling = {n: getattr(o, n) for n in ("temperature", "top_p", "max_new_tokens", "seed",
-                                           "background", "base")}
-    settings = {"model": name, "fingerprint": fingerprint(locate(name)), **sampling}
+                                           "background")}
+    settings = {"model": name, **fingerprints(name, o.base), **sampling}
     answers = AnswerFile(out, rows, settings)
     if answers.done == len(rows):
         print(f"{out} holds all {len(rows)} answers; remove it to answer again", file=sys.stderr)

@@ -343,6 +343,10 @@ def build_model(o):
                         f"expected a checkpoint of stage 1")
     if o.stage == 2 and not projector:
         checkpoint = load(o.init, dtype, options, o.seed, cast=False, base=o.base)
+        pool = checkpoint.prompt_format().pool
+        if checkpoint.config.get("stage") == 2 and pool != o.guidance_pool:
+            raise UserError(f"--init {o.init}: trained with --guidance_pool {pool}, "
+                            f"not {o.guidance_pool}")
         return checkpoint.model, checkpoint.tokenizer, checkpoint.preprocess, {}
     parts = {"vision": o.vision, "llm": o.llm}
     folders = [resolve(name) for name in parts.values()]

@@ -35,7 +35,7 @@ from formats.lora import add_lora, base_folder, merge
 from formats.name_rules import (BY_ID, clip_rules, llama_rules, ORIGINAL_PROJECTOR, OURS,
                                 rename, SKIP)
 from formats.tokenizer import Tokenizer
-from formats.weight_files import check_fit, fingerprint, tensors, write_tensors
+from formats.weight_files import check_fit, ends_fingerprint, fingerprint, tensors, write_tensors
 from model import VLM, VLMConfig
 from vlora import GeneratorConfig, VLoRA, VLoRAConfig
 
@@ -247,7 +247,7 @@ def source_folder(entry, checkpoint):
         folder = os.path.normpath(path) if os.path.exists(path) else resolve(entry["path"])
     except UserError as error:
         raise UserError(f"{checkpoint} needs the model that it was trained on: {error}") from None
-    if fingerprint(folder) != entry["fingerprint"]:
+    if entry["fingerprint"] not in (fingerprint(folder), ends_fingerprint(folder)):
         raise UserError(f"{folder}: its weights are not those that {checkpoint} was trained on "
                         f"(fingerprints differ)")
     return folder

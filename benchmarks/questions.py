@@ -200,6 +200,8 @@ def read_own(path, images):
         image = image and image_path(images, image, label)
         for n, (question, answer) in enumerate(turns):
             row = {"question": question.replace(TAG, "").strip(), "answer": answer}
-            questions.append(Question(f"{i}/{n}", question, question, image, label, row,
+            # A turn before that of the picture does not see it
+            shown = image if any(TAG in q for q, _ in turns[:n + 1]) else None
+            questions.append(Question(f"{i}/{n}", question, question, shown, label, row,
                                       turns=turns[:n]))
     return questions

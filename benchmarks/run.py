@@ -3,6 +3,7 @@
 Next: tasks.py, the table; answering.py; report.py.
 """
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -20,9 +21,8 @@ from benchmarks.report import unanswered
 from benchmarks.tasks import TASKS, Task
 from benchmarks.vqa import score_own
 from cli import check_numbers, MOST, UserError
-from formats.folders import locate
 from formats.json_files import read_json_object, write_json
-from formats.weight_files import fingerprint
+from formats.lora import fingerprints
 from formats.xlsx import write_xlsx
 from training.distributed import DistributedUserError, raise_on_all_ranks
 from weights import fast_dtype, load, pick_device
@@ -62,8 +62,10 @@ class Options:
             raise UserError(f"--data goes without --task, or with the toy, not with {self.task}")
         if self.images is not None and self.task != "own":
             raise UserError("--images is the folder of your own pictures: it goes with --data")
-        if self.task == "toy" and (self.strict or self.choose != "generate"):
-            raise UserError("--strict and --choose are for benchmarks: name one with --task")
+        if self.task == "toy" and (self.strict or self.choose != "generate" or self.device
+                                   or self.dtype):
+            raise UserError("--strict, --choose, --device and --dtype are for benchmarks: name one "
+                            "with --task")
 
 
 def own_task(o):
@@ -99,10 +101,19 @@ def judgements_or_texts(name, task, questions, texts, o, out):
     unanswered(questions, texts)
     judgements = f"{stem}.judgements.jsonl"
     if os.path.exists(judgements):
+        if o.answers is None and os.path.getmtime(judgements) < os.path.getmtime(f"{stem}.jsonl"):
+            raise UserError(f"{judgements} is older than the answers in {stem}.jsonl: remove it, "
+                            "and send the new requests to the judge")
         return judgements
     with open(f"{stem}.requests.jsonl", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(request) + "\n" for request in task.ask(questions, texts, o.root))
     return None
+
+
+def content_of(questions):
+    """A hash of what is asked: ids, prompts, turns before them and paths of pictures."""
+    asked = [(q.id, q.prompt, q.turns, q.image) for q in questions]
+    return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
 
 
 def run_task(name, o, out, settings, load_once):
@@ -114,7 +125,8 @@ def run_task(name, o, out, settings, load_once):
     path = o.answers or os.path.join(out, f"{name}.jsonl")
     raise_on_all_ranks(lambda: check(questions, task.repeats, pictures=o.answers is None))
     if o.answers is None:
-        answer_all(questions, path, {**settings, "task": name}, load_once, task.tokens)
+        settings = {**settings, "task": name, "questions": content_of(questions)}
+        answer_all(questions, path, settings, load_once, task.tokens)
     return raise_on_all_ranks(lambda: None if dist.get_rank() else score_task(
         name, task, questions, path, o, out) | {"seconds": round(time.perf_counter() - began, 1)})
 
@@ -145,14 +157,19 @@ def commit():
 
 
 def keep(out, results, settings, o):
-    """Write scores.json; the scores of other tasks stay if they are of the same weights."""
-    path = os.path.join(out, "scores.json")
-    before = read_json_object(path) if os.path.exists(path) else {}
-    same = o.answers is None and before.get("fingerprint") == settings["fingerprint"]
-    tasks = (before.get("tasks", {}) if same else {}) | results
+    """Write scores.json and return its path; the scores of other tasks stay if they are of the same
+    weights. With --answers it is scores.TASK.json, of that task only.
+    """
+    path = os.path.join(out, f"scores.{o.task}.json" if o.answers else "scores.json")
+    before = read_json_object(path) if os.path.exists(path) and not o.answers else {}
+    same = all(before.get(name) == settings[name] for name in ("fingerprint", "base"))
+    made = {"commit": commit(), "options": asdict(o)}
+    tasks = (before.get("tasks", {}) if same else {}) | {
+        name: result | made for name, result in results.items()}
     write_json(path, {"model": None if o.answers else o.model,
-                      "fingerprint": settings["fingerprint"], "commit": commit(),
-                      "options": asdict(o), "tasks": tasks})
+                      "fingerprint": settings["fingerprint"], "base": settings["base"],
+                      "tasks": tasks})
+    return path
 
 
 def show(results, out):
@@ -198,11 +215,13 @@ def prepare(o):
     if o.task != "own" and not os.path.isdir(o.root):
         raise UserError(f"--root {o.root}: there is no such folder")
     names, out = found(o) if o.task == "all" else [o.task], results_folder(o)
-    weights = fingerprint(locate(o.model)) if o.answers is None else None
+    weights = {"fingerprint": None, "base": None}
+    if o.answers is None:
+        weights = fingerprints(o.model, o.base)
     dtype = o.dtype or fast_dtype(pick_device(o.device))
     os.makedirs(out, exist_ok=True)
-    return names, {"model": o.model, "base": o.base, "fingerprint": weights, "choose": o.choose,
-                   "dtype": dtype, "batch_size": o.batch_size}, out
+    return names, {"model": o.model, **weights, "choose": o.choose, "dtype": dtype,
+                   "batch_size": o.batch_size}, out
 
 
 def evaluate(o):
@@ -235,7 +254,7 @@ def evaluate(o):
                 raise
             failed.append(f"{name}: {error}")
     if dist.get_rank() == 0:
-        keep(out, results, settings, o)
-        print(show(results, out), f"\nscores      {os.path.join(out, 'scores.json')}", sep="\n")
+        path = keep(out, results, settings, o)
+        print(show(results, out), f"\nscores      {path}", sep="\n")
     if failed:
         raise DistributedUserError(f"{len(failed)} tasks failed. {'; '.join(failed)}")

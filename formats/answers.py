@@ -51,7 +51,7 @@ def count_answers(out, rows):
         # How the line has to start: all before the answer's text. One line too many fits nothing
         start = answer_line(rows[i][1], "")[:-3] if i < len(rows) else b"\n"
         if line[:len(start)] != (start if i < len(whole) else start[:len(line)]):
-            raise UserError(f"{out} line {i + 1}: not the answer to that line of --batch: {REMEDY}")
+            raise UserError(f"{out} line {i + 1}: not the answer to that question: {REMEDY}")
     return len(whole), sum(len(line) + 1 for line in whole)
 
 

@@ -13,10 +13,10 @@ import re
 
 from cli import UserError
 from formats.configs import check_value, demand, translate
-from formats.folders import ADAPTER_CONFIG, resolve, TRAINED_WHOLE
+from formats.folders import ADAPTER_CONFIG, locate, resolve, TRAINED_WHOLE
 from formats.json_files import read_json_object
 from formats.name_rules import rename, SKIP, under
-from formats.weight_files import ADAPTERS, names_in, tensors, weight_files
+from formats.weight_files import ADAPTERS, fingerprint, names_in, tensors, weight_files
 
 # Keys of adapter_config.json that are read here, or say nothing of how to merge. Any other that is
 # set (use_dora, modules_to_save, rank_pattern, ...) is refused
@@ -47,6 +47,14 @@ def base_folder(folder, base=None):
     except UserError as error:
         raise UserError(f"{folder} is a LoRA, and of its base: {error}; "
                         "name the base with --base") from None
+
+
+def fingerprints(name, base):
+    """{"fingerprint": of the weights of a checkpoint, "base": of those below its LoRA, or None}."""
+    folder = locate(name)
+    home = base_folder(folder, base)
+    return {"fingerprint": fingerprint(folder),
+            "base": None if home == folder else fingerprint(home)}
 
 
 def lora_scale(folder):

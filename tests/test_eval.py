@@ -18,6 +18,7 @@ import tests.helpers
 import toy.stand_ins
 import weights
 from benchmarks.answering import encode, likeliest, look, read_answers
+from benchmarks.questions import read_own
 from benchmarks.tasks import TASKS
 from sample import make_batch
 from tests.benchmark_files import make_eval, make_own, write
@@ -81,9 +82,10 @@ def test_an_answers_file_has_llavas_form(run, tmp_path):
     assert rows[1]["model_id"] == "stage2" and len({row["answer_id"] for row in rows}) == 20
     assert sorted(os.listdir(tmp_path)) == ["scienceqa.jsonl", "scienceqa.meta.json", "scores.json"]
     kept = json.loads((tmp_path / "scores.json").read_text())
-    assert kept.keys() == {"model", "fingerprint", "commit", "options", "tasks"}
+    assert kept.keys() == {"model", "fingerprint", "base", "tasks"}
     one = kept["tasks"]["scienceqa"]
-    assert one.keys() == {"score", "n", "metric", "interval", "details", "notes", "seconds"}
+    assert one.keys() == {"score", "n", "metric", "interval", "details", "notes", "seconds",
+                          "commit", "options"}
 
 
 def test_answers_do_not_depend_on_the_batch_and_are_made_once(run, tmp_path, monkeypatch):
@@ -182,11 +184,37 @@ def test_own_data_is_scored_by_turn_case_and_first_word(run, root, tmp_path):
                for i in range(20) for n, text in enumerate(("a cat", "yes" if i else "no"))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     code, out, _ = run(*given, f"--answers={tmp_path / 'a.jsonl'}")
-    one = json.loads((tmp_path / "scores.json").read_text())["tasks"]["own"]
+    one = json.loads((tmp_path / "scores.own.json").read_text())["tasks"]["own"]
     assert code == 0 and one["score"] == 47.5 and one["n"] == 40
     assert one["details"] == {"ignoring case": 97.5, "ignoring case, what ...": 100,
                               "ignoring case, is ...": 95}
-    assert json.loads((tmp_path / "scores.json").read_text())["fingerprint"] is None
+    assert json.loads((tmp_path / "scores.own.json").read_text())["fingerprint"] is None
+    assert not (tmp_path / "scores.json").exists()  # that of a model's own answers stays
+
+
+def test_a_turn_before_that_of_the_picture_does_not_see_it(root, tmp_path):
+    turn = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    talk = turn("Hi.", "Hello.") + turn("<image>\nWhat is it?", "A cat.") + turn("Sure?", "Yes.")
+    (tmp_path / "d.json").write_text(json.dumps([{"image": "x.png", "conversations": talk}]))
+    asked = read_own(str(tmp_path / "d.json"), "images")
+    assert [q.image for q in asked] == [None, "images/x.png", "images/x.png"]
+
+
+def test_answers_to_other_questions_are_refused(run, root, tmp_path):
+    for name in ("one", "two"):
+        talk = [{"from": "human", "value": f"Is it {name}?"}, {"from": "gpt", "value": "yes"}]
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"conversations": talk}]))
+    assert run(f"--data={tmp_path / 'one.json'}", f"--out={tmp_path}")[0] == 0
+    code = run(f"--data={tmp_path / 'two.json'}", f"--out={tmp_path}")[0]
+    assert "holds answers made with --questions" in code
+
+
+def test_judgements_that_are_older_than_the_answers_are_refused(run, tmp_path):
+    assert run("--task=mm_vet", f"--out={tmp_path}")[0] == 0
+    old = tmp_path / "mm_vet.judgements.jsonl"
+    old.write_text("")
+    os.utime(old, (1, 1))
+    assert "is older than the answers" in run("--task=mm_vet", f"--out={tmp_path}")[0]
 
 
 def test_list_names_what_each_task_needs(capsys, monkeypatch):
@@ -287,7 +315,7 @@ def test_options_that_do_not_fit_are_refused(run, root):
                              (["--task=all", "--answers=x"], "--answers is the file of one task"),
                              (["--task=gqa", "--data=x"], "--data goes without --task"),
                              (["--images=x"], "--images is the folder of your own pictures"),
-                             (["--task=toy", "--strict"], "--strict and --choose are for bench"),
+                             (["--task=toy", "--strict"], "--strict, --choose, --device and --dtype are for bench"),
                              (["--task=all", f"--root={root / 'run'}"], "holds no benchmark")):
         assert message in run(*options)[0]
 

@@ -1623,3 +1623,20 @@ def test_an_index_of_nothing_is_one_line(copied, weight_map):
     (folder / "pytorch_model.bin").unlink()
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     refused(folder, "pytorch_model.bin.index.json")
+
+
+def test_a_fingerprint_sees_a_change_in_the_middle_of_the_weights(tmp_path):
+    weights_of = {name: torch.rand(2**20) for name in "abc"}  # 12 MB
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        save_file(weights_of, tmp_path / name / "model.safetensors")
+        weights_of["b"] = torch.rand(2**20)
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert formats.weight_files.fingerprint(one) != formats.weight_files.fingerprint(two)
+    assert formats.weight_files.ends_fingerprint(one) == formats.weight_files.ends_fingerprint(two)
+    (tmp_path / "two" / "model.safetensors").write_bytes(
+        (tmp_path / "one" / "model.safetensors").read_bytes())
+    before = formats.weight_files.fingerprint(two)
+    assert before == formats.weight_files.fingerprint(one)
+    (tmp_path / "two" / "non_lora_trainables.bin").write_bytes(b"projector")
+    assert formats.weight_files.fingerprint(two) != before

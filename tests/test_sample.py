@@ -126,7 +126,7 @@ def test_rows_of_a_batch_go_on_from_their_own_ends_in_one_cache(kind):
         prompts = [SimpleNamespace(**{n: getattr(s, n)[own[turn][0]]
                                       for n in ("ids", "labels", "pool_id", "use_id")},
                                    turns=1, image=s.image if turn == 0 else None, record="",
-                                   tag=-1) for s, own in zip(samples, spans)]
+                                   tag=s.tag if turn == 0 else -1) for s, own in zip(samples, spans)]
         for p in prompts:
             p.pool_id, p.use_id = (p.pool_id == turn) - 1, p.use_id * 0
         batch = collate(prompts, look if turn == 0 else [], (3, 28, 28))
@@ -576,7 +576,7 @@ def test_a_file_that_does_not_hold_these_answers_is_refused_and_left_alone(place
     file.write_bytes(other)
     code, *_ = run_here(monkeypatch, capsys, f"--model={place / 'model'}",
                         f"--batch={questions / 'q.jsonl'}", *CPU)
-    assert "not the answer to that line" in code and file.read_bytes() == other
+    assert "not the answer to that question" in code and file.read_bytes() == other
 
 
 BAD = {"not JSON": ('{"prompt": "a"', "not JSON"), "no UTF-8": ("\udcff", "not JSON"),

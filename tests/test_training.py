@@ -1154,9 +1154,20 @@ def test_the_projector_and_its_expert_have_a_rate_of_their_own(run, mesh, tmp_pa
             assert 5e-4 < step < 2e-3, name
 
 
-def test_vlora_has_no_preset_of_lora():
-    with pytest.raises(UserError, match="--preset 7b-lora is no preset of --method vlora"):
-        training.options.complete({"preset": "7b-lora", "method": "vlora"}, 1)
+def test_presets_of_lora_are_neither_for_vlora_nor_for_the_whole_llama():
+    for option, message in (({"method": "vlora"}, "--preset 7b-lora is no preset of --method vl"),
+                            ({"tune": "full"}, "rates of LoRA, .* use 7b")):
+        with pytest.raises(UserError, match=message):
+            training.options.complete({"preset": "7b-lora", **option}, 1)
+
+
+def test_training_goes_on_with_the_guidance_of_its_checkpoint(run, mesh, tmp_path):
+    first = stage_2(run, tmp_path / "one", steps=1, guidance_pool="last")
+    train.run_stage(first, 2, mesh)
+    more = stage_2(run, tmp_path / "two", steps=1) | {"init": str(tmp_path / "one" / "stage2")}
+    with pytest.raises(UserError, match="trained with --guidance_pool last, not instruction"):
+        train.run_stage(more, 2, mesh)
+    train.run_stage(more | {"guidance_pool": "last"}, 2, mesh)
 
 
 def test_the_help_names_the_values_of_every_preset_in_80_columns():

@@ -71,7 +71,8 @@ def draw_panel(axes, stage, runs):
             steps, losses = zip(*points)
             axes.plot(steps, losses, f"C{i}", alpha=0.3, linewidth=0.8)
             lines[name], = axes.plot(steps, smooth(losses), f"C{i}")
-            axes.plot(*zip(*held_out), f"C{i}o", markerfacecolor="white")
+            if held_out:
+                axes.plot(*zip(*held_out), f"C{i}o", markerfacecolor="white")
     axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else AutoLocator())

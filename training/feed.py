@@ -31,15 +31,6 @@ def padded(length):
     return -(-length // MULTIPLE) * MULTIPLE
 
 
-def padding_share(lengths, batches):
-    """The share of padding among the positions of batches.
-
-    lengths int64[n], batches [[index, ...], ...]
-    """
-    places = sum(len(b) * padded(int(lengths[b].max())) for b in batches)
-    return 1 - sum(int(lengths[b].sum()) for b in batches) / places
-
-
 class BatchSampler:
     """Which samples make which step: a function of seed and step only, the same for any number of
     ranks.

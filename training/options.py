@@ -316,6 +316,9 @@ def check_method(given, method):
     """UserError if an option belongs to the other method."""
     if method == "vlora" and given.get("preset", "toy") not in VLORA_PRESETS:
         raise UserError(f"--preset {given['preset']} is no preset of --method vlora")
+    if given.get("preset", "").endswith("-lora") and given.get("tune") == "full":
+        raise UserError(f"--tune full: the preset {given['preset']} has the rates of LoRA, which "
+                        f"are too high for the Llama itself; use {given['preset'][:-5]}")
     experts = {name for name in given if name in (*EXPERT_OPTIONS, "guidance_pool")}
     vlora = {name for name in given if name.startswith("vlora_")}
     if wrong := experts if method == "vlora" else vlora:

@@ -23,35 +23,22 @@ from cli import UserError
 from formats.configs import expect_keys
 from formats.folders import first_line, locate
 from formats.json_files import read_json_object, write_json
+from formats.lora import base_folder
+from formats.weight_files import hash_file
 from training.distributed import all_gather, DistributedUserError, raise_on_all_ranks
 from training.options import CHANGEABLE, inputs, stage_folder, title
 from weights import VERSION
 
-PIECE = 2**16  # bytes that `digest` reads at a place
-WEIGHTS = (".safetensors", ".bin")
-
-
 @functools.cache
 def digest(name):
     """A hash of what a path or hub name stands for, wherever it lies: of a data file, the whole; of
-    a folder, its configs, tokenizer and weights.
-
-    Of a weight file only 256 pieces of 64 KiB and the size are read, so that 14 GB take no longer
-    than a second. This misses a change between two pieces, so in less than 1/256 of a file.
+    a folder, its configs, tokenizer and weights. Of weights 256 pieces are read, see `hash_file`.
     """
-    path = locate(name)
+    path, weights = locate(name), (".safetensors", ".bin")
     files = [path] if os.path.isfile(path) else sorted(
-        f.path for f in os.scandir(path) if f.name.endswith((*WEIGHTS, ".json", ".model")))
-    total = hashlib.sha256()
-    for file in files:
-        size = os.path.getsize(file)
-        total.update(f"{size} ".encode())
-        stride = max(PIECE, size // 256) if file.endswith(WEIGHTS) else PIECE
-        with open(file, "rb") as f:
-            for place in range(0, size, stride):
-                f.seek(place)
-                total.update(f.read(PIECE))
-    return f"with content {total.hexdigest()[:16]}"
+        f.path for f in os.scandir(path) if f.name.endswith((*weights, ".json", ".model")))
+    hashes = [hash_file(file, 256 if file.endswith(weights) else None) for file in files]
+    return f"with content {hashlib.sha256(''.join(hashes).encode()).hexdigest()[:16]}"
 
 
 def identity(o):
@@ -59,8 +46,15 @@ def identity(o):
     one rank is enough to look at it. The pictures are left out.
     """
     fixed = {name: v for name, v in dataclasses.asdict(o).items() if name not in CHANGEABLE}
-    files = [name for name in (*inputs(o), "val", "base") if name != "images" and getattr(o, name)]
-    return fixed | {name: digest(getattr(o, name)) for name in files if dist.get_rank() == 0}
+    if dist.get_rank() > 0:
+        return fixed
+    names = [name for name in (*inputs(o), "val") if name != "images" and getattr(o, name)]
+    files = {name: getattr(o, name) for name in names}
+    if o.stage == 2 and "vision" not in names:  # --init is a checkpoint, maybe a LoRA
+        folder = locate(o.init)
+        home = base_folder(folder, o.base)
+        files |= {"base": home} if home != folder else {}
+    return fixed | {name: digest(file) for name, file in files.items()}
 
 
 def state_of(model, optimisers):
