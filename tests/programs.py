@@ -14,7 +14,7 @@ import tempfile
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "train", "sample"])
+FORKS.set_forkserver_preload(["pytest", "train", "sample", "torch._dynamo"])
 
 
 def run_script(words, environment, outputs):

@@ -1294,7 +1294,7 @@ def test_two_ranks_take_the_same_steps_of_vlora_as_one(given, aligned, tmp_path)
 
 @pytest.mark.slow
 def test_the_toy_runs_with_vlora_from_nothing_to_scores(tmp_path):
-    words = ("--method", "vlora", "--pictures", 40, "--steps", 3, "--batch_size", 8,
+    words = ("--method", "vlora", "--pictures", 20, "--steps", 3, "--batch_size", 8,
              "--allow_random_llm")
     succeeds(Program("train.py", *words, "--out", tmp_path / "a"))
     scores = json.load(open(tmp_path / "a" / "scores.json"))
