@@ -479,14 +479,13 @@ def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving():
         os.close(master)
         with training.distributed.Signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
-            time.sleep(0)
-            print("stopped", file=sys.__stderr__, flush=True)
-        os._exit(signals.got == signal.SIGHUP)
+            os.write(2, b"stopped")
+        os._exit(7 if signals.got == signal.SIGHUP else 8)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     process.join(20)
-    assert process.exitcode == 1
+    assert process.exitcode == 7
 
 
 def test_sighup_stays_ignored_under_nohup():
@@ -529,6 +528,27 @@ def test_an_error_before_the_ranks_are_connected_is_printed_whatever_a_cluster_l
         with pytest.raises(SystemExit):
             training.distributed.main_distributed(fail)
         assert capsys.readouterr().err.count("error: bad option") == lines
+
+
+def test_workers_end_with_their_parent_though_nobody_takes_their_batches():
+    def parent(pids):
+        loader = loader_of(2)
+        next(loader)
+        pids.send([worker.pid for worker in multiprocessing.active_children()])
+        time.sleep(100)
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=parent, args=(theirs,))
+    process.start()
+    workers, began = ours.recv(), time.time()
+    process.kill()
+    process.join()
+    while left := [pid for pid in workers if os.path.exists(f"/proc/{pid}/exe")]:
+        if time.time() - began > 15:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail("workers live on")
+        time.sleep(0.1)
 
 
 def test_a_stopped_run_is_neither_lost_nor_continued_with_other_options(run, mesh, tmp_path):

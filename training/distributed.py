@@ -4,6 +4,7 @@ Errors across ranks: if one fails, all must stop, or the rest hang in the next c
 anything that may fail on one rank runs inside `raise_on_all_ranks`.
 """
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -147,16 +148,19 @@ def leave_terminal():
 
 
 def ignore_signals(worker):
-    """For worker processes of a data loader: only the parent shuts them down.
+    """For worker processes of a data loader: only the parent shuts them down, by a signal or by
+    ending.
 
     A terminal and torchrun signal all processes of a group, but workers are needed until the state
-    is saved.
+    is saved. A worker that waits to send a batch would not notice the parent's end by itself.
     """
+    parent = multiprocessing.parent_process().pid
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 
     def listen():
-        while signal.sigwaitinfo(STOPS).si_pid != os.getppid():
-            pass
+        got = None
+        while os.getppid() == parent and not (got and got.si_pid == parent):
+            got = signal.sigtimedwait(STOPS, 1)  # None after a second
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
