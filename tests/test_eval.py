@@ -348,4 +348,5 @@ def test_every_task_runs_on_two_ranks_as_on_one(run, root, tmp_path):
     one, two = (json.loads((tmp_path / n / "scores.json").read_text())["tasks"]
                 for n in ("one", "two"))
     for name in one:
+        assert one[name].pop("options")["out"] != two[name].pop("options")["out"]
         assert {**one[name], "seconds": 0} == {**two[name], "seconds": 0}
