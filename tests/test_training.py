@@ -1538,68 +1538,71 @@ def test_a_state_of_two_ranks_goes_on_on_one_and_on_two_by_two_and_a_rank_that_d
     assert rows[0][0] - rows[0][-1] > 0.1  # something was learnt meanwhile
 
 
+def start_parts(threads, out, steps, **more):
+    """Start stage 0; its parts run side by side if there are two threads."""
+    given = TINY | {"stage": 0, "steps": steps, "save_every": 1, "pictures": 40, "device": "cpu",
+                    "out": out, **more}
+    return subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *words_of(given)],
+                            stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+
+
 @pytest.mark.slow
 def test_the_parts_of_stage_0_run_side_by_side_end_together_and_are_those_made_one_after_the_other(
     tmp_path):
-    given = TINY | {"stage": 0, "steps": 6, "save_every": 1, "pictures": 40, "device": "cpu",
-                    "out": tmp_path / "turns"}
-    start = lambda threads, **more: subprocess.Popen(
-        [sys.executable, os.path.join(HERE, "train.py"), *words_of(given | more)],
-        stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    logs = lambda out: [tmp_path / out / "stage0" / part / "log.jsonl"
-                        for part in training.options.PARTS]
+    out = tmp_path / "beside"
+    logs = [out / "stage0" / part / "log.jsonl" for part in training.options.PARTS]
     lines = lambda log: log.read_text().count("\n") if log.exists() else 0
-    turns = start(1)
+    turns = start_parts(1, tmp_path / "turns", 6)
     text = turns.communicate(timeout=200)[1]
     assert turns.returncode == 0, text[-2000:]
 
     def under_way(process):  # both parts have taken a step
         began = time.time()
-        while not all(lines(log) > before for log, before in zip(logs("beside"), had)):
+        while not all(lines(log) > before for log, before in zip(logs, had)):
             assert process.poll() is None and time.time() - began < 200, (
                 process.kill(), process.communicate(timeout=60)[1][-2000:])
             time.sleep(0.01)
 
-    had, beside = [0, 0], {"out": tmp_path / "beside", "steps": 400}
-    process = start(2, **beside)
+    had = [0, 0]
+    process = start_parts(2, out, 400)
     under_way(process)
     process.terminate()
     text = process.communicate(timeout=60)[1]
     assert process.returncode == 0 and text.count(
         "stopped by SIGTERM after step") == 2 and "leaked" not in text
-    text = start(2, **beside).communicate(timeout=60)[1]
+    text = start_parts(2, out, 400).communicate(timeout=60)[1]
     assert text.count("error: ") == 1 and "--resume goes on with it" in text
 
-    had = [lines(log) for log in logs("beside")]
-    process = start(2, resume=True, **beside)
+    had = [lines(log) for log in logs]
+    process = start_parts(2, out, 400, resume=True)
     under_way(process)
     process.kill()
     process.communicate(timeout=60)  # a child that lived on would keep its end of the pipe open
-    assert all(training.state.saved_steps(tmp_path / "beside" / "stage0" / part / "state")
-               for part in training.options.PARTS)
+    assert all(training.state.saved_steps(log.parent / "state") for log in logs)
 
-    done = start(2, out=tmp_path / "beside", overwrite=True)
+    done = start_parts(2, out, 6, overwrite=True)
     text = done.communicate(timeout=200)[1]
     assert done.returncode == 0, text[-2000:]
     for part in training.options.PARTS:
-        files = [(tmp_path / out / "stage0" / part / "model.safetensors").read_bytes()
-                 for out in ("turns", "beside")]
+        files = [(folder / "stage0" / part / "model.safetensors").read_bytes()
+                 for folder in (tmp_path / "turns", out)]
         assert files[0] == files[1]
 
-    for part in training.options.PARTS:
-        shutil.rmtree(tmp_path / "turns" / "stage0" / part)
+
+@pytest.mark.slow
+def test_a_part_that_fails_ends_the_other_and_so_does_ctrl_c_at_the_start(tmp_path):
     # a folder where a file should be
-    os.makedirs(tmp_path / "turns" / "stage0" / "llm" / "log.jsonl")
-    process = start(2, steps=400)
+    os.makedirs(tmp_path / "stage0" / "llm" / "log.jsonl")
+    process = start_parts(2, tmp_path, 400)
     text = process.communicate(timeout=100)[1]
     assert process.returncode == 1 and text.count("error: ") == 1 and "log.jsonl" in text.partition(
         "error: ")[2]
     # it was ended, too
-    assert not (tmp_path / "turns" / "stage0" / "clip" / "config.json").exists()
+    assert not (tmp_path / "stage0" / "clip" / "config.json").exists()
 
-    shutil.rmtree(tmp_path / "turns" / "stage0")
-    process = start(2, steps=400)
+    shutil.rmtree(tmp_path / "stage0")
+    process = start_parts(2, tmp_path, 400)
     while process.poll() is None and not open(
         f"/proc/{process.pid}/task/{process.pid}/children").read():
         time.sleep(0.1)  # until it starts the parts
