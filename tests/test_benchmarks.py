@@ -359,7 +359,8 @@ def test_hallusionbench_wants_all_questions_of_a_figure_or_text_right(files):
     ("(B)", None, "B", "B"), ("B is right", None, "B", None), ("The answer is B.", "B", "B", "B"),
     ("The answer is A. The answer is B.", None, "A", "B"), ("a dog", None, "B", None),
     ("the dog or the cat", None, None, None), ("B and so on and on and on", None, None, None),
-    ("A B", None, None, None), ("", None, None, None), ("Z", None, "Z", None), ("F", None, None, None),
+    ("A B", None, None, None), ("", None, None, None), ("Z", None, "Z", None),
+    ("F", None, None, None),
     ("answer is **b**", None, "B", None)])
 def test_each_tool_reads_a_letter_in_its_own_way(text, scienceqa, infer, kind):
     options = {"A": "cat", "B": "dog", "C": "red car"}
@@ -435,7 +436,8 @@ def test_the_sheet_for_mmbench_has_the_columns_of_the_server(files, tmp_path):
         sheet = ElementTree.fromstring(file.read("xl/sheet1.xml"))
     cells = [["".join(cell.itertext()) for cell in row] for row in sheet[0]]
     assert cells[0] == rows[0] and len(cells) == 31
-    assert cells[1] == ["0", "What is 0?", "cat", "dog", "red car", "none", "<B> & _x0007_", "A", "dev"]
+    assert cells[1] == ["0", "What is 0?", "cat", "dog", "red car", "none", "<B> & _x0007_", "A",
+                        "dev"]
 
 
 # ---- Benchmarks: judged answers

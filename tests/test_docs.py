@@ -145,7 +145,8 @@ def test_the_scripts_of_own_data_make_records_and_score_answers(tmp_path, monkey
         Image.linear_gradient("L").save(path)
     monkeypatch.setitem(sys.modules, "easy_vqa", package)
     monkeypatch.chdir(tmp_path)
-    convert, score = re.findall(r"python - <<'END'\n(.*?)\nEND\n", read("docs/own_data.md"), re.DOTALL)
+    convert, score = re.findall(r"python - <<'END'\n(.*?)\nEND\n", read("docs/own_data.md"),
+                                re.DOTALL)
     exec(convert, {})
     records = load_records("easy/train.json")
     read_records = [read_record(r, i, "easy/images", PromptFormat()) for i, r in enumerate(records)]
@@ -163,4 +164,5 @@ def test_the_scripts_of_own_data_make_records_and_score_answers(tmp_path, monkey
     assert all(os.path.exists(f"easy/images/{a['image']}") for a, _ in pairs)
     exec(score, {})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"after: 100.0% of {len(pairs)} questions" and lines[0].startswith("before: 4")
+    assert lines[1] == f"after: 100.0% of {len(pairs)} questions" \
+        and lines[0].startswith("before: 4")

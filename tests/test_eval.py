@@ -315,7 +315,8 @@ def test_options_that_do_not_fit_are_refused(run, root):
                              (["--task=all", "--answers=x"], "--answers is the file of one task"),
                              (["--task=gqa", "--data=x"], "--data goes without --task"),
                              (["--images=x"], "--images is the folder of your own pictures"),
-                             (["--task=toy", "--strict"], "--strict, --choose, --device and --dtype are for bench"),
+                             (["--task=toy", "--strict"],
+                              "--strict, --choose, --device and --dtype are for bench"),
                              (["--task=all", f"--root={root / 'run'}"], "holds no benchmark")):
         assert message in run(*options)[0]
 

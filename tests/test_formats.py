@@ -1162,7 +1162,8 @@ def test_a_lora_folder_opens_merged_in_fp32(lora, small, tmp_path, form):
     if dtype:
         assert {t.dtype for t in found.values()} == {dtype}  # of the base; rounded once
         assert (found[at].double() - whole).abs().max() <= whole.abs().max() * 2.0 ** -11
-        assert weights.load(str(lora), torch.float32).model.get_parameter(at).half().equal(found[at])
+        assert weights.load(
+            str(lora), torch.float32).model.get_parameter(at).half().equal(found[at])
     else:
         assert same_to_fp32(found, expected)
     assert point.tokenizer.encode("a red ring?") == small.tokenizer.encode("a red ring?")
@@ -1213,7 +1214,8 @@ def test_a_lora_with_another_setting_is_refused_by_its_name(lora, change, words)
                          torch.ones(4, 48)}), ["layers.9.mlp", "no place in the base"]),
     (lambda f: f.update({"base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector":
                          torch.ones(32)}), ["lora_magnitude_vector has no place"]),
-    (lambda f: f.update({n: t.flatten() for n, t in f.items() if "0.mlp.down_proj" in n}), ["r is"]),
+    (lambda f: f.update({n: t.flatten() for n, t in f.items() if "0.mlp.down_proj" in n}),
+     ["r is"]),
     (lambda f: f.update({n: t[:, :-1].contiguous() for n, t in f.items() if "_A" in n}),
      ["is this the base"])])
 def test_a_lora_is_read_strictly(lora, change, words):
@@ -1234,7 +1236,8 @@ def test_a_lora_folder_without_a_part_or_with_another_base_is_refused(lora, smal
     refused(lora, "a LoRA without non_lora_trainables.bin")
     write(whole, lora / "non_lora_trainables.bin")
     weights.load(str(lora))
-    for change, words in (({"vocab_size": 321}, "vicuna/model.safetensors: tensor lm_head.weight is [320"),
+    for change, words in (({"vocab_size": 321},
+                           "vicuna/model.safetensors: tensor lm_head.weight is [320"),
                           ({"num_hidden_layers": 2}, "has no place"),
                           ({"num_hidden_layers": 4}, "no tensor for llm.layers.3")):
         with_change = shutil.copytree(lora, f"{lora}_other", dirs_exist_ok=True)

@@ -126,7 +126,8 @@ def test_rows_of_a_batch_go_on_from_their_own_ends_in_one_cache(kind):
         prompts = [SimpleNamespace(**{n: getattr(s, n)[own[turn][0]]
                                       for n in ("ids", "labels", "pool_id", "use_id")},
                                    turns=1, image=s.image if turn == 0 else None, record="",
-                                   tag=s.tag if turn == 0 else -1) for s, own in zip(samples, spans)]
+                                   tag=s.tag if turn == 0 else -1)
+                   for s, own in zip(samples, spans)]
         for p in prompts:
             p.pool_id, p.use_id = (p.pool_id == turn) - 1, p.use_id * 0
         batch = collate(prompts, look if turn == 0 else [], (3, 28, 28))

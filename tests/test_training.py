@@ -406,9 +406,11 @@ def test_a_batch_that_cannot_be_had_ends_the_run_with_its_state_saved(run, mesh,
 
     monkeypatch.setattr(TrainDataset, "__getitem__", fail)
     given = stage_2(run, tmp_path, val_every=9)
-    with pytest.raises(UserError, match=r"no such picture \(stage 2 stopped after step 2, state sa"):
+    with pytest.raises(UserError, match=r"no such picture \(stage 2 stopped after step 2, "
+                       r"state sa"):
         train.run_stage(given, 2, mesh)
-    with pytest.raises(UserError, match="died. If the machine is out of memory, use fewer --worker"):
+    with pytest.raises(UserError, match="died. If the machine is out of memory, use "
+                       "fewer --worker"):
         train.run_stage(given | {"resume": True}, 2, mesh)
     train.run_stage(given | {"resume": True}, 2, mesh)
     assert [row["step"] for row in log_of(tmp_path, 2)] == [1, 2, 3, 4]
@@ -588,7 +590,8 @@ def test_a_run_goes_on_wherever_its_files_lie_but_not_with_others_under_their_na
         before = (there / file).read_bytes()
         (there / file).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         training.state.digest.cache_clear()  # as in another process
-        with pytest.raises(UserError, match=f"the run had --{name} with content .*, not with content"):
+        with pytest.raises(
+                UserError, match=f"the run had --{name} with content .*, not with content"):
             train.run_stage(given, 2, mesh)
         (there / file).write_bytes(before)
     training.state.digest.cache_clear()
@@ -615,7 +618,8 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(run, mesh, tmp_path
     stopped(given, mesh, signal.SIGTERM, 3)
     states = tmp_path / "stage2" / "state"
     assert training.state.saved_steps(states) == [2, 3]
-    for name, harm in (("options.json", lambda path: os.truncate(path, 0)), (".metadata", os.remove),
+    for name, harm in (("options.json", lambda path: os.truncate(path, 0)),
+                       (".metadata", os.remove),
                        ("__0_0.distcp", lambda path: os.truncate(path, 999))):
         shutil.copytree(states, tmp_path / name)
         harm(tmp_path / name / "step_000003" / name)
@@ -712,7 +716,8 @@ def test_a_record_that_stands_in_for_another_is_not_longer(monkeypatch):
 
     arrays = [np.zeros(length, np.int64) for length in (20, 30, 33, 64, 32)]
     data = VLMData(Conversations(Sample(a, a, a, a, 1, f"{name}.png", f"record {name}", 1)
-                                 for name, a in zip("abcde", arrays)), load_picture, None, skip=True)
+                                 for name, a in zip("abcde", arrays)), load_picture, None,
+                                 skip=True)
     assert data.with_picture(1)[0].record == "record e"  # 30 and 32 positions are padded to 32
     assert data.with_picture(2)[0].record == "record c" and len(data.take_skipped()) == 1
     bad |= {"a.png", "e.png"}
@@ -1299,7 +1304,8 @@ def test_a_step_has_the_same_micro_batches_on_any_number_of_ranks(monkeypatch, b
                 found[k // dataset.accumulation].append(tuple(dataset[k][0]))
         for step, batches in enumerate(found):
             rows = sum(batches, ())
-            assert sorted(rows) == sorted(dataset.sampler.step(step)) and len(set(rows)) == len(rows)
+            assert (sorted(rows) == sorted(dataset.sampler.step(step))
+                    and len(set(rows)) == len(rows))
         found = [sorted(batches) for batches in found]
         expected = found if world == ranks[0] else expected
         assert found == expected
