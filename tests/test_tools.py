@@ -317,6 +317,12 @@ def test_every_stage_gets_a_panel_and_every_run_a_curve(tmp_path, monkeypatch, c
         assert [to_hex(line.get_color()) for line in legend.get_lines()] == colours[::3]
 
 
+def test_a_run_without_held_out_losses_has_no_third_curve(tmp_path):
+    write_log(tmp_path / "a" / "stage1", [2.0, 1.0])
+    axes, = draw(read_runs([str(tmp_path / "a")])).axes
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[0, 1], [0, 1]]
+
+
 def test_plot_log_names_in_one_line_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     write_log(tmp_path / "new", [])
