@@ -107,7 +107,7 @@ class Batch:
     """What a model reads. `data.collate` makes it for training and prompts; decoding steps need ids
     and lengths only."""
     ids: torch.Tensor                      # int64[B, T], padded on the right
-    lengths: torch.Tensor                  # int64[B], real tokens of each row
+    lengths: torch.Tensor | None           # int64[B], real tokens of each row; None: all T
     pool_id: torch.Tensor | None = None    # int64[B, T], see hypernet.py; None: use cached weights
     use_id: torch.Tensor | None = None     # int64[B, T]
     turns: int = 1                         # U, the largest number of turns in a row
@@ -304,12 +304,12 @@ class Attention(nn.Module):
         q = rotate(split_heads(self.q_proj(x), self.width), cos, sin)  # (B, H, T, K)
         k = rotate(split_heads(self.k_proj(x), self.width), cos, sin)  # (B, kv_heads, T, K)
         v = split_heads(self.v_proj(x), self.width)
-        if layer_cache is None:  # rows are padded on the right, so the causal mask is enough
-            out = attend(q, k, v, causal=True, eager=self.eager)
-        else:
+        mask = None  # rows are padded on the right, so without a cache the causal mask is enough
+        if layer_cache is not None:
             k, v = layer_cache.update(k, v)
-            out = attend(q, k, v, mask=layer_cache.mask, eager=self.eager)
-        return self.o_proj(merge_heads(out))
+            mask = layer_cache.mask
+        causal = mask is None and x.shape[1] > 1  # a single token sees all keys
+        return self.o_proj(merge_heads(attend(q, k, v, mask, causal, self.eager)))
 
 
 class MLP(nn.Module):
@@ -364,16 +364,21 @@ class LayerCache:
     latest turn."""
 
     def __init__(self, keys, values):
-        self.keys, self.values = keys, values  # (B, kv_heads, length, K), preallocated
-        self.positions = self.mask = None      # set for each step by Cache.advance
+        self.keys, self.values = keys, values  # (B, kv_heads, slots, K), preallocated
         self.weights = self.use_id = None      # (B, 1, 2R, D), (B, 1, R, D); int64[B, 1]
+        # Set for each pass by Cache.advance
+        self.start = self.end = self.positions = self.mask = None
 
     def update(self, k, v):
-        """Write the new keys and values at their rows' positions; return all of them."""
-        index = self.positions[:, None, :, None].expand_as(k)
-        self.keys.scatter_(2, index, k)
-        self.values.scatter_(2, index, v)
-        return self.keys, self.values
+        """Write the new keys and values at their rows' positions; return all that are in use."""
+        if self.start is not None:  # all rows at once
+            self.keys[:, :, self.start:self.end] = k
+            self.values[:, :, self.start:self.end] = v
+        else:
+            index = self.positions[:, None, :, None].expand_as(k)
+            self.keys.scatter_(2, index, k)
+            self.values.scatter_(2, index, v)
+        return self.keys[:, :, :self.end], self.values[:, :, :self.end]
 
     def keep(self, weights, use_id):
         """Keep the weights of the latest turn of each row: all tokens to come belong to that turn.
@@ -390,34 +395,48 @@ class Cache:
     """Keys, values and generated weights of all blocks. Row b has seen `lengths[b]` tokens.
 
     `reserve` makes room before a turn. Positions past a row's length contain stale values (padding
-    of a shorter prompt), masked until overwritten; so lowering `lengths` takes tokens back.
+    of a shorter prompt), masked until overwritten; so `rewind` takes tokens back.
+
+    start  the position at which all rows stand; None: rows differ. A pass of rows that stand at the
+           same position needs no index and, if it is the first or has one token, no mask
+    end    slots in use, at most
     """
 
     def __init__(self, cfg, rows, device, dtype):
         shape = rows, cfg.kv_heads, 0, cfg.width // cfg.heads
         empty = torch.zeros(shape, device=device, dtype=dtype)
         self.layers = [LayerCache(empty, empty) for _ in range(cfg.depth)]
-        self.slots = torch.arange(0, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.rewind(torch.zeros(rows, dtype=torch.int64, device=device))
+
+    def rewind(self, lengths):
+        """Go back to the first `lengths` tokens of each row, int64[B]."""
+        shortest, self.end = torch.stack(lengths.aminmax()).tolist()
+        self.lengths, self.start = lengths, shortest if shortest == self.end else None
 
     def reserve(self, more):
         """Make room for `more` further tokens in each row; what is there stays."""
-        length = int(self.lengths.max()) + more
-        room = length - len(self.slots)
+        self.rewind(self.lengths)
+        room = self.end + more - self.layers[0].keys.shape[2]
         if room > 0:
             for layer in self.layers:
                 layer.keys = F.pad(layer.keys, (0, 0, 0, room))
                 layer.values = F.pad(layer.values, (0, 0, 0, room))
-            self.slots = torch.arange(length, device=self.slots.device)
 
-    def advance(self, T, new):
-        """Positions int64[B, T] of the next T tokens; `new` int64[B] of them are real in each row.
+    def advance(self, T, new=None):
+        """Positions int64[B, T] of the next T tokens; the first `new` int64[B] of them are real in
+        each row (None: all).
         """
-        positions = self.lengths[:, None] + torch.arange(T, device=self.slots.device)
-        mask = (self.slots <= positions[..., None])[:, None]  # (B, 1, T, length)
+        start, device = self.start, self.lengths.device
+        self.end = min(self.end + T, self.layers[0].keys.shape[2])
+        positions = self.lengths[:, None] + torch.arange(T, device=device)
+        mask = None
+        if start is None or (start > 0 and T > 1):
+            slots = torch.arange(self.end, device=device)
+            mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, end)
         for layer in self.layers:
-            layer.positions, layer.mask = positions, mask
-        self.lengths = self.lengths + new
+            layer.start, layer.end, layer.positions, layer.mask = start, self.end, positions, mask
+        self.lengths = self.lengths + (T if new is None else new)
+        self.start = start + T if start is not None and new is None else None
         return positions
 
 
@@ -509,6 +528,10 @@ class VLM(nn.Module):
         """Next-token loss summed over the supervised tokens; no other position gets logits."""
         return F.cross_entropy(self(batch).float(), batch.target, reduction="sum")
 
+    def step(self, batch, cache):
+        """A decoding step: logits float[B, 1, V]. inference/captured.py puts a faster one here."""
+        return self(batch, cache)
+
     def new_cache(self, rows, device, dtype):
         return Cache(self.cfg.llm, rows, device, dtype)
 
@@ -558,16 +581,19 @@ def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, gen
     cache = cache or model.new_cache(B, weight.device, weight.dtype)
     cache.reserve(T + max_new_tokens)
     last = torch.arange(B, device=batch.ids.device) * T + batch.lengths - 1
-    logits = model(dataclasses.replace(batch, at=last), cache)          # (B, V)
+    lengths = None if batch.lengths.min() == T else batch.lengths
+    logits = model(dataclasses.replace(batch, at=last, lengths=lengths), cache)  # (B, V)
     ended = torch.zeros_like(batch.lengths, dtype=torch.bool)
     for step in range(max_new_tokens):
         logits = logits[:, :vocab] if temperature else logits  # greedy decoding is not restricted
         token = sample_token(logits, temperature, top_p, generator).masked_fill(ended, eos)
         yield token
         ended |= token == eos
-        if ended.all() or step == max_new_tokens - 1:
+        count = int(ended.sum())  # a GPU waits here, and nowhere else in a step
+        if count == B or step == max_new_tokens - 1:
             return
-        logits = model(Batch(token[:, None], (~ended).long()), cache)[:, 0]
+        lengths = (~ended).long() if count else None
+        logits = model.step(Batch(token[:, None], lengths), cache)[:, 0]
 
 
 def generate(model, batch, max_new_tokens, eos, **sampling):

@@ -28,6 +28,7 @@ from data import collate, encode_prompt, image_path, open_image, pixels
 from formats.answers import AnswerFile, read_questions
 from formats.lora import fingerprints
 from formats.runs import choose_checkpoint
+from inference.prepare import ready_for_answers
 from model import end_turn, generate, stream
 from weights import fast_dtype, pick_device
 
@@ -96,7 +97,7 @@ def load(o, name):
         raise UserError(f"--merge: {name} is not a VLoRA, --merge works only with one")
     if o.background:
         checkpoint.preprocess = dataclasses.replace(checkpoint.preprocess, background=o.background)
-    checkpoint.model.to(device)
+    ready_for_answers(checkpoint.model.to(device))
     return checkpoint, f"{name} on {device} in {dtype}"
 
 
@@ -225,7 +226,7 @@ class Chat:
         """
         sample, free = self.prompt(question)
         with self.batch_of(sample) as batch:
-            self.cache.lengths.fill_(self.cached)  # needed only after Ctrl-C
+            self.cache.rewind(torch.full_like(self.cache.lengths, self.cached))  # after Ctrl-C
             if last := self.uncached():
                 lengths = batch.lengths.new_tensor([len(last)])
                 end_turn(self.model, batch.ids.new_tensor([last]), lengths, self.cache)

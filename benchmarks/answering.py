@@ -68,7 +68,7 @@ def likeliest(checkpoint, samples, visual, letters):
                            device=weight.device)
         total = first.gather(1, ids[:, :1])[:, 0]
         if ids.shape[1] > 1:
-            cache.lengths = start  # takes back the option before
+            cache.rewind(start)  # takes back the option before
             logits = model(Batch(ids[:, :-1], length - 1), cache).float().log_softmax(-1)
             more = logits.gather(2, ids[:, 1:, None])[..., 0]
             real = torch.arange(1, ids.shape[1], device=weight.device) < length[:, None]

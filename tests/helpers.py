@@ -126,7 +126,7 @@ def by_steps(model, samples, visual, length):
     Turn by turn in one cache: first the prompts, padded on the right, then token by token the
     answers with their end tokens. A row whose answer has ended waits for the others.
     """
-    cache = model.new_cache(len(samples), "cpu", torch.float64)
+    cache = model.new_cache(len(samples), "cpu", model.llm.norm.weight.dtype)
     cache.reserve(length)
     logits = [[] for _ in samples]
     for turn, spans in enumerate(zip(*map(segments, samples))):
@@ -193,7 +193,7 @@ def dictated(tokens):
     """Within this context the model answers with the given tokens, int64[B] each; yields the list
     of logits that they were chosen at."""
     seen, tokens, real = [], iter(tokens), model.sample_token
-    model.sample_token = lambda logits, *_: seen.append(logits) or next(tokens)
+    model.sample_token = lambda logits, *_: seen.append(logits.clone()) or next(tokens)
     try:
         yield seen
     finally:

@@ -22,14 +22,14 @@ CODE = [path for path in FILES if not os.path.basename(path).startswith(("test_"
 
 # Each group may import itself and the groups before it.
 ORDER = (("cli",), ("hypernet",), ("projector",), ("model",),
-         ("data", "formats", "baselines", "vlora"), ("weights",), ("training",))
+         ("data", "formats", "baselines", "vlora"), ("inference",), ("weights",), ("training",))
 # These may not import what stands around them; only train.py meets the toy.
 CORE = {name for group in ORDER for name in group} | {"sample", "train"}
 AROUND = {"experiments", "benchmarks", "tools", "eval", "toy"}
 
 READING_PATH = ("hypernet", "projector", "model", "data", "train", "sample")
 WITH_CHECKPOINTS = (*READING_PATH, "weights", "eval", "vlora")
-MOST_CODE = 8000  # all but tests
+MOST_CODE = 8100  # all but tests
 
 TABLES = {"experiments/tables.py", "toy/questions.py", "toy/world.py"}  # wide tables of data
 

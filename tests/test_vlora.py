@@ -643,7 +643,7 @@ def test_the_count_of_a_further_token_is_what_torch_counts(llm, options):
         found.append(count_flops(lambda: list(stream(model, batch, tokens, -1, cache=cache)),
                                  model))
     one, two = (sum(counts["Global"].values()) for counts in found)
-    assert two - one == token_flops(cfg, length)
+    assert two - one == token_flops(cfg, len(ids) + 1)
 
 
 # ---- The whole model: collate, forward, chat, generate

@@ -1,0 +1,1 @@
+"""How does it answer fast? The same model in the form that a CPU or a GPU runs best."""
