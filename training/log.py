@@ -103,20 +103,34 @@ def write_row(row, log, bar, o):
 
 
 @contextlib.contextmanager
-def expert_shares(model):
-    """Yields {block: |E_L| / |FFN|}, filled while the model runs: do the experts contribute?"""
-    ffn, shares, handles = {}, {}, []
-    for n, block in enumerate(m for m in model.modules() if isinstance(m, Block) and m.expert):
-        def note_ffn(module, inputs, out, n=n):
-            ffn[n] = out.float().norm()
+def output_norms(parts):
+    """Yields {name: [float32[B, T], ...]}: the norm of each vector that a part puts out, one entry
+    for each time it runs.
 
-        def note_expert(module, inputs, out, n=n):
-            shares[n] = (out.float().norm() / ffn[n]).item()
+    parts  {name: module}
+    """
+    norms, handles = {name: [] for name in parts}, []
+    for name, part in parts.items():
+        def note(module, inputs, out, found=norms[name]):
+            found.append(out.float().norm(dim=-1))
 
-        handles += [block.mlp.register_forward_hook(note_ffn),
-                    block.expert.register_forward_hook(note_expert)]
+        handles.append(part.register_forward_hook(note))
     try:
-        yield shares
+        yield norms
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def expert_shares(model):
+    """Yields {block: |E_L| / |FFN|} of the latest pass, filled at the end: do experts contribute?
+    """
+    blocks = [m for m in model.modules() if isinstance(m, Block) and m.expert]
+    parts = [{n: getattr(block, name) for n, block in enumerate(blocks)}
+             for name in ("mlp", "expert")]
+    shares = {}
+    with output_norms(parts[0]) as static, output_norms(parts[1]) as shift:
+        yield shares
+    for n in static:
+        shares[n] = (shift[n][-1].norm() / static[n][-1].norm()).item()
