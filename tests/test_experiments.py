@@ -1,11 +1,12 @@
 """Tables in miniature: rows are what they name, statistics, a stopped run continues; bench.py;
-pictures by other code.
+pictures by other code; pictures of what the experts do.
 
 How bench.py measures loading is tested in test_foreign.py, with the layouts that it loads.
 """
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -21,15 +22,18 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import experiments.ablate
 import experiments.bench
 import experiments.embeddings
+import experiments.look
 import experiments.order
 import experiments.outsider
 import experiments.report
 import experiments.step_size
 import experiments.tables
+import sample
 import toy.files
 import toy.questions
 import toy.stage0
@@ -38,12 +42,19 @@ import toy.world
 import train
 import training.options
 import weights
+from baselines import BaselineConfig, BaselineVLM
 from cli import parse, UserError
+from data import collate, encode, IGNORE, IMAGE, Preprocess, Sample
 from experiments.tables import NO_EXPERTS, PEFT, TABLES
 from formats.tokenizer import train_tokenizer
 from hypernet import Expert
 from model import VLMConfig
+from tests.helpers import (batch_of, dictated, EVERY, LAYOUT, LLAMA, logits_of, noise, segments,
+                           static, TOKENIZER, TURNS, VISION)
+from tests.helpers import look as look_pixels
+from tests.helpers import trained as randomly_trained
 from training.costs import generated_weights, lora_weights
+from training.log import expert_shares
 from vlora import VLoRAConfig
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -681,3 +692,198 @@ def test_step_size_shows_every_run_in_a_row_and_in_a_plot(small_sites, monkeypat
         [data, "0.001", form] for data in ("fresh", "repeated") for form in ("one", "scaled_norm")]
     assert {row.count("|") for row in rows} == {head.count("|")}
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+# ---- Pictures of what the experts do
+
+
+LOOK = sample.Options(max_new_tokens=6)
+ASKED = [question.removeprefix("<image>\n") for question, _ in TURNS]
+
+
+def checkpoint_of(model, layout=LAYOUT):
+    return weights.Checkpoint(model, TOKENIZER, Preprocess(28), layout.system, {})
+
+
+def look_at(model, image=noise(0), questions=ASKED, o=LOOK):
+    return experiments.look.look(checkpoint_of(model), image, questions, o)
+
+
+def guidance_of(model, batch):
+    """What `Llama.guidance` gives in a pass without a cache."""
+    real, found = model.llm.guidance, []
+    model.llm.guidance = lambda *given: found.append(real(*given)) or found[0]
+    logits_of(model, batch)
+    del model.llm.guidance
+    return found[0]
+
+
+@torch.no_grad()
+def norms_of_a_whole_pass(model, batch):
+    """({block: (|E_L| float[T], |FFN| float[T])}, {block: [K of each turn]}), without a cache: from
+    what each FFN reads and the guidance."""
+    inputs, norms, made, (g, use_id, hypernet) = {}, {}, {}, guidance_of(model, batch)
+    handles = [block.mlp.register_forward_pre_hook(
+                   lambda module, x, n=n: inputs.update({n: x[0]}))
+               for n, block in enumerate(model.llm.layers)]
+    logits_of(model, batch)
+    for handle in handles:
+        handle.remove()
+    for n in model.cfg.expert_blocks():
+        block = model.llm.layers[n]
+        made[n] = block.expert.weights(g, hypernet)
+        shift = block.expert(inputs[n], made[n], use_id)
+        norms[n] = shift[0].norm(dim=-1), block.mlp(inputs[n])[0].norm(dim=-1)
+    return norms, {n: [torch.cat([w[0, u].flatten() for w in pair])
+                       for u in range(batch.turns)] for n, pair in made.items()}
+
+
+@pytest.mark.parametrize("kind", [{}, EVERY], ids=["posterior", "both, all"])
+def test_a_look_shows_what_the_experts_compute_in_the_whole_conversation(kind):
+    model = randomly_trained(torch.float32, seed=3, **kind)
+    whole = encode(TURNS, TOKENIZER, LAYOUT, "whole", "x.png")
+    ids = [TOKENIZER.encode(answer) + [TOKENIZER.eos] for _, answer in TURNS]
+    with dictated(torch.tensor([i]) for _ in range(3) for answer in ids for i in answer):
+        found = look_at(model, o=sample.Options(max_new_tokens=40))
+    visual = look_pixels(noise(0))
+    batch = batch_of([whole], [visual], torch.float32)
+    norms, made = norms_of_a_whole_pass(model, batch)
+    with torch.no_grad(), expert_shares(model) as logged:  # what the training log shows
+        logits_of(model, batch)
+    assert list(logged.values()) == pytest.approx(
+        [(shift.norm() / static.norm()).item() for shift, static in norms.values()], rel=1e-4)
+
+    assert found.blocks == list(norms) and [t.answer for t in found.turns] == [
+        answer for _, answer in TURNS]
+    system = 1 + len(TOKENIZER.encode(LAYOUT.system))
+    for t, (turn, (prompt, answer)) in enumerate(zip(found.turns, segments(whole))):
+        places = range(max(prompt.start, system), answer.stop - (t == len(TURNS) - 1))
+        patches = [i for i in places if whole.ids[i] == IMAGE]
+        words = [[i] for i in places if i not in patches[1:]]
+        words = [patches if w[0] in patches else w for w in words]
+        for row, (shift, static) in zip(turn.shares, norms.values()):
+            expected = [(shift[w].square().sum() / static[w].square().sum()).sqrt() for w in words]
+            assert row == pytest.approx(torch.stack(expected).numpy(), rel=1e-3)
+        assert turn.words[0] == "USER:" and turn.words[turn.answer_at - 1] == "ASSISTANT:"
+        assert len(turn.words) == len(words) and turn.words.count("picture") == (t == 0)
+        assert (turn.words[-1] == "</s>") == (t < len(TURNS) - 1)  # the last token never runs
+    cosine = torch.nn.functional.cosine_similarity
+    for i in range(3):
+        for j in range(3):
+            expected = np.mean([cosine(k[i], k[j], 0).item() for k in made.values()])
+            bias = [model.llm.layers[n].expert for n in made]
+            part = np.mean([cosine(*(k[u] - torch.cat([b.down.flatten(), b.up.flatten()])
+                                     for u in (i, j)), 0).item()
+                            for k, b in zip(made.values(), bias)])
+            k, w = found.cosines.values()
+            assert (k[i, j], w[i, j]) == pytest.approx((expected, part), abs=1e-4)
+    assert w.min() < 0.9
+
+
+def test_patches_show_the_shift_of_each_visual_expert_in_the_models_own_pass():
+    model = randomly_trained(torch.float32, seed=3, **EVERY)
+    found, parts, seen = look_at(model, questions=ASKED[:1]), model.projector, {}
+    handles = [getattr(parts, name).register_forward_hook(
+                   lambda module, x, y, name=name: seen.update({name: (x[0], y)}))
+               for name in ("expert_1", "linear_2", "expert_2")]
+    with torch.no_grad():
+        model.projector(model.features(look_pixels(noise(0))[None]))
+    for handle in handles:
+        handle.remove()
+    (_, e1), (shifted, l2), (_, e2) = (seen[n] for n in ("expert_1", "linear_2", "expert_2"))
+    expected = [e1.norm(dim=-1) / (shifted - e1).norm(dim=-1), e2.norm(dim=-1) / l2.norm(dim=-1)]
+    assert list(found.patches) == ["|E_V1| / |L1|", "|E_V2| / |L2|"]
+    for shares, right in zip(found.patches.values(), expected):
+        assert shares == pytest.approx(right.view(2, 2).numpy(), rel=1e-3)
+    assert found.picture.shape == (28, 28, 3) and found.picture.std() > 0.1
+    assert found.swapped == [] and found.cosines == {}  # one turn
+
+
+@pytest.mark.parametrize("image", [noise(0), None], ids=["picture", "text"])
+@torch.no_grad()
+def test_changed_answers_are_those_of_llava_and_of_the_next_turns_weights(image):
+    """Token by token without a cache, each after the real answers to the others."""
+    model = randomly_trained(torch.float32, seed=3, visual_expert="1", language_expert="all")
+    found = look_at(model, image)
+    told = experiments.look.Told(checkpoint_of(model), image, ASKED, LOOK)
+    ids, begins = told.chat.ids, [begin for begin, _, _ in told.spans]
+    use_id = np.searchsorted(begins, np.arange(len(ids) + 6), side="right") - 1
+    pool_id = np.full(len(ids) + 6, -1)
+    for t, (begin, answer_at, _) in enumerate(told.spans):
+        begin = max(begin, 1 + len(TOKENIZER.encode(LAYOUT.system)))
+        pool_id[begin:answer_at] = np.where(np.equal(ids[begin:answer_at], IMAGE), -1, t)
+
+    def batch(ids, use_id):
+        T = len(ids)
+        sample = Sample(np.array(ids), np.full(T, IGNORE), pool_id[:T], use_id[:T], 3,
+                        image and "x", "", 0)
+        return collate([sample], [look_pixels(image)] if image else [])
+
+    guidance = guidance_of(model, batch(ids, use_id))
+
+    def answers(model, step):
+        """Where each turn t runs with the weights of turn t + step."""
+        model.llm.guidance = lambda x, batch: (guidance[0], batch.use_id, model.llm.hypernet)
+        for t, (_, answer_at, _) in enumerate(told.spans):
+            use, new = (np.minimum(use_id, t) + step) % 3, []
+            while len(new) < 6 and TOKENIZER.eos not in new:
+                logits = logits_of(model, batch(ids[:answer_at] + new, use))
+                new.append(logits[0, -1].argmax().item())
+            yield TOKENIZER.decode(new)
+
+    real = [turn.answer for turn in found.turns]
+    assert list(answers(model, 0)) == real
+    assert list(answers(model, 1)) == found.swapped != real
+    assert list(answers(static(model), 0)) == found.zeroed != real
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # random models write in every script
+@pytest.mark.parametrize("kind, image, panels", [
+    (dict(visual_expert="none"), noise(0), 3), (dict(language_expert="none"), noise(0), 2),
+    ({}, None, 2), (EVERY, noise(0), 5)],
+    ids=["language only", "visual only", "no picture", "all"])
+def test_a_look_draws_what_a_model_has(kind, image, panels):
+    found = look_at(randomly_trained(torch.float32, seed=3, **kind), image)
+    figure = experiments.look.draw(found)
+    top, bottom = figure.subfigs
+    assert len([axes for axes in top.axes if axes.get_title()]) == panels
+    texts = [text.get_text() for axes in bottom.axes for text in axes.texts]
+    questions = [text for text in texts if text[3:] in ASKED]
+    assert questions == [f"{t + 1}. {question}" for t, question in enumerate(ASKED)]
+    figure.savefig(file := io.BytesIO(), dpi=100)
+    assert Image.open(file).width == 1200
+
+
+@pytest.mark.parametrize("source", ["static", "latent", "mlp"])
+def test_a_look_at_other_sources_of_weights(source):
+    torch.manual_seed(0)
+    model = BaselineVLM(BaselineConfig(VISION, LLAMA, expert_embed=8, expert_rank=4,
+                                       weight_source=source))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    found = look_at(model)
+    assert found.blocks == [2, 3] and bool(found.swapped) == (source != "static")
+    k, *_ = found.cosines.values()
+    assert source == "mlp" or k == pytest.approx(1)
+
+
+def test_a_look_at_a_model_without_experts_ends_with_one_line():
+    plain = dict(visual_expert="none", language_expert="none")
+    lora = BaselineConfig(VISION, LLAMA, visual_expert="none", weight_source="lora")
+    even = dataclasses.replace(LLAMA, kv_heads=4)
+    for cfg in (VLMConfig(VISION, LLAMA, **plain), lora, VLoRAConfig(VISION, even)):
+        with pytest.raises(UserError, match="^the model has no experts to look at .*--model$"):
+            look_at(weights.build_empty(cfg))
+    with pytest.raises(UserError, match="visual expert only.*--image$"):
+        look_at(weights.build_empty(VLMConfig(VISION, LLAMA, language_expert="none")), None)
+
+
+def test_look_writes_its_picture(tmp_path, monkeypatch, capsys):
+    checkpoint = checkpoint_of(randomly_trained(torch.float32, seed=3))
+    monkeypatch.setattr(sample, "load", lambda o, name: (checkpoint, name))
+    noise(0).save(tmp_path / "x.png")
+    monkeypatch.setattr("sys.argv", ["look", str(tmp_path / "x.png"), "--model", str(tmp_path),
+                                     "--prompt", "How many?", "--out", str(tmp_path / "a.png")])
+    experiments.look.run()
+    assert Image.open(tmp_path / "a.png").width == 1200
+    assert capsys.readouterr().out == f"wrote {tmp_path}/a.png\n"
