@@ -133,8 +133,9 @@ class MatrixExpert(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        self.encoder.reset_parameters()
-        self.encoder.weight.data /= self.scale
+        bound = self.encoder.in_features ** -0.5
+        nn.init.uniform_(self.encoder.weight, -bound / self.scale, bound / self.scale)
+        nn.init.uniform_(self.encoder.bias, -bound, bound)
         nn.init.zeros_(self.up)
 
     def weights(self, guidance, hypernet):

@@ -101,8 +101,9 @@ class Expert(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        self.encoder.reset_parameters()
-        self.encoder.weight.data /= self.scale
+        bound = self.encoder.in_features ** -0.5  # nn.Linear's
+        nn.init.uniform_(self.encoder.weight, -bound / self.scale, bound / self.scale)
+        nn.init.uniform_(self.encoder.bias, -bound, bound)
         nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
         nn.init.zeros_(self.up)
 
