@@ -100,9 +100,13 @@ def pixels(image, prep):
     if image.width != image.height:
         left, top = (image.width - prep.size) // 2, (image.height - prep.size) // 2
         image = image.crop((left, top, left + prep.size, top + prep.size))
-    x = np.array(image, np.float32) / 255                                      # (S, S, 3)
-    x = (x - np.array(prep.mean, np.float32)) / np.array(prep.std, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))        # (3, S, S)
+    # A channel has only 256 values: normalise those, then look them up
+    levels = np.arange(256, dtype=np.float32)[:, None] / 255                             # (256, 1)
+    table = (levels - np.array(prep.mean, np.float32)) / np.array(prep.std, np.float32)  # (256, 3)
+    x = np.empty((3, prep.size, prep.size), np.float32)
+    for plane, values, channel in zip(x, table.T, image.split()):
+        np.take(values, np.asarray(channel), out=plane, mode="clip")
+    return torch.from_numpy(x)
 
 
 # 2. Conversations
