@@ -4,7 +4,7 @@
     tables.py      what the rows are
     report.py      scores, costs, Markdown and plots
     embeddings.py  what the guidance's embeddings tell about the question
-    bench.py       speed of training and loading, share of padding
+    bench.py       speed of training, answering and loading; what it measures is in speed/
     outsider.py    scores on pictures drawn by other code
     processes.py   programs in processes of their own
 """

@@ -151,7 +151,7 @@ PROGRAMS = [  # (options, what they cannot do without)
     (training.options.Options, {}), (sample.Options, {}), (tools.check_data.Options, {}),
     (experiments.ablate.Options, {}), (experiments.outsider.Options, {}),
     (experiments.order.Options, {}), (experiments.step_size.Options, {}),
-    (benchmarks.run.Options, {}), (experiments.bench.Options, {"train": "7b", "out": "x"})]
+    (benchmarks.run.Options, {}), (experiments.bench.Options, {})]
 NUMBERS = [(options, needed, f.name) for options, needed in PROGRAMS
            for f in dataclasses.fields(options)
            if cli.value_type(typing.get_type_hints(options)[f.name]) in (int, float, list[float])]

@@ -1,7 +1,7 @@
 """Tables in miniature: rows are what they name, statistics, a stopped run continues; bench.py;
 pictures by other code; pictures of what the experts do.
 
-How bench.py measures loading is tested in test_foreign.py, with the layouts that it loads.
+How bench.py measures loading is tested in test_formats.py, with the layouts that it loads.
 """
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -44,15 +45,17 @@ import training.options
 import weights
 from baselines import BaselineConfig, BaselineVLM
 from cli import parse, UserError
-from data import collate, encode, IGNORE, IMAGE, Preprocess, Sample
+from data import collate, encode, IGNORE, IMAGE, Preprocess, PromptFormat, Sample
+from experiments.speed import clock, inputs, loading, models, shapes
 from experiments.tables import NO_EXPERTS, PEFT, TABLES
 from formats.tokenizer import train_tokenizer
 from hypernet import Expert
 from model import VLMConfig
-from tests.helpers import (batch_of, dictated, EVERY, LAYOUT, LLAMA, logits_of, noise, segments,
-                           static, TOKENIZER, TURNS, VISION)
+from tests.helpers import (batch_of, count_flops, dictated, EVERY, LAYOUT, LLAMA, logits_of, noise,
+                           segments, static, TOKENIZER, TURNS, VISION)
 from tests.helpers import look as look_pixels
 from tests.helpers import trained as randomly_trained
+from tests.programs import words_of
 from training.costs import generated_weights, lora_weights
 from training.log import expert_shares
 from vlora import VLoRAConfig
@@ -593,13 +596,191 @@ def test_orders_are_compared_on_a_file_of_conversations(tmp_path, capsys, monkey
 # ---- Speed
 
 
-@pytest.mark.slow
-def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys):
-    experiments.bench.compare_training(
-        experiments.bench.Options(train="tiny", out=str(tmp_path), steps=4, micro_batch_size=2,
-                                  save=True))
+def bench(monkeypatch, capsys, **options):
+    """(its last line of output as JSON, all lines) of experiments/bench.py with tiny models."""
+    given = {"size": "tiny", "device": "cpu", "rounds": 1, **options}
+    flags = [word for word in words_of(given, None) if word != "--no_peak"]
+    monkeypatch.setattr(sys, "argv", ["bench", *flags, *["--no_peak"] * (not options.get("peak"))])
+    for kind in ("COPIED", "MULTIPLIED"):
+        monkeypatch.setitem(getattr(clock, kind), "cpu", 64)
+    clock.copy_bandwidth.cache_clear()
+    clock.matmul_rate.cache_clear()
+    experiments.bench.run()
     lines = capsys.readouterr().out.splitlines()
-    found = json.loads(lines[-1])
+    return json.loads(lines[-1]), lines
+
+
+def check_row(row):
+    """A row has what is promised, and its ratio and share are those of the medians."""
+    assert row.keys() >= {"what", "case", "unit", "ours", "theirs", "ratio", "is_cost", "floor",
+                          "share", "peak_ratio", "aim"}
+    sides = [row["ours"]] + [row["theirs"]] * (row["theirs"] is not None)
+    for side in sides:
+        assert side.keys() == {"name", "median", "min", "max", "peak_bytes"}
+        assert side["min"] <= side["median"] <= side["max"]
+    if row["theirs"]:
+        ours, theirs = (side["median"] for side in sides)
+        assert row["ratio"] == pytest.approx(ours / theirs if row["is_cost"] else theirs / ours)
+    if row["floor"]:
+        assert row["share"] == pytest.approx(row["floor"] / row["ours"]["median"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what, cases", [
+    ("prefill", ["batch 1"]), ("decode", ["batch 1", "batch 8"]), ("train", ["batch 4"]),
+    ("experts", ["train, batch 4", "prefill, batch 1", "decode, batch 1",
+                 "train, batch 4, 8 turns"])])
+def test_bench_compares_models_that_compute_the_same(monkeypatch, capsys, what, cases, dtype):
+    monkeypatch.setattr(models, "DECODED", 4)
+    found, _ = bench(monkeypatch, capsys, what=what, dtype=dtype)
+    assert found.keys() == {"device", "threads", "versions", "commit", "options", "dtype", "size",
+                            "rows", "left_out"}
+    assert found["versions"].keys() == {"python", "torch", "transformers"}
+    assert (found["dtype"], found["size"], found["left_out"]) == (dtype, "tiny", {})
+    assert [row["case"] for row in found["rows"]] == cases
+    for row in found["rows"]:
+        check_row(row)
+        assert row["what"] == what and row["floor"] > 0 and row["is_cost"] == (what == "experts")
+
+
+def test_bench_times_pictures_and_conversations(monkeypatch, capsys):
+    monkeypatch.setattr(inputs, "EACH", 2)
+    for what, cases in (("pixels", 2), ("tokens", 1)):
+        rows = bench(monkeypatch, capsys, what=what)[0]["rows"]
+        assert len(rows) == cases and all(row["ratio"] > 0 for row in rows)
+        for row in rows:
+            check_row(row)
+
+
+@pytest.mark.slow
+def test_bench_measures_everything_with_peaks_and_names_what_is_left_out(monkeypatch, capsys,
+                                                                          tmp_path):
+    monkeypatch.chdir(tmp_path)  # without out/toy
+    monkeypatch.setattr(experiments.bench, "ALL", ("tokens", "decode", "train", "load"))
+    found, lines = bench(monkeypatch, capsys, what="all", batch_size=2, peak=True)
+    assert Counter(row["what"] for row in found["rows"]) == {
+        "tokens": 1, "decode": 1, "train": 1, "load": 3}
+    assert any("sample.py is not timed: there is no out/toy/stage2" in line for line in lines)
+    for row in found["rows"]:
+        check_row(row)
+        if row["what"] in models.CASES:
+            assert row["ours"]["peak_bytes"] > 0 and row["peak_ratio"] > 0
+            assert "batch 2" in row["case"]
+    monkeypatch.setattr(models, "room", lambda device: 10**6)
+    monkeypatch.setattr(experiments.bench, "ALL", ("train", "prefill"))
+    left = bench(monkeypatch, capsys, what="all")[0]["left_out"]
+    assert left.keys() == {"train"} and "needs" in left["train"]
+
+
+@pytest.mark.slow
+def test_bench_times_the_start_of_sample_py(monkeypatch, capsys, tmp_path):
+    o = experiments.bench.Options(what="load", size="tiny", device="cpu", rounds=1,
+                                  model=str(tmp_path / "llava"))
+    with pytest.raises(UserError, match="^sample.py failed: error: .*llava"):
+        loading.first_token(o)
+    loading.make("tiny", o.model)
+    row = loading.first_token(o)
+    assert row["theirs"] is None and row["ours"]["median"] > 0.5 and "1.5 s" in row["aim"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(what="pixels", cold=True), "^--cold is for --what load or all, not pixels$"),
+    (dict(what="train", out="x"), "^--out is for --what load or stages or all, not train$"),
+    (dict(what="stages", model="x", out="x"), "^--model is for --what load or all, not stages$"),
+    (dict(what="load", save=True), "^--save is for --what stages, not load$"),
+    (dict(what="stages"), "^--what stages writes large files: say where with --out FOLDER$"),
+    (dict(what="stages", out="x", steps=3, save=True), "^--steps 3: expected more than 3, "),
+    (dict(what="load", size="7b"), "^--what load --size 7b writes a large checkpoint: "),
+    (dict(what="train", size="tiny", device="cpu", dtype="float32"),
+     "^train with two models of size tiny in float32 needs 0 GB, the cpu has 0$")])
+def test_options_of_bench_that_do_not_fit_end_in_one_line(monkeypatch, options, message):
+    monkeypatch.setattr(models, "room", lambda device: 10**6)
+    with pytest.raises(UserError, match=message):
+        o = experiments.bench.Options(**options)
+        experiments.bench.rows_of(o.what, o)
+
+
+@pytest.mark.parametrize("job", ["prefill", "decode", "train"])
+def test_bench_notices_a_side_that_computes_something_else(monkeypatch, job):
+    o = experiments.bench.Options(size="tiny", device="cpu", dtype="float32", rounds=1)
+    case, start = models.Case(job, 2, ""), models.start
+
+    def wrong(model, name, *more):
+        if name == "transformers":
+            norm = model.model.language_model.layers[1].input_layernorm  # its tensors may be ours
+            norm.weight = torch.nn.Parameter(norm.weight + torch.randn(32))
+        return start(model, name, *more)
+
+    monkeypatch.setattr(models, "start", wrong)
+    with pytest.raises(AssertionError, match="of both sides differ"):
+        models.measure(case, o)
+
+
+@pytest.mark.parametrize("kind", [shapes.NO_EXPERTS, shapes.EXPERTS])
+@pytest.mark.parametrize("size", ["toy", "tiny"])
+def test_the_floor_counts_each_number_that_a_token_reads(kind, size):
+    o = experiments.bench.Options(size=size, device="cpu", dtype="float32")
+    model = shapes.build(kind, o)
+    batch = sample.make_batch(*models.data(models.Case("decode", 2, ""), o), model)
+    cache = model.new_cache(2, "cpu", torch.float32)
+    length = batch.ids.shape[1]
+    cache.reserve(length)
+    with torch.no_grad():
+        model(batch, cache)
+    parameters = {name: p.numel() for name, p in model.llm.named_parameters()
+                  if not re.search("embed_tokens|expert|hypernet|guidance_norm", name)}
+    cached = sum(t.numel() for layer in cache.layers
+                 for t in (layer.keys, layer.values, *(layer.weights or ())))
+    assert models.numbers_per_token(model.cfg, 2, length) == sum(parameters.values()) + cached
+
+
+def test_llavas_way_gives_our_ids_and_labels(tokenizer):
+    layout = PromptFormat(image_tokens=1, context=2**20)
+    theirs = inputs.their_tokenizer(tokenizer)
+    for turns in ([("<image>\nWhat colour?", "a red circle."), ("Why", "yes"), ("b? ", " no \n")],
+                  [("Is there 日本?", "😀 two")]):
+        ids, labels = inputs.llavas_way(turns, theirs, layout.system)
+        image = "x" if "<image>" in turns[0][0] else None
+        ours = encode(turns, tokenizer, layout, "r", image)
+        assert ids.tolist() == ours.ids.tolist()
+        assert labels.tolist() == ours.labels.tolist() and (labels >= 0).sum() > len(turns)
+
+
+def test_a_prompt_costs_what_torch_counts():
+    o = experiments.bench.Options(size="tiny", device="cpu", dtype="float32")
+    model = shapes.build(shapes.NO_EXPERTS, o)
+    batch = sample.make_batch(*models.data(models.Case("prefill", 1, ""), o), model)
+    T = batch.ids.shape[1]
+    batch = dataclasses.replace(batch, at=torch.tensor([T - 1]))
+    counted = sum(count_flops(lambda: model(batch), model)["Global"].values())
+    unseen = 4 * (T * T // 2) * model.cfg.llm.width * model.cfg.llm.depth  # torch counts it
+    assert models.prompt_flops(model.cfg, models.ASKED) == counted - unseen
+
+
+def test_sides_take_turns_and_change_their_order():
+    calls = []
+    sides = {name: functools.partial(calls.append, name) for name in "ab"}
+    spent = clock.alternate(sides, 2)
+    assert calls == list("baabba") and [len(times) for times in spent.values()] == [2, 2]
+
+
+@pytest.mark.slow
+def test_peaks_are_of_the_function_and_what_it_was_prepared_with():
+    peak = clock.in_own_process(clock.peak_of, prepare_megabytes, "cpu")
+    assert peak == pytest.approx(300e6, rel=0.1)
+
+
+def prepare_megabytes():
+    kept = np.ones(10**8, np.uint8)
+    np.ones(5 * 10**8, np.uint8)
+    return lambda: np.ones(2 * 10**8, np.uint8).sum() + kept[0]
+
+
+@pytest.mark.slow
+def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys, monkeypatch):
+    found, lines = bench(monkeypatch, capsys, what="stages", out=tmp_path, steps=4, batch_size=2,
+                         save=True)
+    found = found["rows"]
     assert [(run["stage"], run["experts"]) for run in found] == [(1, "none"), (2, "none"),
                                                                  (1, "generated"), (2, "generated")]
     for run in found:
@@ -614,8 +795,8 @@ def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys):
     third = found[2]["save_s"] * (1 / found[2]["save_share"] - 1) / 1000
     assert third == pytest.approx(3 * log[2]["eta_s"] - 2 * log[1]["eta_s"] / 2) and third > 0
     assert len(rates) == 4 and found[2]["tokens_per_s"] == pytest.approx(sum(rates[2:]) / 2)
-    assert json.load(open(tmp_path / "generated" / "stage1" / "config.json"))["model"][
-        "visual_expert"] == "1"
+    config = json.load(open(tmp_path / "generated" / "stage1" / "config.json"))
+    assert config["model"]["visual_expert"] == "1" and config["training"]["batch_size"] == 4
     assert json.load(open(tmp_path / "none" / "stage1" / "config.json"))["model"][
         "visual_expert"] == "none"
     assert not (tmp_path / "none" / "stage2").exists()
