@@ -29,6 +29,7 @@ from formats.answers import AnswerFile, read_questions
 from formats.lora import fingerprints
 from formats.runs import choose_checkpoint
 from inference.prepare import ready_for_answers
+from inference.threads import choose_threads
 from model import end_turn, generate, stream
 from weights import fast_dtype, pick_device
 
@@ -120,6 +121,7 @@ def answer(checkpoint, samples, visual, max_new_tokens, *, temperature=0.0, top_
     Runs on the model's device and in its dtype. In fp32, greedy answers are the same as
     without batching.
     """
+    choose_threads()
     batch, tokenizer = make_batch(samples, visual, checkpoint.model), checkpoint.tokenizer
     return generate(checkpoint.model, batch, max_new_tokens, tokenizer.eos, temperature=temperature,
                     top_p=top_p, generator=generator, vocab=tokenizer.vocab)
@@ -225,6 +227,7 @@ class Chat:
         Raises UserError as `prompt` does, and the conversation is as before.
         """
         sample, free = self.prompt(question)
+        choose_threads()
         with self.batch_of(sample) as batch:
             self.cache.rewind(torch.full_like(self.cache.lengths, self.cached))  # after Ctrl-C
             if last := self.uncached():

@@ -12,10 +12,14 @@ finished.
 # cli before torch: from then on, Ctrl-C ends the slow imports with one line
 from cli import parse, UserError
 
+import os
+# Threads sleep soon while they wait. Beside another busy process a step is then ten times as fast,
+# and else as fast as without (docs/speed.md). OpenMP reads this when torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import contextlib
 import dataclasses
 import math
-import os
 import re
 import shutil
 import sys

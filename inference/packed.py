@@ -16,15 +16,12 @@ ROWS = 64  # the layout is chosen for so many rows; it serves one row and a thou
 
 
 class PackedLinear(nn.Module):
-    """An nn.Linear, or several that read the same input: their outputs side by side."""
+    """An nn.Linear with weight float[outputs, inputs] and bias float[outputs] or None."""
 
-    def __init__(self, *linears):
+    def __init__(self, weight, bias=None):
         super().__init__()
-        weight = torch.cat([linear.weight.detach() for linear in linears])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-        self.bias = None
-        if linears[0].bias is not None:
-            self.bias = torch.cat([linear.bias.detach() for linear in linears])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        self.bias = None if bias is None else bias.detach()
 
     def forward(self, x, activation="none"):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "")
@@ -34,14 +31,23 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")
 
 
+def pack_linear(*linears):
+    """The PackedLinear of an nn.Linear, or of several that read the same input, with their outputs
+    side by side.
+    """
+    weight = torch.cat([linear.weight for linear in linears])
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return PackedLinear(weight, torch.cat(biases) if biases else None)
+
+
 class PackedAttention(nn.Module):
     """model.Attention with one product for q, k and v."""
 
     def __init__(self, module):
         super().__init__()
         self.width = module.width
-        self.qkv_proj = PackedLinear(module.q_proj, module.k_proj, module.v_proj)
-        self.o_proj = PackedLinear(module.o_proj)
+        self.qkv_proj = pack_linear(module.q_proj, module.k_proj, module.v_proj)
+        self.o_proj = pack_linear(module.o_proj)
         self.heads, self.kv_heads = (linear.out_features // self.width
                                      for linear in (module.q_proj, module.k_proj))
 
@@ -79,9 +85,9 @@ class PackedMLP(nn.Module):
 
     def __init__(self, module):
         super().__init__()
-        self.gate_proj = PackedLinear(module.gate_proj)
-        self.up_proj = PackedLinear(module.up_proj)
-        self.down_proj = PackedLinear(module.down_proj)
+        self.gate_proj = pack_linear(module.gate_proj)
+        self.up_proj = pack_linear(module.up_proj)
+        self.down_proj = pack_linear(module.down_proj)
 
     def forward(self, x):
         return self.down_proj(self.up_proj.times(x, self.gate_proj(x, "swish")))
@@ -93,8 +99,8 @@ class PackedVisionAttention(nn.Module):
     def __init__(self, module):
         super().__init__()
         self.width = module.width
-        self.qkv_proj = PackedLinear(module.q_proj, module.k_proj, module.v_proj)
-        self.out_proj = PackedLinear(module.out_proj)
+        self.qkv_proj = pack_linear(module.q_proj, module.k_proj, module.v_proj)
+        self.out_proj = pack_linear(module.out_proj)
 
     def forward(self, x):
         q, k, v = split_heads(self.qkv_proj(x), self.width).chunk(3, dim=1)
@@ -106,11 +112,8 @@ class PackedVisionMLP(nn.Module):
 
     def __init__(self, module):
         super().__init__()
-        with torch.no_grad():
-            module.fc1.weight.mul_(1.702)
-            module.fc1.bias.mul_(1.702)
-            module.fc2.weight.div_(1.702)
-        self.fc1, self.fc2 = PackedLinear(module.fc1), PackedLinear(module.fc2)
+        self.fc1 = PackedLinear(module.fc1.weight * 1.702, module.fc1.bias * 1.702)
+        self.fc2 = PackedLinear(module.fc2.weight / 1.702, module.fc2.bias)
 
     def forward(self, x):
         return self.fc2(self.fc1(x, "swish"))
@@ -158,5 +161,5 @@ def pack(model):
     """
     pack_modules(model)
     if model.llm.lm_head is not None:
-        model.llm.lm_head = PackedLinear(model.llm.lm_head)
+        model.llm.lm_head = pack_linear(model.llm.lm_head)
     return model

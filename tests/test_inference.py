@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import sample
 import weights
 from data import Preprocess
+from inference import threads
 from inference.captured import CapturedStep
 from inference.packed import can_pack, pack, PackedAttention, PackedLinear, PackedMLP
 from inference.prepare import ready_for_answers
@@ -173,3 +175,48 @@ def test_chats_that_take_turns_share_a_captured_step(kind, device, prepared):
         answers[-1].append([chat.ids for chat in chats])
     assert answers[0] == answers[1]
     assert prepared == [(1, 1024)]
+
+
+# ---- Threads
+
+
+def threads_chosen(monkeypatch, times, all_threads):
+    """The number of threads chosen if products with n threads take times[n] seconds."""
+    now, tried = [0.0], []
+    monkeypatch.setattr(threads, "most", {"threads": all_threads})
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", tried.append)
+
+    class Tensor:
+        def __matmul__(self, other):
+            now[0] += times[tried[-1]]
+
+    monkeypatch.setattr(torch, "ones", lambda *shape: Tensor())
+    threads.choose_threads()
+    assert now[0] <= sum(times[n] for n in set(tried)) * (1 + threads.PRODUCTS)
+    return tried[-1], now[0]
+
+
+def test_more_threads_are_used_as_long_as_they_are_faster(monkeypatch):
+    idle = {n: 1e-3 / n for n in (1, 2, 4, 6)}
+    assert threads_chosen(monkeypatch, idle, 6)[0] == 6
+    assert threads_chosen(monkeypatch, idle, 1)[0] == 1
+    one_core_taken = idle | {6: 10e-3}
+    assert threads_chosen(monkeypatch, one_core_taken, 6)[0] == 4
+    # A product that takes as long as all of them with one thread is not repeated
+    chosen, spent = threads_chosen(monkeypatch, {1: 1e-3, 2: 20e-3}, 2)
+    assert chosen == 1 and spent < 0.06
+
+
+def test_answers_choose_their_threads_anew(monkeypatch):
+    calls = []
+    monkeypatch.setattr(sample, "choose_threads", lambda: calls.append(torch.get_num_threads()))
+    model = trained(torch.float32)
+    checkpoint = SimpleNamespace(model=model, tokenizer=TOKENIZER, preprocess=Preprocess(28),
+                                 prompt_format=lambda: LAYOUT)
+    chat = Chat(checkpoint, None, SimpleNamespace(max_new_tokens=2, temperature=0.0, top_p=1.0,
+                                                  seed=0, merge=False))
+    list(chat.ask("How many?"))
+    list(chat.ask("How many?"))
+    sample.answer(checkpoint, [chat.prompt("How many?")[0]], [], 2)
+    assert len(calls) == 3

@@ -18,6 +18,7 @@ from experiments.speed import shapes
 from experiments.speed.clock import (alternate, copy_bandwidth, in_own_process, matmul_rate,
                                      peak_of, row)
 from experiments.speed.shapes import config, EXPERTS, NO_EXPERTS, OURS, STATIC
+from inference.prepare import ready_for_answers
 from model import generate
 from sample import make_batch
 from train import freeze, TRAINS
@@ -172,7 +173,7 @@ JOBS = {"prefill": (prefill, their_prefill), "decode": (decode, their_decode),
 def start(model, name, case, o):
     """The function that does the case's job once with a model, one of OURS or THEIRS."""
     if name in OURS and case.job != "train":
-        model = shapes.ready_for_answers(model)
+        model = ready_for_answers(model)
     return JOBS[case.job][name not in OURS](model, name, case, o)
 
 

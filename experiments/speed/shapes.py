@@ -60,11 +60,6 @@ def build(kind, o):
     return model.to(o.device).eval()
 
 
-def ready_for_answers(model):
-    """The model as sample.py would run it."""
-    return model
-
-
 # ---- transformers
 
 
