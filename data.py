@@ -211,8 +211,8 @@ def pieces(turns, prompt_format, name, has_image=True):
 def encode_conversation(turns, tokenizer, prompt_format, record, image=None):
     """The `Sample` of all turns, of any length; if the last answer is None, it ends before it."""
     pool_all = prompt_format.pool != "instruction"
-    ids, use, tag = [tokenizer.bos], [0], -1
-    is_answer, is_pooled = [False], [pool_all]
+    ids, tag = [tokenizer.bos], -1
+    parts = [(1, 0, False, pool_all)]  # length, turn, whether an answer, whether pooled
     for text, part, turn in pieces(turns, prompt_format, record, image is not None):
         new = [IMAGE] * prompt_format.image_tokens if text is None else tokenizer.encode(text)
         if part == "answer" and prompt_format.template == "v1":
@@ -221,11 +221,12 @@ def encode_conversation(turns, tokenizer, prompt_format, record, image=None):
             tag = len(ids)
         # The causal rule: a turn's own question enters its guidance, an answer never does.
         is_question = part == "prompt" and text is not None
+        is_pooled = is_question or (pool_all and part != "answer")
+        parts.append((len(new), turn, part == "answer", is_pooled))
         ids += new
-        use += [turn] * len(new)
-        is_answer += [part == "answer"] * len(new)
-        is_pooled += [is_question or (pool_all and part != "answer")] * len(new)
-    ids, use = np.array(ids, np.int64), np.array(use, np.int64)
+    lengths, *columns = map(np.array, zip(*parts))
+    ids = np.array(ids, np.int64)
+    use, is_answer, is_pooled = (np.repeat(values, lengths) for values in columns)
     if prompt_format.template == "plain":  # without a question: no guidance, no generated weights
         pool = use = np.full_like(ids, -1)
     else:
