@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import shutil
+import sys
 from fnmatch import fnmatch
 
 import numpy as np
