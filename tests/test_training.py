@@ -553,6 +553,16 @@ def test_workers_end_with_their_parent_though_nobody_takes_their_batches():
         time.sleep(0.1)
 
 
+def test_a_presets_eager_kernels_are_for_a_cpu(monkeypatch, mesh):
+    given = {"part": "clip"}
+    assert training.options.complete(given, 0).kernels == "eager"
+    monkeypatch.setattr(training.options, "device_of", lambda o: "cuda")
+    assert training.options.complete(given, 0).kernels == "fused"
+    assert training.options.complete(given | {"kernels": "eager"}, 0).kernels == "eager"
+    # so a run can go on on another device
+    assert {"device", "kernels"} <= training.options.CHANGEABLE
+
+
 def test_a_stopped_run_is_neither_lost_nor_continued_with_other_options(run, mesh, tmp_path):
     given = stage_2(run, tmp_path, steps=6)
     stopped(given, mesh, signal.SIGTERM, 3)

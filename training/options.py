@@ -29,7 +29,7 @@ EXPERT_OPTIONS = ("visual_expert", "language_expert", "guidance_after", "expert_
 CHANGEABLE = {
     "out", "resume", "overwrite", "steps", "epochs", "log_every", "val_every", "save_every", "keep",
     "workers", "device", "micro_batch_size", "skip_bad_images", "allow_random_llm", "checkpointing",
-    "compile", "replicate",
+    "compile", "kernels", "replicate",
     "images", "data", "val", "init", "base", "vision", "llm"}  # the content counts, see state.py
 
 
@@ -392,6 +392,8 @@ def complete(given, stage):
     check_needed(o, given)
     o.device = device_of(o)
     o.dtype = o.dtype or fast_dtype(o.device)
+    if o.device != "cpu" and "kernels" not in given:
+        o.kernels = Options.kernels  # a preset's eager ones are for CPUs
     if o.compile:
         check_compiler(o.device)
     o.micro_batch_size = split_batch(o)
