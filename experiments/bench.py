@@ -45,8 +45,8 @@ class Options:
     """Measure the speed of training, answering and loading, here and in transformers."""
     what: Literal[(*models.CASES, *REST, "all")] = "all"  # see below
     size: Literal[(*SHAPES,)] = "small"  # of the model, with random weights. toy: the toy's; small:
-                                      # for a CPU; 7b, 13b: LLaVA-1.5's; 1b: 0.5 billion weights;
-                                      # tiny: for tests
+                                      # for a CPU; 7b, 13b: LLaVA-1.5's; 7b8: 8 of 7b's blocks;
+                                      # 1b: 0.5 billion weights; tiny: for tests
     device: Literal["cuda", "cpu"] | None = None  # none: cuda if available
     dtype: Literal["bfloat16", "float32"] | None = None  # none: bfloat16 where it is fast; loading
                                       # is always measured in bfloat16

@@ -16,6 +16,7 @@ import cli
 import benchmarks.run
 import experiments.ablate
 import experiments.bench
+import experiments.gpu_check
 import experiments.order
 import experiments.outsider
 import experiments.step_size
@@ -151,7 +152,8 @@ PROGRAMS = [  # (options, what they cannot do without)
     (training.options.Options, {}), (sample.Options, {}), (tools.check_data.Options, {}),
     (experiments.ablate.Options, {}), (experiments.outsider.Options, {}),
     (experiments.order.Options, {}), (experiments.step_size.Options, {}),
-    (benchmarks.run.Options, {}), (experiments.bench.Options, {})]
+    (benchmarks.run.Options, {}), (experiments.bench.Options, {}),
+    (experiments.gpu_check.Options, {"device": "cpu"})]
 NUMBERS = [(options, needed, f.name) for options, needed in PROGRAMS
            for f in dataclasses.fields(options)
            if cli.value_type(typing.get_type_hints(options)[f.name]) in (int, float, list[float])]

@@ -28,6 +28,7 @@ from PIL import Image
 import experiments.ablate
 import experiments.bench
 import experiments.embeddings
+import experiments.gpu_check
 import experiments.look
 import experiments.order
 import experiments.outsider
@@ -46,11 +47,11 @@ import weights
 from baselines import BaselineConfig, BaselineVLM
 from cli import parse, UserError
 from data import collate, encode, IGNORE, IMAGE, Preprocess, PromptFormat, Sample
-from experiments.speed import clock, inputs, loading, models, shapes
+from experiments.speed import clock, correct, gpu, inputs, loading, models, shapes
 from experiments.tables import NO_EXPERTS, PEFT, TABLES
 from formats.tokenizer import train_tokenizer
 from hypernet import Expert
-from model import VLMConfig
+from model import LayerCache, VLMConfig
 from tests.helpers import (batch_of, count_flops, dictated, EVERY, LAYOUT, LLAMA, logits_of, noise,
                            segments, static, TOKENIZER, TURNS, VISION)
 from tests.helpers import look as look_pixels
@@ -802,6 +803,157 @@ def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys, mon
     assert not (tmp_path / "none" / "stage2").exists()
     cost = found[0]["tokens_per_s"] / found[2]["tokens_per_s"] - 1
     assert f"stage 1: experts cost {cost:.1%} of the time" in lines
+
+
+# ---- On a GPU
+
+
+ROW = "import json; print('words'); print(json.dumps({'what': 'x', 'ok': True}), flush=True); "
+PARTS = {  # what a part's process runs, and what is told of its error
+    "good": ("pass", None), "fails": ("import atexit, sys; atexit.register(lambda: print('a warning', file=sys.stderr)); "
+                     "raise ValueError('no such kernel')", "ValueError: no such kernel"),
+    "refuses": ("import sys; sys.exit('error: --x 3')", "error: --x 3"),
+    "hangs": ("import subprocess; subprocess.run(['sleep', '50'])", "took longer than 1 s"),
+    "last": ("\nwhile open({json!r}).read().count('what') < 5: pass", None)}  # written row by row
+
+
+def test_a_part_that_fails_or_hangs_costs_only_itself(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(experiments.gpu_check, "PARTS", dict.fromkeys(PARTS, (None, 1)))
+    monkeypatch.setattr(experiments.gpu_check, "command", lambda part, work, o: [
+        sys.executable, "-c", ROW + PARTS[part][0].format(json=os.path.join(o.out,
+                                                                            "gpu_check.json"))])
+    o = experiments.gpu_check.Options(out=str(tmp_path), device="cpu")
+    began = time.perf_counter()
+    assert experiments.gpu_check.check(o) == ["fails", "refuses", "hangs"]
+    assert time.perf_counter() - began < 20
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert found.keys() == {"options", "seconds", "parts"} and list(found["parts"]) == list(PARTS)
+    for part, (_, error) in PARTS.items():
+        told = found["parts"][part]
+        assert told.keys() == {"rows", "error", "seconds"} and told["seconds"] > 0
+        assert told["rows"] == [{"what": "x", "ok": True}]  # what was measured before stays
+        assert told["error"] is None if error is None else told["error"].startswith(error)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("  words") == 5 and "  failed: took longer than 1 s" in lines
+    assert not [line for line in lines if line.startswith("{")]
+
+
+def test_parts_that_no_time_is_left_for_are_named(tmp_path):
+    o = experiments.gpu_check.Options(out=str(tmp_path), device="cpu", minutes=0.1)
+    assert experiments.gpu_check.check(o) == list(gpu.PARTS)
+    for part in json.loads((tmp_path / "gpu_check.json").read_text())["parts"].values():
+        assert part == {"rows": None, "error": "not begun: no time was left", "seconds": None}
+
+
+def test_a_claim_that_does_not_hold_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments.gpu_check, "PARTS", {"a": (None, 30), "b": (None, 30)})
+    monkeypatch.setattr(experiments.gpu_check, "command", lambda part, work, o: [
+        sys.executable, "-c", "print('{\"ok\": %s}')" % {"a": "false", "b": "null"}[part]])
+    o = experiments.gpu_check.Options(out=str(tmp_path), device="cpu")
+    assert experiments.gpu_check.check(o) == ["a"]
+
+
+@pytest.fixture
+def part(monkeypatch, tmp_path):
+    """Runs a part of gpu_check.py with tiny models in this process: the list of its rows."""
+    monkeypatch.setattr(models, "DECODED", 4)
+    for kind in ("COPIED", "MULTIPLIED"):
+        monkeypatch.setitem(getattr(clock, kind), "cpu", 64)
+    o = experiments.gpu_check.Options(out=str(tmp_path), device="cpu", size="tiny")
+    return lambda name: list(json.loads(json.dumps(row)) for row in gpu.PARTS[name][0](o))
+
+
+CLAIMS = ["single = batched", "cached = batched", "captured = cached",
+          "an answer moves logits before it",
+          "the same, pooled over answers (negative control)",
+          *(f"parity with transformers, {part}" for part in ("CLIP", "Llama", "LLaVA"))]
+TOKENS = [f"greedy tokens that depend on {what}" for what in ("a batch", "a captured step")]
+
+
+def test_what_must_hold_on_a_gpu_holds_here(part):
+    rows = part("correctness")
+    assert Counter(row["what"] for row in rows) == Counter(2 * CLAIMS + TOKENS)
+    assert all(row["ok"] and row["value"] <= row["bound"] for row in rows
+               if row["sense"] == "at most") and all(row["ok"] for row in rows)
+    assert Counter(row["dtype"] for row in rows) == {"float32": 10, "bfloat16": 8}
+
+
+@pytest.mark.parametrize("broken, failed", [
+    ("pooling", CLAIMS[3]), ("cache", CLAIMS[1]), ("captured", CLAIMS[2]),
+    ("norm", "parity with transformers, LLaVA")])
+def test_a_wrong_model_is_noticed(part, monkeypatch, broken, failed):
+    monkeypatch.setattr(correct, "DTYPES", (torch.float32,))
+    if broken == "pooling":  # guidance sees the answers
+        make = correct.make_batch
+        monkeypatch.setattr(correct, "make_batch", lambda *a: (
+            lambda batch: dataclasses.replace(batch, pool_id=batch.use_id))(make(*a)))
+    elif broken == "cache":  # a turn's weights are those of its first turn
+        monkeypatch.setattr(LayerCache, "keep", lambda self, weights, use_id: vars(
+            self).update(weights=tuple(w[:, :1] for w in self.weights or weights),
+                         use_id=use_id[:, -1:]))
+    elif broken == "captured":
+        step = correct.CapturedStep.__call__
+        monkeypatch.setattr(correct.CapturedStep, "__call__",
+                            lambda self, *a: step(self, *a).roll(1, -1))
+    else:
+        build = correct.build_theirs
+
+        def wrong(*a):
+            theirs = build(*a)
+            theirs.model.language_model.norm.weight.data[0] = 9
+            return theirs
+
+        monkeypatch.setattr(correct, "build_theirs", wrong)
+    assert failed in {row["what"] for row in part("correctness") if not row["ok"]}
+
+
+def test_the_fast_parts_yield_what_is_promised(part):
+    machine, = part("machine")
+    assert machine.keys() == {"device", "memory_gb", "versions", "commit", "copy_bandwidth",
+                              "matmul_rate"}
+    assert machine["versions"]["torch"] == torch.__version__
+    against = {"decode": ["eager", "transformers"], "prefill": ["transformers"] * 2,
+               "experts": ["no experts"] * 2, "static_cache": ["eager",
+                                                               "transformers, static cache"]}
+    for name, sides in against.items():
+        rows = part(name)
+        assert [row["theirs"]["name"] for row in rows] == sides
+        for row in rows:
+            check_row(row)
+            assert row["size"] == "tiny" and row["share"] > 0
+            assert ("tokens_per_s" in row) == row["unit"].endswith("token")
+
+
+def test_without_transformers_its_sides_are_null(part, monkeypatch, capsys):
+    find = gpu.importlib.util.find_spec
+    monkeypatch.setattr(gpu.importlib.util, "find_spec",
+                        lambda name: None if name == "transformers" else find(name))
+    assert part("machine")[0]["versions"]["transformers"] is None
+    assert [row["theirs"] and row["theirs"]["name"] for row in part("decode")] == ["eager"]
+    assert [row["theirs"] for row in part("prefill")] == [None, None]
+    assert [row["ok"] for row in part("correctness")][-3:] == [None] * 3
+    assert part("tests") == [{"what": "tests", "result": None}]
+    assert [row["theirs"] for row in part("loads")] == [None]
+    assert "left out: there is no transformers" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_script_measures_everything(tmp_path):
+    done = subprocess.run(["bash", os.path.join(HERE, "experiments", "gpu_check.sh"), "--device",
+                           "cpu", "--size", "tiny"], capture_output=True, text=True, timeout=500,
+                          env=os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    rows = {name: part["rows"] for name, part in found["parts"].items()}
+    assert {name: len(some) for name, some in rows.items()} == {
+        "machine": 1, "correctness": 18, "decode": 2, "prefill": 2, "toy": 6, "stages": 4,
+        "experts": 2, "tests": 1, "static_cache": 2, "loads": 4}
+    assert [row["case"] for row in rows["toy"]] == [*gpu.TOY, "all"]
+    assert rows["toy"][-1]["means"].keys() >= {"heldout", "shuffled", "experts_off"}
+    assert "passed" in rows["tests"][0]["result"]
+    for row in rows["stages"]:
+        assert row.keys() >= {"stage", "experts", "tokens_per_s", "mfu", "peak_gb", "foreseen_gb",
+                              "size", "micro_batch_size"}
 
 
 # ---- Pictures by other code

@@ -6,4 +6,6 @@
     inputs.py    pictures to pixels, conversations to ids
     loading.py   a checkpoint, sample.py's start
     stages.py    both stages of train.py
+
+And what ../gpu_check.py runs: gpu.py holds its parts, correct.py what must hold on every device.
 """

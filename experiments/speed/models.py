@@ -300,7 +300,7 @@ def usable(names, o):
 
 
 def measure(case, o):
-    """{name: seconds of each round}, of DECODED tokens for decode."""
+    """The seconds of `time_runs`, of a case's sides."""
     ours, *others = usable(case.names, o)
     first = shapes.build(ours, o)
     second = (shapes.build(others[0], o) if case.is_cost
@@ -308,6 +308,11 @@ def measure(case, o):
     models = {ours: first, **dict.fromkeys(others, second)}
     runs = {name: start(model, name, case, o) for name, model in models.items()}
     CHECKS[case.job](runs, models, case, o)
+    return time_runs(runs, case, o)
+
+
+def time_runs(runs, case, o):
+    """{name: seconds of each round} of a case's functions, of DECODED tokens for decode."""
     if case.job != "decode":
         return alternate(runs, o.rounds, o.device)
     calls = {(name, n): lambda run=run, n=n: run(n) for name, run in runs.items()

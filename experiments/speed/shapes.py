@@ -18,6 +18,7 @@ SHAPES = {  # CLIP and Llama
               LlamaConfig(512, 12, 8, 8, 1376, 32064, context=4096)),
     "1b": (VisionConfig(), LlamaConfig(1536, 10, 12, 12, 4096)),  # 0.5 billion weights
     "7b": (VisionConfig(), LlamaConfig(context=4096)),
+    "7b8": (VisionConfig(), LlamaConfig(depth=8, context=4096)),  # 8 of 7b's 32 blocks
     "13b": (VisionConfig(), LlamaConfig(5120, 40, 40, 40, 13824, context=4096)),
     "tiny": (VisionConfig(28, 14, 32, 2, 2, 64), LlamaConfig(32, 4, 4, 4, 64, 400)),  # for tests
 }

@@ -124,19 +124,24 @@ def summarise(o, stage, experts, log, text):
     return r
 
 
-def compare_training(o):
-    """Train both stages for some steps, without and with generated experts; print the measurements.
+def train_stages(o):
+    """Train both stages for some steps, without and with generated experts; yield what `summarise`
+    tells of each.
 
     A step has two micro-batches on each rank: gradients accumulate, as in larger steps.
     """
     world = torch.cuda.device_count() if o.device == "cuda" else 1
     write_data(o.out, 2 * world * rows_of(o) * o.steps)
     write_parts(o.out, o.size)
-    found = []
     for experts in ("none", "generated"):
         for stage in (1, 2):
-            found.append(summarise(o, stage, experts, *train_stage(o, stage, experts, world)))
+            yield summarise(o, stage, experts, *train_stage(o, stage, experts, world))
         shutil.rmtree(os.path.join(o.out, experts, "stage2"))  # 13 GB that are not needed
+
+
+def compare_training(o):
+    """The rows of `train_stages`; print what experts cost."""
+    found = list(train_stages(o))
     for without, ours in zip(found[:2], found[2:]):
         cost = without["tokens_per_s"] / ours["tokens_per_s"] - 1
         print(f"stage {without['stage']}: experts cost {cost:.1%} of the time")
