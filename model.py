@@ -134,7 +134,7 @@ class Batch:
 def attend(q, k, v, mask=None, causal=False, eager=False):
     """softmax(q k' / sqrt(K)) v for q float[B, H, T, K] and k, v float[B, kv_heads, T', K].
 
-    mask   bool[B, 1, T, T'], True where attention is allowed
+    mask   float[B, 1, T, T'], added to the scores: 0 where attention is allowed, elsewhere -inf
     eager  written out instead of the fused kernel: on a CPU in bf16, the fused kernel's backward
            pass takes four times as long (sequences of 130, torch 2.13). train.py sets it.
     """
@@ -144,12 +144,9 @@ def attend(q, k, v, mask=None, causal=False, eager=False):
     if k.shape[1] < H:
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     if causal:
-        mask = torch.ones(T, length, dtype=torch.bool, device=q.device).tril()
+        mask = q.new_full((T, length), float("-inf")).triu(1)
     # baddbmm adds the mask during the product. A masked_fill would copy all scores twice.
-    if mask is None:
-        bias = q.new_zeros(())
-    else:
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    bias = q.new_zeros(()) if mask is None else mask
     bias = bias.expand(B, H, T, length).flatten(0, 1)
     scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=K ** -0.5)
     return scores.view(B, H, T, length).softmax(-1) @ v
@@ -286,7 +283,7 @@ def rotate(x, cos, sin):
     Meta's own weights pair (2i, 2i + 1); Hugging Face permuted q_proj and k_proj so that the halves
     pair up instead. With K = 4: [a b c d] -> [a b c d] cos + [c d a b] [-sin -sin sin sin].
     """
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -422,6 +419,15 @@ class Cache:
                 layer.keys = F.pad(layer.keys, (0, 0, 0, room))
                 layer.values = F.pad(layer.values, (0, 0, 0, room))
 
+    def mask(self, positions):
+        """float[B, 1, T, end], see `attend`: tokens at int64[B, T] positions see those up to their
+        own.
+        """
+        slots = torch.arange(self.end, device=positions.device)
+        later = slots > positions[:, None, :, None]
+        return torch.zeros_like(later, dtype=self.layers[0].keys.dtype).masked_fill(
+            later, float("-inf"))
+
     def advance(self, T, new=None):
         """Positions int64[B, T] of the next T tokens; the first `new` int64[B] of them are real in
         each row (None: all).
@@ -431,8 +437,7 @@ class Cache:
         positions = self.lengths[:, None] + torch.arange(T, device=device)
         mask = None
         if start is None or (start > 0 and T > 1):
-            slots = torch.arange(self.end, device=device)
-            mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, end)
+            mask = self.mask(positions)
         for layer in self.layers:
             layer.start, layer.end, layer.positions, layer.mask = start, self.end, positions, mask
         self.lengths = self.lengths + (T if new is None else new)
@@ -478,7 +483,8 @@ class Llama(nn.Module):
 
     def forward(self, x, batch, cache=None):
         width = self.cfg.width // self.cfg.heads
-        cos, sin = rotary(self.positions(batch, cache), width, self.cfg.theta)
+        angles = rotary(self.positions(batch, cache), width, self.cfg.theta)
+        cos, sin = (values.to(x.dtype) for values in angles)
         guidance = None
         for n, block in enumerate(self.layers):
             if n == self.guidance_after and batch.pool_id is not None:

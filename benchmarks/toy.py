@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from benchmarks.ablation import experts_off, experts_swapped
 from data import encode_prompt, load_records, open_image, pixels
+from inference.prepare import ready_for_answers
 from sample import answer
 from toy.files import write_atomically
 from toy.questions import objects_in
 from toy.world import FAMILIES
-from weights import load
+from weights import load, pick_device
 
 BATCH = 128  # questions answered at once
 ROWS = {  # key in scores.json: name in the table
@@ -58,7 +59,7 @@ class Answerer:
     """A checkpoint that answers `PictureQuestion`s; each picture goes through the tower once."""
 
     def __init__(self, checkpoint, max_new_tokens=72):
-        checkpoint.model.eval()
+        ready_for_answers(checkpoint.model.eval().to(pick_device()))
         self.checkpoint, self.max_new_tokens = checkpoint, max_new_tokens
         self.features = {}  # name of a picture: float[N, C]
 

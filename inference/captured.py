@@ -22,14 +22,14 @@ class StaticCache(Cache):
         weight = model.llm.embed_tokens.weight
         super().__init__(model.cfg.llm, rows, weight.device, weight.dtype)
         self.reserve(slots)
+        self.end = slots
         self.new = torch.ones_like(self.lengths)  # 1: the row's token is real
 
     def advance(self, T, new=None):
         positions = self.lengths[:, None].clone()
-        slots = torch.arange(self.layers[0].keys.shape[2], device=positions.device)
-        mask = (slots <= positions[..., None])[:, None]
+        mask = self.mask(positions)
         for layer in self.layers:
-            layer.start, layer.end, layer.positions, layer.mask = None, len(slots), positions, mask
+            layer.start, layer.end, layer.positions, layer.mask = None, self.end, positions, mask
         self.lengths += self.new
         return positions
 

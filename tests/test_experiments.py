@@ -29,6 +29,7 @@ import experiments.ablate
 import experiments.bench
 import experiments.embeddings
 import experiments.gpu_check
+import experiments.growth
 import experiments.look
 import experiments.order
 import experiments.outsider
@@ -56,7 +57,7 @@ from tests.helpers import (batch_of, count_flops, dictated, EVERY, LAYOUT, LLAMA
                            segments, static, TOKENIZER, TURNS, VISION)
 from tests.helpers import look as look_pixels
 from tests.helpers import trained as randomly_trained
-from tests.programs import words_of
+from tests.programs import HERE, Program, words_of
 from training.costs import generated_weights, lora_weights
 from training.log import expert_shares
 from vlora import VLoRAConfig
@@ -1220,3 +1221,38 @@ def test_look_writes_its_picture(tmp_path, monkeypatch, capsys):
     experiments.look.run()
     assert Image.open(tmp_path / "a.png").width == 1200
     assert capsys.readouterr().out == f"wrote {tmp_path}/a.png\n"
+
+
+# ---- How cost grows
+
+
+def test_exponents_are_fitted_to_the_larger_half():
+    x = [1, 2, 4, 8, 16, 32]
+    assert experiments.growth.exponent(x, [5 + n ** 2 * (n > 2) for n in x]) == pytest.approx(
+        2, abs=0.1)
+    assert experiments.growth.exponent(x, [3 * n ** 0.5 for n in x]) == pytest.approx(0.5)
+    assert experiments.growth.exponent([1], [2.0]) is None
+
+
+def test_each_quantity_grows_alone_up_to_the_sizes_that_are_told():
+    for name, (values, base) in experiments.growth.AXES.items():
+        assert getattr(base, name) in values or name in ("positions", "rows")
+    point = dataclasses.replace(experiments.growth.AXES["turns"][1], turns=4, rows=2)
+    seen, real = [], experiments.growth.collate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments.growth, "collate", lambda *a: seen.append(real(*a)) or seen[-1])
+        experiments.growth.prepare(point)()
+    batch, = seen
+    assert batch.turns == 4 and batch.lengths.tolist() == [512, 512]
+    assert all(((batch.pool_id == turn).sum(1) > 0).all() for turn in range(4))
+
+
+@pytest.mark.slow
+def test_growth_draws_time_and_memory(tmp_path):
+    path = tmp_path / "new" / "growth.png"
+    done = Program("experiments/growth.py", "--out", path, "--rounds", 1, "--most", 2,
+                   PYTHONPATH=HERE).communicate()[0]
+    found = json.loads(done.splitlines()[-1])["found"]
+    assert path.exists() and set(found) == set(experiments.growth.AXES)
+    assert found["turns"]["x"] == [1, 2] and found["positions"]["x"] == []
+    assert all(size > 2**20 for size in found["rows"]["bytes"])

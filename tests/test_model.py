@@ -21,7 +21,8 @@ def test_plain_attention_is_the_fused_kernels(kv_heads, masked):
                t in ((4, T), (kv_heads, T + past), (kv_heads, T + past)))
     mask = torch.rand(2, 1, T, T + past) < 0.5
     mask[..., 0] = True
-    how = dict(mask=mask if masked == "mask" else None, causal=masked == "causal")
+    added = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    how = dict(mask=added if masked == "mask" else None, causal=masked == "causal")
     plain, fused = attend(q, k, v, eager=True, **how), attend(q, k, v, **how)
     assert plain.shape == (2, 4, T, 8) and torch.allclose(plain, fused, atol=1e-12)
     all_of_them = torch.ones(T, T, dtype=torch.bool)

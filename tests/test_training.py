@@ -932,7 +932,8 @@ def test_the_activations_of_a_block_are_what_autograd_keeps(eager, trains):
     keep = lambda t: kept.update({
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = block(x, *rotary(torch.arange(48)[None], 16, 10000.0))
+        angles = rotary(torch.arange(48)[None], 16, 10000.0)
+        out = block(x, *(values.bfloat16() for values in angles))
     real = sum(size for at, size in kept.items() if at not in own)
     batch = training.plan.MicroBatch(2, 48, 0, 0)
     foreseen = (training.plan.activations(cfg, batch, size=2, trains_llm=trains, eager=eager)
