@@ -101,7 +101,7 @@ class Expert(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        bound = self.encoder.in_features ** -0.5  # nn.Linear's
+        bound = self.encoder.in_features ** -0.5  # the range of nn.Linear's own values
         nn.init.uniform_(self.encoder.weight, -bound / self.scale, bound / self.scale)
         nn.init.uniform_(self.encoder.bias, -bound, bound)
         nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)

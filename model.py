@@ -388,6 +388,12 @@ class LayerCache:
         self.use_id = last.clamp(max=0)[:, None]          # 0 or -1
 
 
+def make_room(x, slots):
+    """float[B, kv_heads, slots, K], of x with fewer slots; an x with enough of them stays."""
+    more = slots - x.shape[2]
+    return F.pad(x, (0, 0, 0, more)) if more > 0 else x
+
+
 class Cache:
     """Keys, values and generated weights of all blocks. Row b has seen `lengths[b]` tokens.
 
@@ -396,7 +402,7 @@ class Cache:
 
     start  the position at which all rows stand; None: rows differ. A pass of rows that stand at the
            same position needs no index and, if it is the first or has one token, no mask
-    end    slots in use, at most
+    end    all tokens stand in the first `end` slots
     """
 
     def __init__(self, cfg, rows, device, dtype):
@@ -413,13 +419,11 @@ class Cache:
     def reserve(self, more):
         """Make room for `more` further tokens in each row; what is there stays."""
         self.rewind(self.lengths)
-        room = self.end + more - self.layers[0].keys.shape[2]
-        if room > 0:
-            for layer in self.layers:
-                layer.keys = F.pad(layer.keys, (0, 0, 0, room))
-                layer.values = F.pad(layer.values, (0, 0, 0, room))
+        for layer in self.layers:  # Ctrl-C may have come between two of them
+            layer.keys = make_room(layer.keys, self.end + more)
+            layer.values = make_room(layer.values, self.end + more)
 
-    def mask(self, positions):
+    def causal_mask(self, positions):
         """float[B, 1, T, end], see `attend`: tokens at int64[B, T] positions see those up to their
         own.
         """
@@ -437,7 +441,7 @@ class Cache:
         positions = self.lengths[:, None] + torch.arange(T, device=device)
         mask = None
         if start is None or (start > 0 and T > 1):
-            mask = self.mask(positions)
+            mask = self.causal_mask(positions)
         for layer in self.layers:
             layer.start, layer.end, layer.positions, layer.mask = start, self.end, positions, mask
         self.lengths = self.lengths + (T if new is None else new)

@@ -121,7 +121,6 @@ def answer(checkpoint, samples, visual, max_new_tokens, *, temperature=0.0, top_
     Runs on the model's device and in its dtype. In fp32, greedy answers are the same as
     without batching.
     """
-    choose_threads()
     batch, tokenizer = make_batch(samples, visual, checkpoint.model), checkpoint.tokenizer
     return generate(checkpoint.model, batch, max_new_tokens, tokenizer.eos, temperature=temperature,
                     top_p=top_p, generator=generator, vocab=tokenizer.vocab)
@@ -227,7 +226,8 @@ class Chat:
         Raises UserError as `prompt` does, and the conversation is as before.
         """
         sample, free = self.prompt(question)
-        choose_threads()
+        if self.cache.lengths.device.type == "cpu":
+            choose_threads()
         with self.batch_of(sample) as batch:
             self.cache.rewind(torch.full_like(self.cache.lengths, self.cached))  # after Ctrl-C
             if last := self.uncached():

@@ -13,9 +13,11 @@ finished.
 from cli import parse, UserError
 
 import os
-# Threads sleep soon while they wait. Beside another busy process a step is then ten times as fast,
-# and else as fast as without (docs/speed.md). OpenMP reads this when torch is imported
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if __name__ == "__main__":
+    # Threads sleep soon while they wait. Beside another busy process a step is then ten times as
+    # fast, and else as fast as without (docs/speed.md). GCC's OpenMP, which torch has on Linux,
+    # reads this when torch is imported
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import contextlib
 import dataclasses
@@ -430,7 +432,7 @@ def run():
                 run_stage(one, stage, mesh)
         progress.done(f"stage {stage}")
     if o.stage is None and rank_0:
-        toy.finish(o.out, progress.began)
+        toy.finish(o.out, progress.began, mesh.device_type)
 
 
 if __name__ == "__main__":

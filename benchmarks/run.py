@@ -24,6 +24,7 @@ from cli import check_numbers, MOST, UserError
 from formats.json_files import read_json_object, write_json
 from formats.lora import fingerprints
 from formats.xlsx import write_xlsx
+from inference.prepare import ready_for_answers
 from training.distributed import DistributedUserError, raise_on_all_ranks
 from weights import fast_dtype, load, pick_device
 
@@ -243,7 +244,7 @@ def evaluate(o):
     @functools.cache
     def load_once():
         checkpoint = load(o.model, getattr(torch, settings["dtype"]), base=o.base)
-        checkpoint.model.to(device).eval()
+        ready_for_answers(checkpoint.model.to(device).eval())
         return checkpoint
 
     for name in names:

@@ -25,7 +25,7 @@ from sample import answer
 from toy.files import write_atomically
 from toy.questions import objects_in
 from toy.world import FAMILIES
-from weights import load, pick_device
+from weights import load
 
 BATCH = 128  # questions answered at once
 ROWS = {  # key in scores.json: name in the table
@@ -56,10 +56,13 @@ def load_questions(folder, split):
 
 
 class Answerer:
-    """A checkpoint that answers `PictureQuestion`s; each picture goes through the tower once."""
+    """A checkpoint that answers `PictureQuestion`s; each picture goes through the tower once.
+
+    The checkpoint's model is made ready for answers: it cannot be trained any more.
+    """
 
     def __init__(self, checkpoint, max_new_tokens=72):
-        ready_for_answers(checkpoint.model.eval().to(pick_device()))
+        ready_for_answers(checkpoint.model.eval())
         self.checkpoint, self.max_new_tokens = checkpoint, max_new_tokens
         self.features = {}  # name of a picture: float[N, C]
 
@@ -132,14 +135,16 @@ def object_f1(questions, answers):
     return 2 * hits / max(1, predicted + actual)
 
 
-def score(model, folder, out, began, base=None):
+def score(model, folder, out, began, base=None, device="cpu"):
     """Score a toy checkpoint; write out/scores.json and out/gallery.png; print what came out.
 
     model   folder of the checkpoint; folder: of the world
     began   time.perf_counter() when the run began whose "seconds" are counted
     base    of a LoRA, see `weights.load`
+    device  cuda or cpu, where the model answers
     """
     checkpoint = load(model, base=base)
+    checkpoint.model.to(device)
     os.makedirs(out, exist_ok=True)
     answerer = Answerer(checkpoint)
     everything, splits = load_questions(folder, "heldout"), {}

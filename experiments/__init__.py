@@ -5,7 +5,7 @@
     report.py      scores, costs, Markdown and plots
     embeddings.py  what the guidance's embeddings tell about the question
     bench.py       speed of training, answering and loading; what it measures is in speed/
-    growth.py      how time and memory grow with sequence, turns, batch and rank
+    growth.py      how time and memory grow with positions, turns, rows, E and R
     gpu_check.py   all that only a GPU can tell, in nine minutes; started by gpu_check.sh
     outsider.py    scores on pictures drawn by other code
     processes.py   programs in processes of their own

@@ -1,6 +1,6 @@
 """How cost grows: `python -m experiments.growth` draws time and memory of a training step.
 
-One quantity grows at a time: positions of a row, turns of a row (of 512 positions), rows of a
+One quantity grows at a time: positions of a row, turns of a row (of 516 positions), rows of a
 batch, width E of the hypernetwork's embedding, rank R of the experts. The model is a Llama of
 256 x 4 with experts in its upper half, trained in fp32 with AdamW on a CPU. An exponent p says that
 the cost grows as x^p; it is fitted to the upper half of the points. Memory is what the second step
@@ -41,7 +41,7 @@ class Point:
 
 AXES = {  # quantity: (its values, the other sizes)
     "positions": ((64, 128, 256, 512, 1024, 2048, 4096), Point(rows=1)),
-    "turns": ((1, 2, 4, 8, 16, 32), Point(positions=512)),
+    "turns": ((1, 2, 4, 8, 16, 32), Point(positions=512 + VISION.tokens)),
     "rows": ((1, 2, 4, 8, 16, 32), Point()),
     "embed": ((8, 16, 32, 64, 128, 256, 512), Point()),
     "rank": ((2, 4, 8, 16, 32, 64, 128), Point())}

@@ -227,6 +227,7 @@ def look(checkpoint, image, questions, o, name="the model"):
     Raises UserError if the model, called `name`, has no experts or a question cannot be asked.
     """
     model, system = checkpoint.model, checkpoint.system
+    vars(model).pop("step", None)  # hooks do not see a captured step
     blocks = check(model, image, name)
     with (output_norms({n: model.llm.layers[n].expert for n in blocks}) as shift,
           output_norms({n: model.llm.layers[n].mlp for n in blocks}) as static):

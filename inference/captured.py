@@ -27,7 +27,7 @@ class StaticCache(Cache):
 
     def advance(self, T, new=None):
         positions = self.lengths[:, None].clone()
-        mask = self.mask(positions)
+        mask = self.causal_mask(positions)
         for layer in self.layers:
             layer.start, layer.end, layer.positions, layer.mask = None, self.end, positions, mask
         self.lengths += self.new
@@ -63,9 +63,11 @@ def move_out(cache):
 class CapturedStep:
     """Decoding steps of a VLM with static tensors; takes the place of `model.step`.
 
-    It is captured when the number of rows changes, when a cache needs more slots than there are,
-    and never else. The cache that it decodes for holds the static tensors themselves, so that its
-    next turn is written into them. Another cache takes them over; the one before keeps copies.
+    It is captured the first time, when the number of rows changes, and when a cache needs more
+    slots than there are. The cache that it decodes for holds the static tensors themselves, so that
+    its next turn is written into them. Another cache takes them over; the one before keeps copies.
+    They stay for as long as the model: a batch that follows has its prompts' cache beside them.
+    A replay calls no Python, so no hooks. The next step overwrites the logits that it returns.
     """
 
     def __init__(self, model):
@@ -90,7 +92,8 @@ class CapturedStep:
             move_out(self.owner())
         fits = self.cache is not None and len(self.cache.lengths) == rows
         if not fits or self.cache.layers[0].keys.shape[2] < slots:
-            self.prepare(cache, rows, -(-slots // SLOTS) * SLOTS)
+            self.cache = self.replay = self.logits = None  # frees what they hold
+            self.make_step(cache, rows, -(-slots // SLOTS) * SLOTS)
         for mine, theirs in zip(self.cache.layers, cache.layers):
             if theirs.keys is not mine.keys:
                 mine.keys[:, :, :slots] = theirs.keys
@@ -103,17 +106,21 @@ class CapturedStep:
         self.cache.lengths.copy_(cache.lengths)
         cache.lengths, self.owner = self.cache.lengths, weakref.ref(cache)
 
-    def prepare(self, cache, rows, slots):
-        """Make static tensors like those of `cache`, and capture the step that uses them."""
-        self.cache = StaticCache(self.model, rows, slots)
-        for mine, theirs in zip(self.cache.layers, cache.layers):
+    def make_step(self, cache, rows, slots):
+        """Make static tensors like those of `cache`, and capture the step that uses them.
+
+        `self.cache` is set last: Ctrl-C may come at any time.
+        """
+        static = StaticCache(self.model, rows, slots)
+        for mine, theirs in zip(static.layers, cache.layers):
             if theirs.weights is not None:
                 mine.weights = tuple(torch.zeros_like(w) for w in theirs.weights)
                 mine.use_id = torch.zeros_like(theirs.use_id)
         device = cache.lengths.device
-        self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
 
         def run():
-            self.logits = self.model(Batch(self.ids, None), self.cache)
+            self.logits = self.model(Batch(ids, None), static)
 
-        self.replay = capture(run, device)
+        self.replay, self.ids = capture(run, device), ids
+        self.cache = static

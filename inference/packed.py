@@ -4,6 +4,7 @@ For a few rows, as in decoding, F.linear reads a matrix at a third of the speed 
 EPYC, docs/speed.md); oneDNN's kernels on a packed matrix reach two thirds. `pack` replaces modules
 of a model in place. The results are those of model.py up to rounding. Next: captured.py, for GPUs.
 """
+import os
 import platform
 
 import torch
@@ -135,11 +136,21 @@ PACKED = {Attention: PackedAttention, MLP: PackedMLP, RMSNorm: PackedRMSNorm,
           VisionAttention: PackedVisionAttention, VisionMLP: PackedVisionMLP}
 
 
-def can_pack(dtype):
-    """Whether this machine has the kernels for a model of this dtype."""
+def has_kernels(dtype):
+    """Whether this machine has the kernels for a dtype."""
     x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
     return x86 and (dtype == torch.float32 or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def can_pack(model):
+    """Whether `pack` can and should be used: there are kernels, and the weights take less than a
+    third of the machine's memory. Mapped from a file, they would take none; packed, they do.
+    """
+    if not has_kernels(model.llm.embed_tokens.weight.dtype) or not hasattr(os, "sysconf"):
+        return False
+    size = sum(p.nbytes for p in model.parameters())
+    return size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3
 
 
 def pack_modules(module):
@@ -154,11 +165,11 @@ def pack_modules(module):
 
 
 def pack(model):
-    """Change a VLM of `can_pack`'s dtypes for inference on a CPU, in place; returns it.
+    """Change a VLM for inference on a CPU, in place; returns it. A packed model stays as it is.
 
     It cannot be trained or saved any more.
     """
     pack_modules(model)
-    if model.llm.lm_head is not None:
+    if type(model.llm.lm_head) is nn.Linear:
         model.llm.lm_head = pack_linear(model.llm.lm_head)
     return model

@@ -1,19 +1,25 @@
 """How many threads of a CPU to use, by a measurement: another process may need the cores.
 
 OpenMP's threads wait for each other after every product. If the core of one of them is taken, all
-others wait for it, and a token can take twenty times as long as with one thread (docs/speed.md).
+others wait for it, and a token can take ten times as long as with one thread (docs/speed.md).
 """
-import math
+import functools
 import time
 
 import torch
 
 PRODUCTS = 8  # in a measurement, of 32 x 1024 and 1024 x 1024: a few milliseconds
-most = {}     # "threads": as torch or the user chose them
+SLOWER = 1.5  # times one thread's time: then so many threads wait for each other
 
 
-def seconds(threads, limit=math.inf):
-    """The time of PRODUCTS products with so many threads; of fewer, if they exceed the limit."""
+@functools.cache
+def all_threads():
+    """The number of threads that torch or the user chose: asked once, before it is changed."""
+    return torch.get_num_threads()
+
+
+def time_products(threads, limit=float("inf")):
+    """Seconds of PRODUCTS products with so many threads; it stops when they exceed the limit."""
     x, w = torch.ones(32, 1024), torch.ones(1024, 1024)
     torch.set_num_threads(threads)
     x @ w  # starts the threads
@@ -26,16 +32,13 @@ def seconds(threads, limit=math.inf):
 
 
 def choose_threads():
-    """Set torch's number of threads: 1, 2, 4, ... or all, as long as more of them are faster.
+    """Set torch's number of threads: all; if they are slower than one, a half, a quarter, ... 1.
 
-    Takes about 10 ms, so that it can be called before each answer.
+    Takes about 10 ms, so that a chat can call it before each answer.
     """
-    threads, all_threads = 1, most.setdefault("threads", torch.get_num_threads())
-    best = seconds(threads) if all_threads > 1 else 0.0
-    while threads < all_threads:
-        more = min(2 * threads, all_threads)
-        spent = seconds(more, best)
-        if spent >= best:
-            break
-        threads, best = more, spent
-    torch.set_num_threads(threads)
+    threads = all_threads()
+    if threads > 1:
+        limit = SLOWER * time_products(1)
+        while threads > 1 and time_products(threads, limit) > limit:
+            threads //= 2
+        torch.set_num_threads(threads)

@@ -351,3 +351,11 @@ def test_every_task_runs_on_two_ranks_as_on_one(run, root, tmp_path):
     for name in one:
         assert one[name].pop("options")["out"] != two[name].pop("options")["out"]
         assert {**one[name], "seconds": 0} == {**two[name], "seconds": 0}
+
+
+def test_the_model_is_made_ready_for_answers_once(run, tmp_path, monkeypatch):
+    ready, real = [], evaluation.evaluate.__globals__["ready_for_answers"]
+    monkeypatch.setitem(evaluation.evaluate.__globals__, "ready_for_answers",
+                        lambda model: ready.append(model) or real(model))
+    assert run("--task=scienceqa", f"--out={tmp_path}")[0] == 0
+    assert len(ready) == 1

@@ -1236,15 +1236,16 @@ def test_exponents_are_fitted_to_the_larger_half():
 
 def test_each_quantity_grows_alone_up_to_the_sizes_that_are_told():
     for name, (values, base) in experiments.growth.AXES.items():
-        assert getattr(base, name) in values or name in ("positions", "rows")
-    point = dataclasses.replace(experiments.growth.AXES["turns"][1], turns=4, rows=2)
+        assert list(values) == sorted(values)
     seen, real = [], experiments.growth.collate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments.growth, "collate", lambda *a: seen.append(real(*a)) or seen[-1])
-        experiments.growth.prepare(point)()
-    batch, = seen
-    assert batch.turns == 4 and batch.lengths.tolist() == [512, 512]
-    assert all(((batch.pool_id == turn).sum(1) > 0).all() for turn in range(4))
+        turns, base = experiments.growth.AXES["turns"]
+        for n in turns:
+            experiments.growth.prepare(dataclasses.replace(base, turns=n, rows=1))
+    for n, batch in zip(turns, seen, strict=True):
+        assert batch.turns == n and batch.lengths.tolist() == [516]
+        assert all((batch.pool_id == turn).any() for turn in range(n))
 
 
 @pytest.mark.slow

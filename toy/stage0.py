@@ -65,14 +65,15 @@ class Progress:
                   f"about {left / 60:.0f} min left", file=sys.stderr)
 
 
-def finish(out, began):
+def finish(out, began, device):
     """Draw OUT/curves.png and score OUT/stage2 on OUT/world, as eval.py does.
 
-    began  time.perf_counter() at the start of the run
+    began   time.perf_counter() at the start of the run
+    device  cuda or cpu, where the model answers
     """
     from training.curves import plot, read_runs  # only here: training itself needs no matplotlib
     try:
         plot(read_runs([out]), os.path.join(out, "curves.png"))
     except UserError as error:  # a log that is gone or damaged
         print(f"warning: no curves.png: {error}", file=sys.stderr)
-    score(os.path.join(out, "stage2"), os.path.join(out, "world"), out, began)
+    score(os.path.join(out, "stage2"), os.path.join(out, "world"), out, began, device=device)

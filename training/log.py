@@ -112,7 +112,7 @@ def output_norms(parts):
     norms, handles = {name: [] for name in parts}, []
     for name, part in parts.items():
         def note(module, inputs, out, found=norms[name]):
-            found.append(out.float().norm(dim=-1))
+            found.append(out.float().norm(dim=-1).cpu())
 
         handles.append(part.register_forward_hook(note))
     try:
