@@ -347,7 +347,7 @@ class Block(nn.Module):
         if self.expert is None:
             return x + self.mlp(y)
         if guidance is None:
-            weights, use_id = layer_cache.weights, layer_cache.use_id
+            weights, use_id = layer_cache.weights, None
         else:
             g, use_id, hypernet = guidance
             weights = self.expert.weights(g, hypernet)  # made here to save memory in training
@@ -362,7 +362,7 @@ class LayerCache:
 
     def __init__(self, keys, values):
         self.keys, self.values = keys, values  # (B, kv_heads, slots, K), preallocated
-        self.weights = self.use_id = None      # (B, 1, 2R, D), (B, 1, R, D); int64[B, 1]
+        self.weights = None                    # (B, 1, 2R, D), (B, 1, R, D)
         # Set for each pass by Cache.advance
         self.start = self.end = self.positions = self.mask = None
 
@@ -379,13 +379,14 @@ class LayerCache:
 
     def keep(self, weights, use_id):
         """Keep the weights of the latest turn of each row: all tokens to come belong to that turn.
+        A row that uses no expert keeps zeros for the last matrix, so its shift is zero.
         """
         last = use_id.amax(1)                             # (B,)  -1: the row uses no expert
         rows = torch.arange(len(last), device=last.device)
-        self.weights = tuple(
+        *others, up = (
             w.expand(len(last), *w.shape[1:])[rows, last.clamp(0, w.shape[1] - 1)][:, None]
             for w in weights)
-        self.use_id = last.clamp(max=0)[:, None]          # 0 or -1
+        self.weights = *others, up.masked_fill((last < 0)[:, None, None, None], 0)
 
 
 def make_room(x, slots):

@@ -56,7 +56,6 @@ def move_out(cache):
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         if layer.weights is not None:
             layer.weights = tuple(w.clone() for w in layer.weights)
-            layer.use_id = layer.use_id.clone()
     cache.lengths = cache.lengths.clone()
 
 
@@ -100,9 +99,9 @@ class CapturedStep:
                 mine.values[:, :, :slots] = theirs.values
                 theirs.keys, theirs.values = mine.keys, mine.values
             if mine.weights is not None:
-                for w, new in zip((*mine.weights, mine.use_id), (*theirs.weights, theirs.use_id)):
+                for w, new in zip(mine.weights, theirs.weights):
                     w.copy_(new)
-                theirs.weights, theirs.use_id = mine.weights, mine.use_id
+                theirs.weights = mine.weights
         self.cache.lengths.copy_(cache.lengths)
         cache.lengths, self.owner = self.cache.lengths, weakref.ref(cache)
 
@@ -115,7 +114,6 @@ class CapturedStep:
         for mine, theirs in zip(static.layers, cache.layers):
             if theirs.weights is not None:
                 mine.weights = tuple(torch.zeros_like(w) for w in theirs.weights)
-                mine.use_id = torch.zeros_like(theirs.use_id)
         device = cache.lengths.device
         ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
 

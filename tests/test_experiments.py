@@ -890,8 +890,7 @@ def test_a_wrong_model_is_noticed(part, monkeypatch, broken, failed):
             lambda batch: dataclasses.replace(batch, pool_id=batch.use_id))(make(*a)))
     elif broken == "cache":  # a turn's weights are those of its first turn
         monkeypatch.setattr(LayerCache, "keep", lambda self, weights, use_id: vars(
-            self).update(weights=tuple(w[:, :1] for w in self.weights or weights),
-                         use_id=use_id[:, -1:]))
+            self).update(weights=tuple(w[:, :1] for w in self.weights or weights)))
     elif broken == "captured":
         step = correct.CapturedStep.__call__
         monkeypatch.setattr(correct.CapturedStep, "__call__",

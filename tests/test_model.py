@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import attend, Attention, generate, RMSNorm, sample_token
+from hypernet import Expert, HyperNetwork
+from model import attend, Attention, generate, LayerCache, RMSNorm, sample_token
 from tests.helpers import (batch_of, close, conversations, EVERY, LLAMA, logits_of, new_weights,
                            pictures, prompts, trained, whole_batch)
 
@@ -96,3 +97,17 @@ def test_tokens_are_drawn_as_often_as_their_renormalised_probability_in_the_nucl
     assert ((found > 0) == (expected > 0)).all() and (
         found - expected).abs().max() < 4 * 0.5 / n ** 0.5
     assert (sample_token(logits.expand(3, -1), 0, top_p) == 3).all()
+
+
+def test_a_row_that_uses_no_expert_goes_on_without_a_shift():
+    expert, network = Expert(8, 8, 8, 4, 2), HyperNetwork(8, 8, 4, 2)
+    for up in (expert.up, network.up.weight):
+        torch.nn.init.normal_(up)
+    weights = expert.weights(torch.randn(3, 2, 8), network)
+    cache = LayerCache(None, None)
+    cache.keep(weights, torch.tensor([[0, 1, 1], [-1, -1, -1], [0, 0, -1]]))
+    x = torch.randn(3, 1, 8)
+    shift = expert(x, cache.weights)
+    assert torch.allclose(shift[0], expert(x, weights, torch.ones(3, 1, dtype=torch.int64))[0])
+    assert torch.allclose(shift[2], expert(x, weights, torch.zeros(3, 1, dtype=torch.int64))[2])
+    assert shift[1].eq(0).all() and shift[[0, 2]].abs().max() > 0.01
