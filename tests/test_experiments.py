@@ -811,8 +811,9 @@ def test_bench_trains_both_stages_with_experts_and_without(tmp_path, capsys, mon
 
 ROW = "import json; print('words'); print(json.dumps({'what': 'x', 'ok': True}), flush=True); "
 PARTS = {  # what a part's process runs, and what is told of its error
-    "good": ("pass", None), "fails": ("import atexit, sys; atexit.register(lambda: print('a warning', file=sys.stderr)); "
-                     "raise ValueError('no such kernel')", "ValueError: no such kernel"),
+    "good": ("pass", None),
+    "fails": ("import atexit, sys; atexit.register(lambda: print('a warning', file=sys.stderr)); "
+              "raise ValueError('no such kernel')", "ValueError: no such kernel"),
     "refuses": ("import sys; sys.exit('error: --x 3')", "error: --x 3"),
     "hangs": ("import subprocess; subprocess.run(['sleep', '50'])", "took longer than 1 s"),
     "last": ("\nwhile open({json!r}).read().count('what') < 5: pass", None)}  # written row by row

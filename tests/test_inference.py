@@ -12,20 +12,19 @@ import benchmarks.toy
 import sample
 import weights
 from data import Preprocess
-from inference import threads
+from inference import captured, threads
 from inference.captured import CapturedStep
-from inference import captured
-from inference.packed import (has_kernels, pack, PackedAttention, PackedLinear,
-                              PackedMLP)
+from inference.packed import has_kernels, pack, PackedAttention, PackedLinear, PackedMLP
 from inference.prepare import ready_for_answers
 from model import generate, stream
 from sample import Chat
-from tests.helpers import (by_steps, close, conversations, dictated, KINDS, LAYOUT, LLAMA, logits_of,
-                           noise, prompts, PROMPTS, TOKENIZER, trained, VISION, whole_batch)
+from tests.helpers import (by_steps, close, conversations, dictated, KINDS, LAYOUT, LLAMA,
+                           logits_of, noise, prompts, PROMPTS, TOKENIZER, trained, VISION,
+                           whole_batch)
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 needs_kernels = pytest.mark.skipif(not has_kernels(torch.float32), reason="needs oneDNN on x86")
-needs_bf16 = pytest.mark.skipif(not has_kernels(torch.bfloat16), reason="needs bf16 in oneDNN on x86")
+needs_bf16 = pytest.mark.skipif(not has_kernels(torch.bfloat16), reason="needs bf16 in oneDNN")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))]
 
