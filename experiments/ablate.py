@@ -25,7 +25,8 @@ from cli import check_numbers, main, MOST, parse, UserError
 from experiments.embeddings import plot_embeddings
 from experiments.processes import Jobs
 from experiments.report import draw, markdown, table_rows
-from experiments.tables import LLAVA, NO_EXPERTS, row_folder, row_name, TABLES
+from experiments.tables import (LLAVA, NO_EXPERTS, row_folder, row_name, scores_file, splits_of,
+                                steps_of, TABLES)
 from formats.json_files import read_json, read_json_list
 from toy.files import write_atomically, write_dialect, write_unseen
 from toy.stage0 import make_world
@@ -52,6 +53,7 @@ class Options:
     pictures: int = 16000      # of the base's world
     jobs: int = os.cpu_count() or 1  # rows trained at a time, which share the processor's cores
     allow_random_llm: bool = False  # as in train.py, for a quick try
+    validate: bool = False     # score the validation pictures only, to choose steps and seeds
     score: str | None = None   # only score the row in this folder (internal)
 
     def __post_init__(self):
@@ -116,12 +118,13 @@ def tune(jobs, o, row, seed):
     """Stage 2 of a row, and its scores."""
     folder, table = row_folder(o, row, seed), TABLES[o.table]
     start = (tuned_folder(o), 2) if table.tuned else (stage_1_folder(o, row, seed), 1)
-    options = {"init": folder_of(*start), "data": data_file(o, table.data, o.steps),
-               "steps": o.steps, "seed": seed}
+    steps = steps_of(o, row)
+    options = {"init": folder_of(*start), "data": data_file(o, table.data, steps),
+               "steps": steps, "seed": seed}
     run_stage(jobs, o, 2, folder, options | row.options)
-    if not os.path.exists(os.path.join(folder, "scores.json")):
+    if not os.path.exists(scores_file(o, folder)):
         words = ("--score", folder, "--table", o.table, "--base", o.base)
-        jobs.run(folder, "experiments.ablate", *words)
+        jobs.run(folder, "experiments.ablate", *words, *["--validate"] * o.validate)
 
 
 def tune_llava(jobs, o):
@@ -134,17 +137,17 @@ def tune_llava(jobs, o):
 
 
 def score(o):
-    """Answer the table's questions with the row in the folder --score; write its scores.json."""
+    """Answer the table's questions with the row in the folder --score; write its scores."""
     answer = Answerer(load(os.path.join(o.score, "stage2")), max_new_tokens=16)
     scores = {}
-    for split in TABLES[o.table].splits:
+    for split in splits_of(o):
         questions = load_questions(os.path.join(o.base, "world"), split)
         questions = [q for q in questions if q.family != "caption"]
         answers = answer(questions, split)
         scores[split] = exact(questions, answers) | {
             "right": [[q.family, os.path.basename(q.image), int(q.answer == a)]
                       for q, a in zip(questions, answers)]}
-    write_atomically(os.path.join(o.score, "scores.json"), {"splits": scores})
+    write_atomically(scores_file(o, o.score), {"splits": scores})
 
 
 # ---- The base of all rows
@@ -165,7 +168,8 @@ def prepare(jobs, o):
                      "--pictures", o.pictures, *resume(folder_of(o.base, 0, part)))
     write_unseen(folder, side=VISION.image_size, pictures=min(100, o.pictures))
     write_dialect(folder)
-    for data, steps in (("captions", o.align), (table.data, o.steps), ("instruct", table.tuned)):
+    needed = {(table.data, steps_of(o, row)) for row in table.rows}
+    for data, steps in (("captions", o.align), ("instruct", table.tuned), *needed):
         records = read_json_list(os.path.join(folder, f"{data}.json"))
         records = records[:steps * PRESETS["toy"][2]["batch_size"]]
         if records:
@@ -206,7 +210,7 @@ def check_base(o):
 def train_in_pool(pool, jobs, o):
     """Train all rows, seed by seed; a line on standard error for each that is finished."""
     table, began = TABLES[o.table], time.perf_counter()
-    rows = {row_name(row.options): row for row in table.rows}.values()
+    rows = {row_folder(o, row, 0): row for row in table.rows}.values()
     work = [(row, seed) for seed in range(o.seeds) for row in rows]
     if table.tuned:
         tune_llava(jobs, o)
@@ -246,11 +250,12 @@ def make_table(o):
                             "let it end, or name another --out")
         train_rows(o)
     rows, seconds = table_rows(o), time.perf_counter() - began
-    write_atomically(os.path.join(o.out, f"table_{o.table}.json"), {
+    path = os.path.join(o.out, f"table_{o.table}" + "_validation" * o.validate)
+    write_atomically(f"{path}.json", {
         "title": table.title, "options": dataclasses.asdict(o), "seconds": seconds, "rows": rows})
     print(f"{table.title}; {o.seeds} seeds, {o.steps} steps, {seconds:.0f} s\n\n"
           f"{markdown(table, rows)}", flush=True)
-    draw(table, rows).savefig(os.path.join(o.out, f"table_{o.table}.png"), dpi=100)
+    draw(table, rows).savefig(f"{path}.png", dpi=100)
 
 
 def run():

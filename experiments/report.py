@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from cli import UserError
 from data import collate, encode_prompt
 from experiments.processes import read_log
-from experiments.tables import row_folder, TABLES
+from experiments.tables import row_folder, scores_file, splits_of, TABLES
 from formats.json_files import read_json
 from model import stream
 from train import freeze, TRAINS
@@ -23,7 +23,7 @@ from training.costs import forward_flops, generated_weights, token_flops
 from weights import load
 
 # Student's t for so many seeds, two-sided 95 %
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 # ---- Costs
@@ -130,18 +130,18 @@ def table_rows(o):
     """The options, costs and scores of each row of the table, list[dict]."""
     table = TABLES[o.table]
     folders = [[row_folder(o, row, seed) for seed in range(o.seeds)] for row in table.rows]
-    runs = [[read_json(os.path.join(f, "scores.json")) for f in seeds] for seeds in folders]
+    runs = [[read_json(scores_file(o, f)) for f in seeds] for seeds in folders]
     rows = []
     for row, seeds, of_row, cost in zip(table.rows, runs, folders, measure_costs(o)):
-        splits = {s: [run["splits"][s] for run in seeds] for s in table.splits}
-        first = splits[table.splits[0]]
+        splits = {s: [run["splits"][s] for run in seeds] for s in splits_of(o)}
+        first, *_ = splits.values()
         rows.append({
             "name": row.name, "options": row.options, "paper": row.paper,
             "costs": cost | training_costs(of_row),
             "families": {f: mean_and_spread([100 * run["families"][f] for run in first])
                          for f in first[0]["families"]},
             "means": {s: mean_and_spread([100 * run["mean"] for run in splits[s]]) for s in splits},
-            "difference": {s: difference(seeds, runs[table.reference], s) for s in table.splits}})
+            "difference": {s: difference(seeds, runs[table.reference], s) for s in splits}})
     return rows
 
 
@@ -164,7 +164,7 @@ def with_spread(value):
 
 def markdown(table, rows):
     """The scores and the costs of a table's rows as two Markdown tables."""
-    first, *others = table.splits
+    first, *others = rows[0]["means"]
     families = list(rows[0]["families"]) if len(rows[0]["families"]) > 1 else []
     over_seeds = ", over seeds" if rows[0]["difference"][first][2] is not None else ""
     head = ["row", *table.columns, *families, f"**{first}**", *others,
@@ -223,7 +223,7 @@ def plot_bars(axes, rows, split):
 def draw(table, rows):
     """A matplotlib figure of the scores, with the spread over seeds."""
     figure = Figure((11, 4), layout="tight")
-    axes, split = figure.add_subplot(), table.splits[0]
+    axes, split = figure.add_subplot(), [*rows[0]["means"]][0]
     if table.axis:
         plot_curves(axes, table, rows, split)
     else:

@@ -13,6 +13,7 @@ class Row:
     name: str                                    # as in the paper
     options: dict = field(default_factory=dict)  # of train.py
     paper: tuple = ()                            # the paper's figures for Table.columns
+    times: int = 1                               # stage 2 has so many times --steps
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,12 @@ TABLES = {
         Row("Language Expert", PEFT, (62.5, 70.4, 58.1, 85.9, 1486.0)))),
     "experts": Table("one expert, both, or as many static parameters", (
         LLAVA, Row("E_V", {"language_expert": "none"}), Row("E_L", {"visual_expert": "none"}), Row("both", {}),
+        Row("both static, of equal operations", {"weight_source": "static", "expert_rank": 20}),
         Row("both static, of equal parameters", {"weight_source": "static", "expert_rank": 185})), reference=3, columns=()),
     "vlora": Table("pictures as tokens or as weights", (
         Row("LLaVA", NO_EXPERTS, (64.6, 1470.0, 67.7, 27.4, 33.8, 25.3)),  # aligned, as VLoRA is, on CapsFusion
-        Row("VLoRA", vlora(), (63.4, 1311.3, 66.4, 26.4, 36.0, 28.6))), reference=0, columns=VLORA),
+        Row("VLoRA", vlora(), (63.4, 1311.3, 66.4, 26.4, 36.0, 28.6)),
+        Row("VLoRA, 6 x the steps", vlora(), (63.4, 1311.3, 66.4, 26.4, 36.0, 28.6), times=6)), reference=0, columns=VLORA),
     "dialect": Table("a map that the question names", (
         Row("Adapter", PEFT | {"weight_source": "static"}),
         Row("Adapter, equal parameters", PEFT | {"weight_source": "static", "expert_rank": 150}),
@@ -99,7 +102,24 @@ def row_name(options):
     return ",".join(f"{k}={v}" for k, v in sorted(options.items())) or "ours"
 
 
+def steps_of(o, row):
+    """The steps of a row's stage 2."""
+    return o.steps * row.times
+
+
 def row_folder(o, row, seed):
     """Where stage 2 of a row is trained."""
-    folder = f"{TABLES[o.table].data}_{o.align}_{o.steps}"
+    folder = f"{TABLES[o.table].data}_{o.align}_{steps_of(o, row)}"
     return os.path.join(o.out, folder, row_name(row.options), f"seed{seed}")
+
+
+def splits_of(o):
+    """The test sets that the rows are scored on; the first one counts."""
+    if not o.validate:
+        return TABLES[o.table].splits
+    return ("validation_dialect" if TABLES[o.table].data == "dialect" else "validation",)
+
+
+def scores_file(o, folder):
+    """Where the scores of the row in `folder` are."""
+    return os.path.join(folder, "validation.json" if o.validate else "scores.json")

@@ -28,6 +28,7 @@ from PIL import Image
 import experiments.ablate
 import experiments.bench
 import experiments.embeddings
+import experiments.forest
 import experiments.gpu_check
 import experiments.growth
 import experiments.look
@@ -58,7 +59,8 @@ from tests.helpers import (batch_of, count_flops, dictated, EVERY, LAYOUT, LLAMA
 from tests.helpers import look as look_pixels
 from tests.helpers import trained as randomly_trained
 from tests.programs import HERE, Program, words_of
-from training.costs import generated_weights, lora_weights
+from training.costs import forward_flops, generated_weights, lora_weights, token_flops
+from training.curves import read_log
 from training.log import expert_shares
 from vlora import VLoRAConfig
 
@@ -113,7 +115,7 @@ def test_rows_of_a_table_differ(table):
     """In what they make, not in how it is said: an option that names a default would train the same
     row twice.
     """
-    made = [(config(row.options), row.options.get("tune")) for row in TABLES[table].rows]
+    made = [(config(row.options), row.options.get("tune"), row.times) for row in TABLES[table].rows]
     alike = sum(made[i] == made[j] for i in range(len(made)) for j in range(i))
     assert alike == (table == "fig4")  # where both curves meet
 
@@ -165,6 +167,16 @@ def test_rows_of_equal_parameters_have_them():
     assert rows["Adapter"] < 0.8 * rows["generated"]
     whole = {row.name: count(config(row.options)) for row in TABLES["experts"].rows}
     assert whole["both static, of equal parameters"] == pytest.approx(whole["both"], rel=0.01)
+
+
+def test_rows_of_equal_operations_have_them():
+    """For a question of usual length; a further token costs a little more with static experts."""
+    rows = {row.name: config(row.options) for row in TABLES["experts"].rows}
+    prompt = {name: sum(forward_flops(cfg, 30, at=1).values()) for name, cfg in rows.items()}
+    equal = "both static, of equal operations"
+    assert prompt[equal] == pytest.approx(prompt["both"], rel=5e-4)
+    assert prompt["both static, of equal parameters"] > 1.05 * prompt["both"]
+    assert token_flops(rows[equal], 80) == pytest.approx(token_flops(rows["both"], 80), rel=0.005)
 
 
 def test_generated_numbers_are_those_of_the_weights():
@@ -276,6 +288,29 @@ def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns
     assert (tmp_path / "x.png").stat().st_size > 5000
 
 
+def table_file(folder, name, gains):
+    """A table_N.json in which each row has this difference to the reference, and its intervals."""
+    rows = [{"name": row.name, "difference": {"heldout": gain, "grounds": (9.0, 9.0, 9.0)}}
+            for row, gain in zip(TABLES[name].rows, gains)]
+    toy.files.write_atomically(folder / f"table_{name}.json", {"rows": rows})
+
+
+def test_the_picture_of_all_tables_has_a_line_for_each_row_but_the_reference(tmp_path):
+    with pytest.raises(UserError, match="no table_N.json"):
+        experiments.forest.draw(str(tmp_path))
+    table_file(tmp_path, "3", [(-1.0, 0.5, 2.0), (1.0, 0.5, 2.0), (0.0, 0.5, None), (0, 0, 0)])
+    table_file(tmp_path, "vlora", [(0, 0, 0), (-20.0, 1.0, 3.0), (-5.0, 1.0, 3.0)])
+    small, large = experiments.forest.draw(str(tmp_path)).axes
+    for axes, rows, gains in ((small, TABLES["3"].rows[:3], [-1, 1, 0]),
+                              (large, TABLES["vlora"].rows[1:], [-20, -5])):
+        labels = [text.get_text() for text in axes.get_yticklabels()]
+        assert labels == ["", *(row.name for row in rows)]
+        marks = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+        assert marks == gains
+    spans = [tuple(line.get_xdata()) for line in small.lines if line.get_marker() != "o"]
+    assert spans == [(-3, 1), (-1.5, -0.5), (-1, 3), (0.5, 1.5), (-0.5, 0.5), (0, 0)]
+
+
 def test_a_probe_reads_what_is_there_and_no_more():
     rng = np.random.default_rng(0)
     families, images = [str(f) for f in rng.integers(4, size=2000)], [f"{i // 4:04}.png"
@@ -295,6 +330,8 @@ def test_the_dialect_has_one_right_answer_for_each_step(tmp_path):
     toy.files.write_dialect(tmp_path)
     training, test = (json.load(open(tmp_path / f))
                       for f in ("dialect.json", "heldout_dialect.json"))
+    validation = json.load(open(tmp_path / "validation_dialect.json"))
+    assert validation and all(r["image"].startswith("validation_") for r in validation)
     captions = {r["image"]: r["conversations"][1]["value"]
                 for r in json.load(open(tmp_path / "captions.json"))}
     assert 5 < len(training) < 30 and len(test) % len(toy.questions.STEPS) == 0 and {
@@ -376,7 +413,9 @@ def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
     assert process.returncode == 0, error[-2000:]
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     found = json.load(open(tmp_path / "table_vlora.json"))
-    assert [row["name"] for row in found["rows"]] == ["LLaVA", "VLoRA"]
+    assert [row["name"] for row in found["rows"]] == ["LLaVA", "VLoRA", "VLoRA, 6 x the steps"]
+    assert found["rows"][2]["costs"]["trained"] == found["rows"][1]["costs"]["trained"]
+    assert len(read_log(tmp_path / "instruct_2_18/method=vlora/seed0/stage2/log.jsonl")[0]) == 18
     assert (tmp_path / "table_vlora.png").exists()
     assert "| LLaVA | 64.6 | 1470.0 |" in text and text.count("\n| VLoRA |") == 2
     for row in found["rows"]:
@@ -387,6 +426,11 @@ def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
     assert process.communicate(timeout=120)[0].count("\n| VLoRA |") == 2
     assert {path: path.stat().st_mtime_ns
             for path in tmp_path.glob("**/model.safetensors")} == before
+
+    scores = {path: path.read_bytes() for path in tmp_path.glob("instruct*/*/*/scores.json")}
+    text, error = start(base, tmp_path, "--table", "vlora", "--validate").communicate(timeout=200)
+    assert "**validation**" in text and "heldout" not in text, error[-2000:]
+    assert scores == {path: path.read_bytes() for path in scores} and len(scores) == 6
 
 
 class Here(experiments.ablate.Jobs):

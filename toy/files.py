@@ -168,12 +168,13 @@ def write_unseen(folder, seed=0, side=56, pictures=100):
 
 
 def write_dialect(folder, seed=0):
-    """Add dialect.json and heldout_dialect.json to a world: each of STEPS, asked about letters.
+    """Add dialect.json, heldout_dialect.json and validation_dialect.json to a world: each of STEPS,
+    asked about letters.
 
-    A training picture has one conversation; a held-out one single questions, as in all test sets.
+    A training picture has one conversation; the others single questions, as in all test sets.
     """
     folder, rng = pathlib.Path(folder), np.random.default_rng([seed, 7])
-    for prefix in ("", "heldout_"):
+    for prefix in ("", "heldout_", "validation_"):
         rows = []
         for row in json.loads((folder / f"{prefix}captions.json").read_text()):
             letter = re.search("the letter ([A-Z])", row["conversations"][1]["value"])

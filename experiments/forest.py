@@ -1,0 +1,84 @@
+"""All tables of ablate.py in one picture: `python -m experiments.forest --out assets/tables.png`.
+
+A line for each row: how much better it answers than its table's reference, with both intervals of
+95 %. It reads the table_N.json that ablate.py wrote.
+"""
+import os
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from cli import main, parse, UserError
+from experiments.tables import TABLES
+from formats.json_files import read_json
+
+# Tables whose differences share an axis: small ones, large ones
+PANELS = (("2", "3", "5", "6", "fig3", "experts"), ("dialect", "vlora"))
+
+
+@dataclass
+class Options:
+    """Draw the differences of all finished tables of ablate.py with their intervals."""
+    tables: str = "out/ablate"           # folder of the tables, the --out of ablate.py
+    out: str = "out/ablate/tables.png"   # the picture
+
+
+def read_tables(folder, names):
+    """{name: rows of the table} of those that are in the folder, see report.table_rows."""
+    paths = {name: os.path.join(folder, f"table_{name}.json") for name in names}
+    return {name: read_json(p)["rows"] for name, p in paths.items() if os.path.exists(p)}
+
+
+def lines_of(tables):
+    """[(label, difference, half over questions, half over seeds or None)], top to bottom; one of
+    (title of a table, None, None, None) before its rows."""
+    lines = []
+    for name, rows in tables.items():
+        reference = rows[TABLES[name].reference]
+        title = f"{TABLES[name].title}, against {reference['name']}"
+        lines.append((title, None, None, None))
+        lines += [(row["name"], *next(iter(row["difference"].values())))
+                  for row in rows if row is not reference]
+    return lines
+
+
+def draw_panel(axes, lines):
+    """A forest plot of `lines_of`: thick is the interval over questions, thin that over seeds."""
+    for y, (label, gain, over_questions, over_seeds) in enumerate(lines):
+        if gain is None:
+            axes.text(0, y, label, transform=axes.get_yaxis_transform(), va="center", weight="bold",
+                      fontsize=8)
+            continue
+        if over_seeds is not None:
+            axes.plot([gain - over_seeds, gain + over_seeds], [y, y], "C0", linewidth=1)
+        axes.plot([gain - over_questions, gain + over_questions], [y, y], "C0", linewidth=3.5)
+        axes.plot(gain, y, "ko", markersize=4)
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_yticks(range(len(lines)), [line[0] if line[1] is not None else "" for line in lines],
+                    fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.set_xlabel("points of exact match more than the reference; thick: 95 % over questions, "
+                    "thin: over seeds", fontsize=8)
+
+
+def draw(folder):
+    """A matplotlib figure of all tables in the folder. Raises UserError if there is none."""
+    panels = [lines_of(tables) for names in PANELS if (tables := read_tables(folder, names))]
+    if not panels:
+        raise UserError(f"--tables {folder}: no table_N.json of experiments.ablate in it")
+    heights = [len(lines) + 2 for lines in panels]
+    figure = Figure((9, 0.22 * sum(heights)), layout="constrained")
+    for axes, lines in zip(figure.subplots(len(panels), squeeze=False,
+                                           height_ratios=heights)[:, 0], panels):
+        draw_panel(axes, lines)
+    return figure
+
+
+def run():
+    o = Options(**parse(Options))
+    draw(o.tables).savefig(o.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main(run)
