@@ -301,7 +301,7 @@ def test_every_stage_gets_a_panel_and_every_run_a_curve(tmp_path, monkeypatch, c
     for names, panels in ((["a"], 1), (["a", "b"], 2)):
         folders = [str(tmp_path / name) for name in names]
         plot_log(monkeypatch, *folders, "--out", tmp_path / "c.png")
-        assert capsys.readouterr().out == f"wrote {tmp_path / 'c.png'}\n"
+        assert capsys.readouterr().out.endswith(f"\n\nwrote {tmp_path / 'c.png'}\n")
         figure = draw(read_runs(folders))
         width, height = Image.open(tmp_path / "c.png").size
         assert [width, height] == pytest.approx(100 * figure.get_size_inches())
@@ -315,6 +315,18 @@ def test_every_stage_gets_a_panel_and_every_run_a_curve(tmp_path, monkeypatch, c
         legend, = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == folders
         assert [to_hex(line.get_color()) for line in legend.get_lines()] == colours[::3]
+
+
+def test_losses_of_a_few_steps_are_printed(tmp_path, monkeypatch, capsys):
+    write_log(tmp_path / "a" / "stage1", [9.0, 2.0, *[1.5] * 8, 1.25], [(10, 1.3)])
+    write_log(tmp_path / "b" / "stage1", [9.0, 3.0])
+    write_log(tmp_path / "b" / "stage2", [0.5])
+    plot_log(monkeypatch, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.png")
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "| loss of stage | step 1 | step 10 | step 100 | last | held-out |",
+        "|---|---|---|---|---|---|",
+        "| stage1 | 2.000, 3.000 | 1.250, - | -, - | 1.250, 3.000 | 1.300, - |",
+        "| stage2 | - | - | - | 0.500 | - |"]
 
 
 def test_a_run_without_held_out_losses_has_no_third_curve(tmp_path):

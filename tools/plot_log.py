@@ -1,6 +1,6 @@
 """Draw the loss curves of finished or running training: `python -m tools.plot_log DIR...`
 
-The drawing itself is in training/curves.py.
+It also prints the losses at a few steps. The drawing itself is in training/curves.py.
 """
 import sys
 from dataclasses import dataclass
@@ -11,8 +11,25 @@ from training.curves import plot, read_runs
 
 @dataclass
 class Options:
-    """plot_log DIR... [--out FILE]: draw the loss of each stage in a folder, or compare runs."""
+    """plot_log DIR... [--out FILE]: draw and print the loss of each stage, or compare runs."""
     out: str = "curves.png"  # the picture to write
+
+
+def losses_at(runs, steps=(1, 10, 100)):
+    """Losses of all runs at some steps, at the last step, and the last held-out one; a Markdown
+    table with a row for each stage. A run that has no such step gives "-".
+
+    runs  as `read_runs` returns them
+    """
+    lines = ["| loss of stage | " + " | ".join(f"step {n}" for n in steps) + " | last | held-out |",
+             "|---" * (len(steps) + 3) + "|"]
+    for stage in dict.fromkeys(stage for run in runs.values() for stage in run):
+        logs = [run[stage] for run in runs.values() if stage in run]
+        found = [[dict(points).get(n) for points, _ in logs] for n in steps]
+        found += [[points[-1][1] for points, _ in logs], [h[-1][1] if h else None for _, h in logs]]
+        cells = [", ".join("-" if x is None else f"{x:.3f}" for x in losses) for losses in found]
+        lines.append(f"| {stage or '.'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def run():
@@ -21,8 +38,9 @@ def run():
     options = Options(**parse(Options, words[count:]))
     if not count:
         raise UserError("expected the folders of one or more runs: tools.plot_log DIR...")
-    plot(read_runs(words[:count]), options.out)
-    print(f"wrote {options.out}")
+    runs = read_runs(words[:count])
+    plot(runs, options.out)
+    print(f"{losses_at(runs)}\n\nwrote {options.out}")
 
 
 if __name__ == "__main__":
