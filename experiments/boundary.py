@@ -1,0 +1,501 @@
+"""When do generated weights pay? `python -m experiments.boundary --llm out/toy/stage0/llm`
+
+The task: random maps (permutations) of 16 symbols, each with a name. A row is `<s> name x`, and the
+answer is what the map of that name makes of x. Symbols and names are random tokens of the toy's
+Llama. All pairs of a map and a symbol are trained, for a fixed number of steps, and all are scored:
+how well does an instruction *switch* an adapter? A random map leaves nothing to generalise to, so
+there is no held-out score.
+
+The Llama is frozen; only what is added to its upper blocks trains. The guidance is the name, the
+only token of the instruction, so how tokens are pooled plays no part here.
+
+    visible   attention reads the name, too
+    hidden    no token attends to the name, so only the guidance can tell it: other adapters can at
+              best know which answers to x are frequent
+
+Compared are adapters of equal rank R (as many operations on a further token of an answer), of equal
+parameters, and of equal operations on a row, its generation included. Each learns at the rate that
+is best for it at this point of the grid on a seed that is not scored. A seed gives all the same
+maps and batches.
+
+Finished runs are lines of OUT/runs.jsonl; the same command continues. It ends with tables,
+OUT/boundary.json and OUT/boundary.png.
+"""
+# cli first: it handles Ctrl-C during the slow imports
+from cli import check_numbers, main, MOST, parse, UserError
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+
+from baselines import BaselineConfig, BaselineLlama
+from experiments.report import markdown_table, mean_and_spread, spreads, T_95, with_spread
+from formats.configs import llama_config
+from formats.folders import has_config
+from formats.json_files import read_json_lines
+from formats.name_rules import llama_rules
+from formats.weight_files import fingerprint
+from hypernet import Expert, HyperNetwork, rms
+from model import Batch, Llama, VisionConfig
+from toy.files import write_atomically
+from training.costs import added_flops
+from weights import fill, make_config, tokenizer_of
+
+SYMBOLS = 16  # of a map
+FIRST = 259   # ids of a Llama's tokenizer before this one are controls and single bytes
+NAME, LENGTH = 1, 3  # position of the name in a row; positions of a row
+BATCH = 64
+RATES = (3e-3, 1e-2, 3e-2)
+LORA_RATES = (1e-3, 3e-3, 1e-2)
+TUNING = 1  # the seed on which rates are chosen; the scored ones are 2, 3, ..
+
+# Names of the rows
+GENERATED, STATIC = "generated", "static, same R"
+PARAMETERS, OPERATIONS = "static, same parameters", "static, same operations"
+LORA = "LoRA, same parameters"
+UNIT, OWN, GATES = "unit e", "a generator a block", "gates"  # changes of the paper's form
+ROWS = (GENERATED, UNIT, STATIC, PARAMETERS, OPERATIONS, LORA)  # at every point
+
+
+@dataclass
+class Options:
+    """Where do generated adapters beat static ones, on maps that an instruction names?"""
+    llm: str = os.path.join("out", "toy", "stage0", "llm")  # a Llama in Hugging Face's layout
+    out: str = os.path.join("out", "boundary")  # folder of the runs, the tables and the plot
+    seeds: int = 3     # new maps, weights and order; one more chooses the rates
+    steps: int = 300   # of each run, with batches of 64 rows
+    jobs: int = os.cpu_count() or 1  # runs at a time, each on one thread
+
+    def __post_init__(self):
+        check_numbers(self, {"steps": (2, MOST, "at least 2")})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A point of the grid, a row there, and how it is trained."""
+    row: str = GENERATED
+    maps: int = 32
+    rank: int = 16                         # R of the generated adapters
+    embed: int = 16                        # E
+    sites: Literal["half", "last"] = "half"  # the upper half of the blocks, or the last one
+    hidden: bool = False
+    steps: int = 300
+    seed: int = TUNING
+    rate: float = 0.0
+
+
+AXES = {"maps": (2, 4, 8, 16, 32, 64), "rank": (2, 4, 8, 16, 32), "embed": (4, 8, 16, 32, 64),
+        "sites": ("half", "last")}  # one quantity changes at a time
+
+
+# ---- Changes of the paper's form
+
+
+class UnitNetwork(HyperNetwork):
+    """Reads e with a root mean square of 1."""
+
+    def forward(self, e):
+        return super().forward(rms(e))
+
+
+class OwnExpert(Expert):
+    """Has a hypernetwork of its own; `build` halves E, so that the number of parameters stays."""
+
+    def __init__(self, guidance_dim, inputs, outputs, embed, rank):
+        super().__init__(guidance_dim, inputs, outputs, embed, rank)
+        self.network = HyperNetwork(inputs, outputs, embed, rank)
+
+    def weights(self, guidance, hypernet):
+        return super().weights(guidance, self.network)
+
+
+class GatedExpert(Expert):
+    """A static adapter of a larger rank, with one generated factor for each of its hidden units.
+
+    For rows of one turn: U = 1.
+    """
+
+    def __init__(self, guidance_dim, inputs, outputs, embed, rank):
+        super().__init__(guidance_dim, inputs, outputs, embed, rank)
+        self.factors = nn.Linear(embed, rank)
+
+    def weights(self, guidance, hypernet):
+        e = self.encoder(rms(guidance) * self.scale)
+        return 1 + self.factors(F.silu(e)),                        # (B, 1, R)
+
+    def forward(self, x, weights, use_id=None):
+        gate, value = (x @ self.down.mT).chunk(2, dim=-1)          # (B, T, R)
+        return (F.silu(gate) * value * weights[0]) @ self.up
+
+
+VARIANTS = {UNIT: (Expert, UnitNetwork), OWN: (OwnExpert, nn.Identity),
+            GATES: (GatedExpert, nn.Identity)}
+
+
+# ---- The Llama with adapters, and what they cost
+
+
+def config(llm, run, rank, source="hyper"):
+    """The VLMConfig of a run's adapters in the upper blocks, of this rank and source."""
+    last, embed = run.sites == "last", run.embed
+    if run.row == OWN and not last:
+        embed = embed // (llm.depth - llm.depth // 2)
+    return make_config(VisionConfig(), llm, weight_source=source, visual_expert="none",
+                       guidance_after=llm.depth - 1 if last else None,
+                       expert_embed=embed, expert_rank=rank)
+
+
+def plain(llm):
+    """A Llama without adapters."""
+    return Llama(make_config(VisionConfig(), llm, visual_expert="none", language_expert="none"))
+
+
+def build(cfg, row):
+    """A new Llama with adapters; of a changed form if `row` is one of VARIANTS."""
+    llama = (BaselineLlama if isinstance(cfg, BaselineConfig) else Llama)(cfg)
+    if row in VARIANTS:
+        (expert, network), D = VARIANTS[row], cfg.llm.width
+        for n in cfg.expert_blocks():
+            llama.layers[n].expert = expert(D, D, D, cfg.expert_embed, cfg.expert_rank)
+        llama.hypernet = network(D, D, cfg.expert_embed, cfg.expert_rank)
+    return llama
+
+
+def parameters(cfg, row):
+    """Number of parameters that the adapters add."""
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in model.parameters())
+                  for model in (build(cfg, row), plain(cfg.llm))]
+    return counts[0] - counts[1]
+
+
+def operations(cfg, row, tokens=LENGTH, generations=1):
+    """FLOPs that they add to so many tokens, and to generating the weights so often."""
+    if row != GATES:
+        return added_flops(cfg, tokens, generations)
+    D, E, R = cfg.llm.width, cfg.expert_embed, cfg.expert_rank
+    return 2 * len(cfg.expert_blocks()) * (tokens * 3 * D * R + generations * E * (D + R))
+
+
+def sized(llm, run):
+    """The `config` of a run with the rank that its row asks for."""
+    source = {LORA: "lora", GENERATED: "hyper", **dict.fromkeys(VARIANTS, "hyper")}.get(
+        run.row, "static")
+    rank, measure = run.rank, operations if run.row == OPERATIONS else parameters
+    if run.row in (PARAMETERS, OPERATIONS, LORA, GATES):
+        wanted = measure(config(llm, run, rank), GENERATED)
+        one, two = (measure(config(llm, run, r, source), run.row) for r in (1, 2))
+        rank = max(1, 1 + round((wanted - one) / (two - one)))
+    return config(llm, run, rank, source)
+
+
+def batch_of(rows):
+    """A Batch of rows `<s> name x`; their guidance is the name. The ids are not read."""
+    use_id = torch.zeros(rows, LENGTH, dtype=torch.int64)
+    pool_id = use_id - (torch.arange(LENGTH) != NAME).long()
+    return Batch(use_id, None, pool_id, use_id)
+
+
+# ---- A run
+
+
+def make_rows(run, vocab):
+    """(int64[rows, 3] ids `<s> name x`, int64[rows] answers) of all maps; bos is 1.
+
+    The first maps of a seed are the same for each number of maps.
+    """
+    rng = np.random.default_rng(run.seed)
+    words = FIRST + rng.permutation(vocab - FIRST)
+    symbols, names = words[:SYMBOLS], words[SYMBOLS:SYMBOLS + run.maps]
+    if len(names) < run.maps:
+        raise UserError(f"{run.maps} maps need {FIRST + SYMBOLS + run.maps} tokens, the tokenizer "
+                        f"has {vocab}")
+    ids = [(1, name, x) for name in names for x in symbols]
+    answers = [rng.permutation(symbols) for _ in names]
+    return torch.tensor(np.array(ids)), torch.tensor(np.concatenate(answers))
+
+
+class Hiding:
+    """Stands where a cache would; keeps nothing. No token but the name itself attends to the name.
+    """
+
+    def __init__(self, depth):
+        mask = torch.full((LENGTH, LENGTH), float("-inf")).triu(1)
+        mask[NAME + 1:, NAME] = float("-inf")
+        self.mask, self.layers = mask[None, None], [self] * depth
+
+    def advance(self, tokens, lengths):
+        return torch.arange(tokens)[None]
+
+    def update(self, k, v):
+        return k, v
+
+    def keep(self, weights, use_id):
+        pass
+
+
+class Learner:
+    """The Llama of a run on its rows.
+
+    The lower blocks are frozen and there are few rows, so they run once, for all rows.
+    """
+
+    def __init__(self, run, folder):
+        llm = llama_config(folder)
+        frozen = {name for name, _ in plain(llm).named_parameters()}
+        torch.manual_seed(run.seed)
+        self.llama = build(sized(llm, run), run.row)
+        new = {f"llm.{name}" for name, _ in self.llama.named_parameters() if name not in frozen}
+        model = nn.ModuleDict({"llm": self.llama})
+        fill(model, [(folder, llama_rules(llm.tied))], torch.float32, new)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in new)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.cache = Hiding(llm.depth) if run.hidden else None
+        self.ids, self.answers = make_rows(run, tokenizer_of(folder, llm).vocab)
+        self.states = self.run_lower_blocks()
+        self.batches = torch.Generator().manual_seed(run.seed)
+
+    @torch.no_grad()
+    def run_lower_blocks(self):
+        """What the first upper block reads, float[rows, T, D]; the blocks below are cut off."""
+        llama, states = self.llama, []
+        upper = llama.layers[llama.guidance_after:]
+        hook = upper[0].register_forward_pre_hook(lambda block, inputs: states.append(inputs[0]))
+        llama(llama.embed_tokens(self.ids), batch_of(len(self.ids)), self.cache)
+        hook.remove()
+        llama.layers, llama.guidance_after = upper, 0
+        return states[0]
+
+    def draw(self):
+        """int64[64], the rows of the next batch."""
+        return torch.randint(len(self.ids), (BATCH,), generator=self.batches)
+
+    def logits(self, rows):
+        """float[len(rows), V] of the answers to these rows."""
+        x = self.llama(self.states[rows], batch_of(len(rows)), self.cache)
+        return self.llama.head(x[:, -1])
+
+    def fit(self, steps, rate):
+        """AdamW; the rate falls to zero linearly."""
+        adam = torch.optim.AdamW(self.trained, rate, weight_decay=0.0, fused=True)
+        for step in range(steps):
+            adam.param_groups[0]["lr"] = rate * (1 - step / steps)
+            rows = self.draw()
+            F.cross_entropy(self.logits(rows), self.answers[rows]).backward()
+            nn.utils.clip_grad_norm_(self.trained, 1.0)
+            adam.step()
+            adam.zero_grad()
+
+    @torch.no_grad()
+    def score(self):
+        """Over all rows: {"accuracy": % of answers that are the likeliest of all tokens, "loss"}"""
+        logits = self.logits(torch.arange(len(self.ids)))
+        right = (logits.argmax(-1) == self.answers).float().mean().item()
+        return {"accuracy": 100 * right, "loss": F.cross_entropy(logits, self.answers).item()}
+
+
+def train(run, folder):
+    """The scores and costs of a run, on one thread."""
+    torch.set_num_threads(1)
+    began, learner = time.perf_counter(), Learner(run, folder)
+    learner.fit(run.steps, run.rate)
+    cfg = sized(llama_config(folder), run)
+    return learner.score() | {
+        "parameters": parameters(cfg, run.row), "operations": operations(cfg, run.row),
+        "further token": operations(cfg, run.row, 1, 0), "seconds": time.perf_counter() - began}
+
+
+# ---- All runs
+
+
+def results(o, runs):
+    """Yield (run, what `train` gives) in the order in which they end."""
+    if o.jobs == 1:
+        yield from ((run, train(run, o.llm)) for run in runs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+            o.jobs, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        futures = {pool.submit(train, run, o.llm): run for run in runs}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class Runs:
+    """{Run: what `train` gives} of the finished runs in OUT/runs.jsonl that began from this Llama.
+    """
+
+    def __init__(self, o):
+        self.o, self.path, self.llm = o, os.path.join(o.out, "runs.jsonl"), fingerprint(o.llm)
+        lines = read_json_lines(self.path) if os.path.exists(self.path) else []
+        self.done = {Run(**line["run"]): line["found"] for _, line in lines
+                     if line["llm"] == self.llm}
+
+    def finish(self, runs):
+        """Train those that are not finished."""
+        todo = [run for run in dict.fromkeys(runs) if run not in self.done]
+        began = time.perf_counter()
+        with open(self.path, "a") as file:
+            for n, (run, found) in enumerate(results(self.o, todo), 1):
+                self.done[run] = found
+                line = {"run": dataclasses.asdict(run), "llm": self.llm, "found": found}
+                print(json.dumps(line), file=file, flush=True)
+                print(f"{n}/{len(todo)}  {found['accuracy']:5.1f}  {run}  "
+                      f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
+    def score(self, cells):
+        """{cell: {"rate", "accuracy": [one for each seed], ...}} of Runs without seed and rate."""
+        trials = {cell: [replace(cell, rate=rate) for rate in
+                         (LORA_RATES if cell.row == LORA else RATES)] for cell in cells}
+        self.finish(sum(trials.values(), []))
+        best = {cell: min(runs, key=lambda run: self.done[run]["loss"])
+                for cell, runs in trials.items()}
+        scored = {cell: [replace(run, seed=TUNING + 1 + n) for n in range(self.o.seeds)]
+                  for cell, run in best.items()}
+        self.finish(sum(scored.values(), []))
+        return {cell: {"rate": runs[0].rate} | {key: [self.done[run][key] for run in runs]
+                                                for key in self.done[runs[0]]}
+                for cell, runs in scored.items()}
+
+
+def grid(o):
+    """The points of the grid as Runs of the generated row."""
+    base = Run(steps=o.steps)
+    return list(dict.fromkeys(replace(base, **{axis: value})
+                              for axis, values in AXES.items() for value in values))
+
+
+def cell(point, row, hidden=False):
+    """A row at a point. A static adapter of the same R does not depend on E."""
+    return replace(point, row=row, hidden=hidden, embed=Run.embed if row == STATIC else point.embed)
+
+
+def main_cells(points):
+    """All rows at all points; hidden: the generated ones, and a static one for each number of maps.
+    """
+    hidden = [cell(p, row, True) for p in points for row in (GENERATED, UNIT)]
+    control = [cell(p, PARAMETERS, True) for p in points if p == replace(points[0], maps=p.maps)]
+    return [cell(p, row) for p in points for row in ROWS] + hidden + control
+
+
+# ---- Tables and the plot
+
+
+def gain(found, ours, others):
+    """(difference of mean accuracies, half of its 95 % interval or None), paired by seed."""
+    mean, spread = mean_and_spread(np.subtract(*(found[c]["accuracy"] for c in (ours, others))))
+    n = len(found[ours]["accuracy"])
+    return mean, None if spread is None else T_95.get(n, 2.3) * spread / n ** 0.5
+
+
+def with_half(value):
+    mean, half = value
+    return f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
+
+
+def accuracy(found, c):
+    return with_spread(mean_and_spread(found[c]["accuracy"])) if c in found else ""
+
+
+def costs(found, c):
+    f = found[c]
+    return (f"{f['parameters'][0]:,}; {f['operations'][0] / 1e6:.3f}; "
+            f"{f['further token'][0] / 1e6:.3f}; {f['rate']:g}")
+
+
+def table(points, columns):
+    """A Markdown table; columns: {heading: function of a point that gives a text}."""
+    rows = [[str(p.maps), str(p.rank), str(p.embed), p.sites, *(text(p) for text in
+             columns.values())] for p in points]
+    return markdown_table(["maps", "R", "E", "blocks", *columns], rows)
+
+
+def tables(found, points, losing):
+    """{title: Markdown}."""
+    def scores(rows, hidden=False):
+        return {row: lambda p, row=row: accuracy(found, cell(p, row, hidden)) for row in rows}
+
+    def gains(pairs, hidden=False):
+        return {f"{a} - {b}": lambda p, a=a, b=b: with_half(
+            gain(found, cell(p, a, hidden), cell(p, b, hidden))) for a, b in pairs}
+
+    others = (STATIC, PARAMETERS, OPERATIONS, LORA)
+    changed = [(row, other) for other in (GENERATED, PARAMETERS) for row in VARIANTS]
+    loses = f"where {GENERATED} loses to {PARAMETERS}"
+    return {
+        "visible: accuracy, %": table(points, scores(ROWS)),
+        "visible: differences": table(points, gains((GENERATED, row) for row in others)),
+        f"visible: differences of {UNIT}": table(
+            points, gains((UNIT, row) for row in (GENERATED, *others))),
+        "hidden: accuracy, %": table(points, scores((GENERATED, UNIT, PARAMETERS), True)
+                                     | gains([(UNIT, GENERATED)], True)),
+        f"{loses}: accuracy, %": table(losing, scores((GENERATED, *VARIANTS, PARAMETERS))),
+        f"{loses}: differences": table(losing, gains(changed)),
+        "parameters; MFLOPs a row; a further token; rate": table(
+            points, {row: lambda p, row=row: costs(found, cell(p, row)) for row in ROWS})}
+
+
+def draw(found, points):
+    """Accuracy against each number of the grid, with the spread over seeds."""
+    figure = Figure((10, 4.6), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    labels = {"maps": "maps", "rank": "rank R", "embed": "width E of the embedding"}
+    for ax, (axis, label) in zip(axes, labels.items()):
+        line = [replace(Run(steps=points[0].steps), **{axis: value}) for value in AXES[axis]]
+        curves = [(row, hidden) for hidden in (False, True) for row in ROWS]
+        for row, hidden in curves:
+            cells = {getattr(p, axis): cell(p, row, hidden) for p in line}
+            cells = {x: c for x, c in cells.items() if c in found}
+            if len(cells) > 1:
+                means, errors = spreads([mean_and_spread(found[c]["accuracy"])
+                                         for c in cells.values()])
+                ax.errorbar(list(cells), means, errors, marker="o", capsize=3, markersize=4,
+                            color=f"C{ROWS.index(row)}", linestyle="--" if hidden else "-",
+                            label=row + ", hidden" * hidden)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(AXES[axis], AXES[axis])
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def run():
+    o = Options(**parse(Options))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # like Ctrl-C
+    if not has_config(o.llm):
+        raise UserError(f"--llm {o.llm}: no Llama there; python train.py --stage 0 trains one")
+    os.makedirs(o.out, exist_ok=True)
+    runs, points = Runs(o), grid(o)
+    found = runs.score(main_cells(points))
+    losing = [p for p in points if gain(found, p, cell(p, PARAMETERS))[0] < 0]
+    found |= runs.score([cell(p, row) for p in losing for row in VARIANTS])
+    write_atomically(os.path.join(o.out, "boundary.json"), {
+        "options": dataclasses.asdict(o),
+        "cells": [dataclasses.asdict(c) | values for c, values in found.items()]})
+    draw(found, points).savefig(os.path.join(o.out, "boundary.png"), dpi=100)
+    for title, text in tables(found, points, losing).items():
+        print(f"{title}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main(run)

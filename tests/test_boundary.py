@@ -1,0 +1,268 @@
+"""experiments/boundary.py: fair sizes, the same task for all, what is hidden, a stopped run."""
+import json
+import math
+
+import pytest
+import torch
+
+import experiments.boundary as boundary
+from cli import UserError
+from experiments.boundary import (batch_of, build, cell, config, gain, GATES, GENERATED, grid,
+                                  Learner, LORA, make_rows, Options, operations, OPERATIONS, OWN,
+                                  parameters, PARAMETERS, plain, replace, ROWS, Run, Runs, sized,
+                                  STATIC, UNIT, VARIANTS)
+from formats.export import write_llama
+from formats.tokenizer import train_tokenizer
+from model import Llama, LlamaConfig
+from tests.helpers import count_flops
+from toy.stand_ins import LLAMA, static
+
+WORDS = train_tokenizer([f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"],
+                        340)
+SMALL = LlamaConfig(width=32, depth=4, heads=4, kv_heads=2, hidden=48, vocab=WORDS.vocab)
+POINTS = [p for p in grid(Options()) if p.maps == 32]  # the number of maps changes no size
+GUIDED = (GENERATED, *VARIANTS)
+UNGUIDED = (STATIC, PARAMETERS, OPERATIONS, LORA)
+ALL = tuple(dict.fromkeys((*ROWS, *VARIANTS)))
+FEW = Run(maps=4, rank=2, embed=4, steps=3, rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small random Llama in Hugging Face's layout."""
+    torch.manual_seed(0)
+    llama = Llama(static(SMALL))
+    for p in llama.parameters():
+        torch.nn.init.normal_(p, std=(2 / p.shape[-1]) ** 0.5) if p.ndim == 2 else None
+    path = str(tmp_path_factory.mktemp("llama"))
+    write_llama(path, llama.state_dict(), SMALL, WORDS)
+    return path
+
+
+def size(measure, point, row):
+    """A measure of a row at a point, on the toy's Llama."""
+    return measure(sized(LLAMA, cell(point, row)), row)
+
+
+def random_learner(run, folder):
+    """A Learner whose adapters have random weights everywhere."""
+    learner = Learner(run, folder)
+    for p in learner.trained:
+        torch.nn.init.normal_(p, std=0.5)
+    return learner
+
+
+@pytest.mark.parametrize("row, measure", [(PARAMETERS, parameters), (OPERATIONS, operations),
+                                          (GATES, parameters)])
+def test_rows_of_equal_size_have_it_within_2_percent_or_half_a_rank(row, measure):
+    for point in POINTS:
+        wanted = size(measure, point, GENERATED)
+        rel = 0.02 if point.rank > 2 else 0.03  # half a rank of 15
+        assert size(measure, point, row) == pytest.approx(wanted, rel=rel), point
+
+
+def test_lora_has_equal_parameters_up_to_half_a_rank_and_own_generators_have_no_more():
+    one, two = (parameters(config(LLAMA, Run(LORA), r, "lora"), LORA) for r in (1, 2))
+    for point in POINTS:
+        ours = size(parameters, point, GENERATED)
+        sites = 1 if point.sites == "half" else 2
+        assert abs(size(parameters, point, LORA) - ours) <= (two - one) / 2 / sites
+        assert 0.88 * ours < size(parameters, point, OWN) <= ours
+
+
+@pytest.mark.parametrize("row", ALL)
+def test_sizes_are_those_of_the_model(row):
+    cfg = sized(LLAMA, Run(row, rank=4))
+    llama, x = build(cfg, row), torch.zeros(1, 3, LLAMA.width)
+    added = sum(p.numel() for p in llama.parameters()) - sum(
+        p.numel() for p in plain(LLAMA).parameters())
+    assert added == parameters(cfg, row)
+    counts = [count_flops(lambda: model(x, batch_of(1)), model)["Global"]
+              for model in (llama, plain(LLAMA))]
+    found = sum(counts[0].values()) - sum(counts[1].values())
+    pooling = 2 * 3 * LLAMA.width if row in GUIDED else 0  # left out, as in training/costs.py
+    assert found == operations(cfg, row) + pooling
+
+
+def test_one_site_is_the_last_block():
+    for row in ALL:
+        names = [name for name, _ in build(
+            sized(LLAMA, Run(row, sites="last")), row).named_parameters()
+                 if "expert" in name or "lora" in name]
+        assert names and all(name.startswith("layers.3.") for name in names)
+
+
+def test_names_are_no_symbols_and_maps_are_permutations():
+    ids, answers = make_rows(Run(maps=16, seed=3), 400)
+    names, symbols = ids[:, 1].unique(), ids[:, 2].unique()
+    assert len(names) == len(symbols) == 16 and not set(names.tolist()) & set(symbols.tolist())
+    assert ids[:, 1:].min() >= 259
+    maps = {name: answers[ids[:, 1] == name] for name in names.tolist()}
+    assert all(torch.equal(values.unique(), symbols) for values in maps.values())
+    assert len({tuple(values.tolist()) for values in maps.values()}) == 16
+    fewer = make_rows(Run(maps=4, seed=3), 400)
+    assert torch.equal(fewer[0], ids[:64]) and torch.equal(fewer[1], answers[:64])
+
+
+def test_a_tokenizer_that_is_too_small_ends_in_one_line():
+    with pytest.raises(UserError, match="64 maps need 339 tokens, the tokenizer has 300"):
+        make_rows(Run(maps=64), 300)
+
+
+def test_rows_of_a_seed_see_the_same_maps_and_batches(folder):
+    learners = [Learner(replace(FEW, row=row), folder) for row in ALL]
+    drawn = [[learner.draw() for _ in range(3)] for learner in learners]
+    for learner, batches in zip(learners, drawn):
+        assert torch.equal(learner.ids, learners[0].ids)
+        assert torch.equal(learner.answers, learners[0].answers)
+        assert all(map(torch.equal, batches, drawn[0]))
+    other = Learner(replace(FEW, seed=5), folder)
+    assert not torch.equal(other.answers, learners[0].answers)
+    assert not torch.equal(other.draw(), drawn[0][0])
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("row", ALL)
+def test_only_guidance_can_tell_a_hidden_name(folder, row, hidden):
+    learner = random_learner(replace(FEW, row=row, hidden=hidden), folder)
+    with torch.no_grad():
+        logits = learner.logits(torch.arange(len(learner.ids))).view(4, 16, -1)
+    same = torch.equal(logits, logits[:1].expand_as(logits))
+    assert same == (hidden and row in UNGUIDED)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3 or same
+    assert not torch.allclose(logits[:, 0], logits[:, 1])  # x is always seen
+
+
+@pytest.mark.parametrize("row", [GENERATED, LORA])
+@pytest.mark.parametrize("sites", ["half", "last"])
+def test_the_lower_blocks_may_run_once_for_all_rows(folder, monkeypatch, row, sites):
+    run = replace(FEW, row=row, sites=sites)
+    cut = random_learner(run, folder)
+    monkeypatch.setattr(Learner, "run_lower_blocks", lambda self: self.llama.embed_tokens(self.ids))
+    whole = Learner(run, folder)
+    for p, q in zip(whole.trained, cut.trained, strict=True):
+        p.data = q.data
+    rows = torch.arange(20)
+    assert len(cut.llama.layers) < len(whole.llama.layers) == 4
+    torch.testing.assert_close(cut.logits(rows), whole.logits(rows))
+
+
+@pytest.mark.parametrize("row", ALL)
+def test_training_moves_the_adapters_and_nothing_else(folder, row):
+    learner = Learner(replace(FEW, row=row), folder)
+    named = dict(learner.llama.named_parameters())
+    before = {name: p.clone() for name, p in named.items()}
+    learner.fit(3, 1e-2)
+    moved = {name for name, p in named.items() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in named.items() if p.requires_grad}
+    assert all(any(part in name for part in ("expert", "hypernet", "guidance_norm", "lora"))
+               for name in moved)
+    assert len(learner.trained) == len(moved) > 0
+
+
+def test_a_run_learns(folder):
+    found = boundary.train(replace(FEW, maps=2, steps=150, rate=1e-2, rank=8), folder)
+    assert found["accuracy"] > 90 and found["loss"] < math.log(16) / 2
+
+
+def test_unit_e_has_the_size_that_it_says(folder):
+    learner, seen = random_learner(replace(FEW, row=UNIT), folder), []
+    learner.llama.hypernet.trunk.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    learner.logits(torch.arange(20))
+    torch.testing.assert_close(seen[0].square().mean(-1), torch.ones(20, 1), atol=1e-3, rtol=0)
+
+
+def test_gains_are_paired_by_seed_and_have_students_interval():
+    found = {"a": {"accuracy": [50.0, 60.0, 73.0]}, "b": {"accuracy": [49.0, 58.0, 70.0]}}
+    mean, half = gain(found, "a", "b")
+    assert mean == pytest.approx(2) and half == pytest.approx(4.30 / 3 ** 0.5)
+    single = {row: {"accuracy": values["accuracy"][:1]} for row, values in found.items()}
+    assert gain(single, "a", "b") == (1, None)
+
+
+# ---- The program
+
+
+@pytest.fixture
+def small(folder, tmp_path, monkeypatch):
+    """Options of a small grid; `boundary.run()` runs it in this process."""
+    monkeypatch.setattr(boundary, "AXES", {"maps": (2, 32), "rank": (16,), "embed": (16,)})
+    monkeypatch.setattr(boundary, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(boundary, "LORA_RATES", (1e-3,))
+    monkeypatch.setattr(boundary.signal, "signal", lambda *_: None)
+    given = ["--llm", folder, "--out", str(tmp_path / "out"), "--steps", 2, "--jobs", 1,
+             "--seeds", 2]
+    monkeypatch.setattr("sys.argv", ["boundary", *map(str, given)])
+    return Options(folder, str(tmp_path / "out"), 2, 2, 1)
+
+
+def test_a_rate_is_chosen_on_a_seed_that_is_not_scored(small, monkeypatch):
+    trained = []
+
+    def train(run, folder):
+        trained.append(run)
+        loss = abs(run.rate - 1e-2) if run.row == STATIC else run.rate
+        return {"accuracy": 1.0 * run.seed, "loss": loss if run.seed == boundary.TUNING else -loss}
+
+    monkeypatch.setattr(boundary, "train", train)
+    boundary.os.makedirs(small.out)
+    found = Runs(small).score([replace(FEW, row=row, rate=0.0) for row in (STATIC, GENERATED)])
+    assert {c.row: values["rate"] for c, values in found.items()} == {STATIC: 1e-2, GENERATED: 1e-3}
+    assert all(values["accuracy"] == [2, 3] for values in found.values())
+    assert sorted({run.seed for run in trained}) == [1, 2, 3]
+    assert {run.rate for run in trained if run.seed == 1} == {1e-2, 1e-3}
+    assert len(trained) == 8
+    Runs(small).score(list(found))  # another program goes on: nothing is left to do
+    assert len(trained) == 8
+
+
+@pytest.mark.slow
+def test_a_stopped_program_goes_on_and_ends_with_tables_and_a_picture(small, monkeypatch, capsys):
+    trained, train = [], boundary.train
+
+    def stop_at_nine(run, folder):
+        if len(trained) == 9:
+            raise KeyboardInterrupt
+        trained.append(run)
+        return train(run, folder)
+
+    monkeypatch.setattr(boundary, "train", stop_at_nine)
+    with pytest.raises(KeyboardInterrupt):
+        boundary.run()
+    monkeypatch.setattr(boundary, "train", lambda *a: (trained.append(a[0]), train(*a))[1])
+    boundary.run()
+    assert len(trained) == len(set(trained)) > 40
+    printed = capsys.readouterr().out
+    assert all(row in printed for row in ALL)
+    with open(f"{small.out}/boundary.json") as f:
+        cells = json.load(f)["cells"]
+    assert {c["row"] for c in cells} >= set(ROWS) and all(len(c["accuracy"]) == 2 for c in cells)
+    with open(f"{small.out}/boundary.png", "rb") as f:
+        assert f.read(4) == b"\x89PNG"
+    count = len(trained)
+    boundary.run()  # nothing is left to do
+    assert len(trained) == count
+
+
+def test_runs_of_another_llama_are_not_taken_for_these(small, folder):
+    boundary.os.makedirs(small.out)
+    Runs(small).finish([FEW])
+    assert Runs(small).done.keys() == {FEW}
+    path = f"{small.out}/runs.jsonl"
+    text = open(path).read().replace(Runs(small).llm, "another")
+    open(path, "w").write(text)
+    assert not Runs(small).done
+
+
+def test_a_folder_without_a_llama_ends_in_one_line(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["boundary", "--llm", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="none: no Llama there; python train.py --stage 0"):
+        boundary.run()
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own_are_the_same(folder):
+    runs = [replace(FEW, row=row) for row in (GENERATED, STATIC)]
+    own, here = (dict(boundary.results(Options(folder, jobs=jobs), runs)) for jobs in (2, 1))
+    assert own.keys() == here.keys() == set(runs)
+    assert all(own[run]["loss"] == here[run]["loss"] for run in runs)
