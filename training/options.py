@@ -73,7 +73,7 @@ TOY = {
     "all": dict(system="", schedule="wsd", clip=1.0, expert_embed=16, order="length",
                 kernels="eager", log_every=20, val_every=300, save_every=200),
     "clip": dict(batch_size=64, lr=2e-3, muon_lr=15e-3, steps=450),  # 64 pairs of pictures
-    "llm": dict(batch_size=32, lr=2e-3, muon_lr=12e-3, steps=500),
+    "llm": dict(batch_size=32, lr=2e-3, muon_lr=7e-3, steps=500),
     1: dict(template="plain", batch_size=32, lr=3e-3, steps=200),
     2: dict(template="v1", batch_size=32, lr=2e-3, muon_lr=7e-3, steps=660,
             cache_features=True),  # stage 1 would gain nothing: it reads each picture at most once
