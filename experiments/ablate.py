@@ -31,7 +31,7 @@ from formats.json_files import read_json, read_json_list
 from toy.files import write_atomically, write_dialect, write_unseen
 from toy.stage0 import make_world
 from toy.stand_ins import VISION
-from training.options import finished, folder_of, PARTS, PRESETS
+from training.options import finished, folder_of, PARTS, PRESETS, VLORA_PRESETS
 from training.state import saved_steps
 from weights import load
 
@@ -53,11 +53,14 @@ class Options:
     pictures: int = 16000      # of the base's world
     jobs: int = os.cpu_count() or 1  # rows trained at a time, which share the processor's cores
     allow_random_llm: bool = False  # as in train.py, for a quick try
-    validate: bool = False     # score the validation pictures only, to choose steps and seeds
+    validate: bool = False     # score only the validation pictures, to choose the number of steps
+                               # and of seeds
     score: str | None = None   # only score the row in this folder (internal)
 
     def __post_init__(self):
         check_numbers(self, {"steps": (2, MOST, "at least 2")})
+        if self.validate and self.table == "embeddings":
+            raise UserError("--validate: --table embeddings has no scores; leave it out")
 
 
 # ---- One stage of one row
@@ -190,18 +193,21 @@ def locked(path, wait=False):
 
 
 def check_base(o):
-    """Note in OUT/base.json what the rows start from; UserError if it differs from the note."""
+    """Note in OUT/base.json what the rows start from, and the toy's preset; UserError if that
+    differs from an earlier note."""
     path, digests = os.path.join(o.out, "base.json"), {}
     for name in BASE:
         with open(os.path.join(o.base, name), "rb") as f:
             digests[name] = hashlib.file_digest(f, "sha256").hexdigest()
+    presets = repr((PRESETS["toy"], VLORA_PRESETS["toy"]))
+    digests["preset"] = hashlib.sha256(presets.encode()).hexdigest()
     if not os.path.exists(path):
         return write_atomically(path, digests)
     noted = read_json(path)
     if noted != digests:
-        changed = ", ".join(name for name in BASE if noted.get(name) != digests[name])
-        raise UserError(f"the rows in {o.out} started from another {changed} than {o.base} has "
-                        "now: name another --out")
+        changed = ", ".join(name for name in digests if noted.get(name) != digests[name])
+        raise UserError(f"the rows in {o.out} were made with another {changed} than that of "
+                        f"{o.base} now: name another --out")
 
 
 # ---- All rows

@@ -13,7 +13,8 @@ from experiments.tables import TABLES
 from formats.json_files import read_json
 
 # Tables whose differences share an axis: small ones, large ones
-PANELS = (("2", "3", "5", "6", "fig3", "experts"), ("dialect", "vlora"))
+PANELS = (("2", "3", "5", "6", "fig3", "fig4", "experts"),
+          ("dialect", "vlora", "vlora3", "vlora4", "vlora5"))
 
 
 @dataclass
@@ -24,18 +25,20 @@ class Options:
 
 
 def read_tables(folder, names):
-    """{name: rows of the table} of those that are in the folder, see report.table_rows."""
+    """{name: what ablate.py wrote into table_NAME.json} of those that are in the folder."""
     paths = {name: os.path.join(folder, f"table_{name}.json") for name in names}
-    return {name: read_json(p)["rows"] for name, p in paths.items() if os.path.exists(p)}
+    return {name: read_json(path) for name, path in paths.items() if os.path.exists(path)}
 
 
 def lines_of(tables):
     """[(label, difference, half over questions, half over seeds or None)], top to bottom; one of
     (title of a table, None, None, None) before its rows."""
     lines = []
-    for name, rows in tables.items():
+    for name, table in tables.items():
+        rows, options = table["rows"], table["options"]
         reference = rows[TABLES[name].reference]
-        title = f"{TABLES[name].title}, against {reference['name']}"
+        title = (f"{TABLES[name].title}, against {reference['name']} "
+                 f"({options['seeds']} seeds, {options['steps']} steps)")
         lines.append((title, None, None, None))
         lines += [(row["name"], *next(iter(row["difference"].values())))
                   for row in rows if row is not reference]
@@ -49,9 +52,10 @@ def draw_panel(axes, lines):
             axes.text(0, y, label, transform=axes.get_yaxis_transform(), va="center", weight="bold",
                       fontsize=8)
             continue
+        axes.plot([gain - over_questions, gain + over_questions], [y, y], "C0", linewidth=5,
+                  alpha=0.5)
         if over_seeds is not None:
-            axes.plot([gain - over_seeds, gain + over_seeds], [y, y], "C0", linewidth=1)
-        axes.plot([gain - over_questions, gain + over_questions], [y, y], "C0", linewidth=3.5)
+            axes.plot([gain - over_seeds, gain + over_seeds], [y, y], "k", linewidth=1.2)
         axes.plot(gain, y, "ko", markersize=4)
     axes.axvline(0, color="gray", linewidth=0.8)
     axes.set_yticks(range(len(lines)), [line[0] if line[1] is not None else "" for line in lines],

@@ -59,7 +59,7 @@ from tests.helpers import (batch_of, count_flops, dictated, EVERY, LAYOUT, LLAMA
 from tests.helpers import look as look_pixels
 from tests.helpers import trained as randomly_trained
 from tests.programs import HERE, Program, words_of
-from training.costs import forward_flops, generated_weights, lora_weights, token_flops
+from training.costs import added_flops, forward_flops, generated_weights, lora_weights
 from training.curves import read_log
 from training.log import expert_shares
 from vlora import VLoRAConfig
@@ -176,7 +176,8 @@ def test_rows_of_equal_operations_have_them():
     equal = "both static, of equal operations"
     assert prompt[equal] == pytest.approx(prompt["both"], rel=5e-4)
     assert prompt["both static, of equal parameters"] > 1.05 * prompt["both"]
-    assert token_flops(rows[equal], 80) == pytest.approx(token_flops(rows["both"], 80), rel=0.005)
+    token = {name: added_flops(cfg, 1, 0) for name, cfg in rows.items()}
+    assert token[equal] == pytest.approx(1.25 * token["both"])
 
 
 def test_generated_numbers_are_those_of_the_weights():
@@ -266,8 +267,8 @@ def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in scores.splitlines()]
     assert len({len(line) for line in lines}) == 1 and [line[0] for line in lines[2:]] == [
         row.name for row in table.rows]
-    assert [line[1:1 + len(table.columns)] for line in lines[2:]] == [[str(x) for x in row.paper]
-                                                                      for row in table.rows]
+    assert [line[1:1 + len(table.columns)] for line in lines[2:]] == [
+        [str(x) for x in row.paper or [""] * len(table.columns)] for row in table.rows]
     assert [line[-1] == "" for line in lines[2:]] == [row is table.rows[table.reference]
                                                       for row in table.rows]
     assert len(costs.splitlines()) == 2 + len(table.rows)
@@ -292,23 +293,27 @@ def table_file(folder, name, gains):
     """A table_N.json in which each row has this difference to the reference, and its intervals."""
     rows = [{"name": row.name, "difference": {"heldout": gain, "grounds": (9.0, 9.0, 9.0)}}
             for row, gain in zip(TABLES[name].rows, gains)]
-    toy.files.write_atomically(folder / f"table_{name}.json", {"rows": rows})
+    toy.files.write_atomically(folder / f"table_{name}.json", {
+        "rows": rows, "options": {"seeds": 4, "steps": 150}})
 
 
 def test_the_picture_of_all_tables_has_a_line_for_each_row_but_the_reference(tmp_path):
     with pytest.raises(UserError, match="no table_N.json"):
         experiments.forest.draw(str(tmp_path))
     table_file(tmp_path, "3", [(-1.0, 0.5, 2.0), (1.0, 0.5, 2.0), (0.0, 0.5, None), (0, 0, 0)])
-    table_file(tmp_path, "vlora", [(0, 0, 0), (-20.0, 1.0, 3.0), (-5.0, 1.0, 3.0)])
+    gains = [(0, 0, 0), (-20.0, 1.0, 3.0), (9.0, 1.0, 3.0), (-5.0, 1.0, 3.0)]
+    table_file(tmp_path, "vlora", gains)
     small, large = experiments.forest.draw(str(tmp_path)).axes
     for axes, rows, gains in ((small, TABLES["3"].rows[:3], [-1, 1, 0]),
-                              (large, TABLES["vlora"].rows[1:], [-20, -5])):
+                              (large, TABLES["vlora"].rows[1:], [-20, 9, -5])):
         labels = [text.get_text() for text in axes.get_yticklabels()]
         assert labels == ["", *(row.name for row in rows)]
         marks = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
         assert marks == gains
     spans = [tuple(line.get_xdata()) for line in small.lines if line.get_marker() != "o"]
-    assert spans == [(-3, 1), (-1.5, -0.5), (-1, 3), (0.5, 1.5), (-0.5, 0.5), (0, 0)]
+    assert spans == [(-1.5, -0.5), (-3, 1), (0.5, 1.5), (-1, 3), (-0.5, 0.5), (0, 0)]
+    assert small.texts[0].get_text().endswith("against posterior half (4 seeds, 150 steps)")
+    assert sorted(sum(experiments.forest.PANELS, ())) == sorted(TABLES)
 
 
 def test_a_probe_reads_what_is_there_and_no_more():
@@ -413,8 +418,9 @@ def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
     assert process.returncode == 0, error[-2000:]
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     found = json.load(open(tmp_path / "table_vlora.json"))
-    assert [row["name"] for row in found["rows"]] == ["LLaVA", "VLoRA", "VLoRA, 6 x the steps"]
-    assert found["rows"][2]["costs"]["trained"] == found["rows"][1]["costs"]["trained"]
+    assert [row["name"] for row in found["rows"]] == [
+        "LLaVA", "VLoRA", "LLaVA, 6 x the steps", "VLoRA, 6 x the steps"]
+    assert found["rows"][3]["costs"]["trained"] == found["rows"][1]["costs"]["trained"]
     assert len(read_log(tmp_path / "instruct_2_18/method=vlora/seed0/stage2/log.jsonl")[0]) == 18
     assert (tmp_path / "table_vlora.png").exists()
     assert "| LLaVA | 64.6 | 1470.0 |" in text and text.count("\n| VLoRA |") == 2
@@ -430,7 +436,7 @@ def test_a_table_is_made_stopped_and_gone_on_with(base, tmp_path):
     scores = {path: path.read_bytes() for path in tmp_path.glob("instruct*/*/*/scores.json")}
     text, error = start(base, tmp_path, "--table", "vlora", "--validate").communicate(timeout=200)
     assert "**validation**" in text and "heldout" not in text, error[-2000:]
-    assert scores == {path: path.read_bytes() for path in scores} and len(scores) == 6
+    assert scores == {path: path.read_bytes() for path in scores} and len(scores) == 8
 
 
 class Here(experiments.ablate.Jobs):
@@ -486,7 +492,7 @@ def test_a_row_that_fails_ends_the_program_with_a_line_that_says_where(base, tmp
         -1] and "output.txt: error: " in error[-1]
 
 
-def test_rows_of_another_base_are_not_taken_for_this_ones(tmp_path):
+def test_rows_of_another_base_are_not_taken_for_this_ones(tmp_path, monkeypatch):
     for name in experiments.ablate.BASE:
         (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "base" / name).write_text(name)
@@ -498,13 +504,24 @@ def test_rows_of_another_base_are_not_taken_for_this_ones(tmp_path):
     noted = json.loads((tmp_path / "out" / "base.json").read_text())
     (tmp_path / "out" / "base.json").write_text(
         json.dumps({name: noted[name] for name in noted if "grounds" not in name}))
-    with pytest.raises(UserError, match="started from another world/grounds.json than"):
+    with pytest.raises(UserError, match="were made with another world/grounds.json than"):
         experiments.ablate.check_base(o)
     (tmp_path / "out" / "base.json").write_text(json.dumps(noted))
     (tmp_path / "base" / "stage0" / "llm" / "model.safetensors").write_text("trained anew")
-    with pytest.raises(UserError, match="started from another stage0/llm/model.safetensors than "
-                                        ".*base has now: name another --out"):
+    with pytest.raises(UserError, match="were made with another stage0/llm/model.safetensors than "
+                                        ".*base now: name another --out"):
         experiments.ablate.check_base(o)
+    (tmp_path / "base" / "stage0" / "llm" / "model.safetensors").write_text(
+        "stage0/llm/model.safetensors")
+    experiments.ablate.check_base(o)
+    monkeypatch.setitem(training.options.TOY[2], "muon_lr", 1.0)
+    with pytest.raises(UserError, match="were made with another preset than"):
+        experiments.ablate.check_base(o)
+
+
+def test_scores_that_do_not_exist_are_not_asked_for():
+    with pytest.raises(UserError, match="--validate: --table embeddings has no scores"):
+        experiments.ablate.Options(table="embeddings", validate=True)
 
 
 def test_two_programs_do_not_train_in_one_folder_and_wait_for_each_other_at_one_base(tmp_path,

@@ -323,10 +323,10 @@ def test_losses_of_a_few_steps_are_printed(tmp_path, monkeypatch, capsys):
     write_log(tmp_path / "b" / "stage2", [0.5])
     plot_log(monkeypatch, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.png")
     assert capsys.readouterr().out.splitlines()[:4] == [
-        "| loss of stage | step 1 | step 10 | step 100 | last | held-out |",
-        "|---|---|---|---|---|---|",
+        f"| loss of {tmp_path / 'a'}, {tmp_path / 'b'} "
+        "| step 1 | step 10 | step 100 | last | held-out |", "| --- | --- | --- | --- | --- | --- |",
         "| stage1 | 2.000, 3.000 | 1.250, - | -, - | 1.250, 3.000 | 1.300, - |",
-        "| stage2 | - | - | - | 0.500 | - |"]
+        "| stage2 | -, - | -, - | -, - | -, 0.500 | -, - |"]
 
 
 def test_a_run_without_held_out_losses_has_no_third_curve(tmp_path):

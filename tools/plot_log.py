@@ -16,20 +16,20 @@ class Options:
 
 
 def losses_at(runs, steps=(1, 10, 100)):
-    """Losses of all runs at some steps, at the last step, and the last held-out one; a Markdown
-    table with a row for each stage. A run that has no such step gives "-".
+    """Losses at some steps, at the last step, and the last held-out one: a Markdown table with a
+    row for each stage. A cell has a number for each run, "-" where there is none.
 
     runs  as `read_runs` returns them
     """
-    lines = ["| loss of stage | " + " | ".join(f"step {n}" for n in steps) + " | last | held-out |",
-             "|---" * (len(steps) + 3) + "|"]
+    heads = [f"loss of {', '.join(runs)}", *(f"step {n}" for n in steps), "last", "held-out"]
+    lines = [heads, ["---"] * len(heads)]
     for stage in dict.fromkeys(stage for run in runs.values() for stage in run):
-        logs = [run[stage] for run in runs.values() if stage in run]
+        logs = [run.get(stage, ((), ())) for run in runs.values()]
         found = [[dict(points).get(n) for points, _ in logs] for n in steps]
-        found += [[points[-1][1] for points, _ in logs], [h[-1][1] if h else None for _, h in logs]]
-        cells = [", ".join("-" if x is None else f"{x:.3f}" for x in losses) for losses in found]
-        lines.append(f"| {stage or '.'} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        found += [[part[-1][1] if part else None for part in parts] for parts in zip(*logs)]
+        lines.append([stage or ".", *(", ".join("-" if x is None else f"{x:.3f}" for x in losses)
+                                      for losses in found)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def run():
