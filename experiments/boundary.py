@@ -10,26 +10,36 @@ The Llama is frozen; only what is added to its upper blocks trains. The guidance
 only token of the instruction, so how tokens are pooled plays no part here.
 
     visible   attention reads the name, too
-    hidden    no token attends to the name, so only the guidance can tell it: other adapters can at
-              best know which answers to x are frequent
+    hidden    no token attends to the name, so only generated adapters can find out which map is
+              meant. The others can at best give the answer that is most frequent for x.
 
-Compared are adapters of equal rank R (as many operations on a further token of an answer), of equal
-parameters, and of equal operations on a row, its generation included. Each learns at the rate that
-is best for it at this point of the grid on a seed that is not scored. A seed gives all the same
-maps and batches.
+Compared are adapters of the same rank, so a further token costs the same; of the same number of
+parameters; and of the same operations on a row of 3 tokens, one generation included. The rank of
+the last is larger here than it would be for a long prompt. With the same seed, all rows get the
+same maps and batches.
+
+Each row learns at the rate that gives it the lowest loss on a seed that is not scored. Rates are
+chosen at each number of maps, for one block, and at R = 4 and 32. At the other R and E a row takes
+the rate of its nearest rank among R = 4, 16 and 32. The seed of the rates also chooses where the
+changed forms are tried: where generated adapters lose to static ones of the same parameters.
 
 Finished runs are lines of OUT/runs.jsonl; the same command continues. It ends with tables,
-OUT/boundary.json and OUT/boundary.png.
+OUT/boundary.json and OUT/boundary.png. The whole grid takes about an hour on two cores for three
+seeds.
 """
 # cli first: it handles Ctrl-C during the slow imports
 from cli import check_numbers, main, MOST, parse, UserError
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
+import math
 import multiprocessing
 import os
+import pathlib
 import signal
+import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -54,19 +64,20 @@ from toy.files import write_atomically
 from training.costs import added_flops
 from weights import fill, make_config, tokenizer_of
 
-SYMBOLS = 16  # of a map
+SYMBOLS = 16  # in a map
 FIRST = 259   # ids of a Llama's tokenizer before this one are controls and single bytes
 NAME, LENGTH = 1, 3  # position of the name in a row; positions of a row
 BATCH = 64
-RATES = (3e-3, 1e-2, 3e-2)
-LORA_RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+TUNED = (16, 4, 32)  # ranks R at which rates are chosen
 TUNING = 1  # the seed on which rates are chosen; the scored ones are 2, 3, ..
 
 # Names of the rows
 GENERATED, STATIC = "generated", "static, same R"
-PARAMETERS, OPERATIONS = "static, same parameters", "static, same operations"
+PARAMETERS, OPERATIONS = "static, same parameters", "static, same operations on a row"
 LORA = "LoRA, same parameters"
 UNIT, OWN, GATES = "unit e", "a generator a block", "gates"  # changes of the paper's form
+FREQUENT = "most frequent answer for x"  # the best that an adapter can do without the name
 ROWS = (GENERATED, UNIT, STATIC, PARAMETERS, OPERATIONS, LORA)  # at every point
 
 
@@ -105,14 +116,14 @@ AXES = {"maps": (2, 4, 8, 16, 32, 64), "rank": (2, 4, 8, 16, 32), "embed": (4, 8
 
 
 class UnitNetwork(HyperNetwork):
-    """Reads e with a root mean square of 1."""
+    """Scales e to a root mean square of 1 first."""
 
     def forward(self, e):
         return super().forward(rms(e))
 
 
 class OwnExpert(Expert):
-    """Has a hypernetwork of its own; `build` halves E, so that the number of parameters stays."""
+    """Has a hypernetwork of its own; `config` divides E, so that the parameters do not grow."""
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         super().__init__(guidance_dim, inputs, outputs, embed, rank)
@@ -150,11 +161,11 @@ VARIANTS = {UNIT: (Expert, UnitNetwork), OWN: (OwnExpert, nn.Identity),
 
 def config(llm, run, rank, source="hyper"):
     """The VLMConfig of a run's adapters in the upper blocks, of this rank and source."""
-    last, embed = run.sites == "last", run.embed
-    if run.row == OWN and not last:
-        embed = embed // (llm.depth - llm.depth // 2)
+    embed = run.embed
+    if run.row == OWN:  # for the upper half only: in one block it would be the generated row
+        embed = max(1, embed // (llm.depth - llm.depth // 2))
     return make_config(VisionConfig(), llm, weight_source=source, visual_expert="none",
-                       guidance_after=llm.depth - 1 if last else None,
+                       guidance_after=llm.depth - 1 if run.sites == "last" else None,
                        expert_embed=embed, expert_rank=rank)
 
 
@@ -183,7 +194,9 @@ def parameters(cfg, row):
 
 
 def operations(cfg, row, tokens=LENGTH, generations=1):
-    """FLOPs that they add to so many tokens, and to generating the weights so often."""
+    """FLOPs of the adapters on `tokens` tokens, plus those of generating the weights `generations`
+    times.
+    """
     if row != GATES:
         return added_flops(cfg, tokens, generations)
     D, E, R = cfg.llm.width, cfg.expert_embed, cfg.expert_rank
@@ -191,7 +204,7 @@ def operations(cfg, row, tokens=LENGTH, generations=1):
 
 
 def sized(llm, run):
-    """The `config` of a run with the rank that its row asks for."""
+    """The `config` of a run with the rank that its row asks for: costs are linear in the rank."""
     source = {LORA: "lora", GENERATED: "hyper", **dict.fromkeys(VARIANTS, "hyper")}.get(
         run.row, "static")
     rank, measure = run.rank, operations if run.row == OPERATIONS else parameters
@@ -228,9 +241,15 @@ def make_rows(run, vocab):
     return torch.tensor(np.array(ids)), torch.tensor(np.concatenate(answers))
 
 
+def frequent(run, vocab):
+    """% of answers that are right if each x gets its most frequent answer over the maps."""
+    answers = make_rows(run, vocab)[1].view(run.maps, SYMBOLS)
+    counts = (answers[:, None] == answers).sum(0)  # (maps, SYMBOLS) of each answer for its x
+    return 100 * (counts.amax(0) / run.maps).mean().item()
+
+
 class Hiding:
-    """Stands where a cache would; keeps nothing. No token but the name itself attends to the name.
-    """
+    """Used as the cache, only for its mask: the last token does not see the name."""
 
     def __init__(self, depth):
         mask = torch.full((LENGTH, LENGTH), float("-inf")).triu(1)
@@ -255,7 +274,8 @@ class Learner:
 
     def __init__(self, run, folder):
         llm = llama_config(folder)
-        frozen = {name for name, _ in plain(llm).named_parameters()}
+        with torch.device("meta"):
+            frozen = {name for name, _ in plain(llm).named_parameters()}
         torch.manual_seed(run.seed)
         self.llama = build(sized(llm, run), run.row)
         new = {f"llm.{name}" for name, _ in self.llama.named_parameters() if name not in frozen}
@@ -311,12 +331,12 @@ class Learner:
 def train(run, folder):
     """The scores and costs of a run, on one thread."""
     torch.set_num_threads(1)
-    began, learner = time.perf_counter(), Learner(run, folder)
+    learner = Learner(run, folder)
     learner.fit(run.steps, run.rate)
     cfg = sized(llama_config(folder), run)
     return learner.score() | {
         "parameters": parameters(cfg, run.row), "operations": operations(cfg, run.row),
-        "further token": operations(cfg, run.row, 1, 0), "seconds": time.perf_counter() - began}
+        "further token": operations(cfg, run.row, 1, 0), "own rank": cfg.expert_rank}
 
 
 # ---- All runs
@@ -339,15 +359,30 @@ def results(o, runs):
             raise
 
 
+def code_digest():
+    """The sha256 of the code that decides what a run gives."""
+    names = ("experiments/boundary.py", "hypernet.py", "baselines.py", "model.py")
+    root = pathlib.Path(__file__).resolve().parents[1]
+    return hashlib.sha256(b"".join((root / name).read_bytes() for name in names)).hexdigest()
+
+
+def tuned_at(llm, c):
+    """The cell whose best rate this one takes: of the nearest rank among those at TUNED."""
+    def distance(other):
+        return abs(math.log(sized(llm, other).expert_rank / sized(llm, c).expert_rank))
+
+    return min((replace(c, rank=rank, embed=Run.embed) for rank in TUNED), key=distance)
+
+
 class Runs:
-    """{Run: what `train` gives} of the finished runs in OUT/runs.jsonl that began from this Llama.
-    """
+    """{Run: what `train` gives} of the finished runs in OUT/runs.jsonl, of this Llama and code."""
 
     def __init__(self, o):
-        self.o, self.path, self.llm = o, os.path.join(o.out, "runs.jsonl"), fingerprint(o.llm)
+        self.o, self.path = o, os.path.join(o.out, "runs.jsonl")
+        self.llm, self.key = llama_config(o.llm), {"llm": fingerprint(o.llm), "code": code_digest()}
         lines = read_json_lines(self.path) if os.path.exists(self.path) else []
         self.done = {Run(**line["run"]): line["found"] for _, line in lines
-                     if line["llm"] == self.llm}
+                     if line.items() >= self.key.items()}
 
     def finish(self, runs):
         """Train those that are not finished."""
@@ -356,24 +391,26 @@ class Runs:
         with open(self.path, "a") as file:
             for n, (run, found) in enumerate(results(self.o, todo), 1):
                 self.done[run] = found
-                line = {"run": dataclasses.asdict(run), "llm": self.llm, "found": found}
+                line = self.key | {"run": dataclasses.asdict(run), "found": found}
                 print(json.dumps(line), file=file, flush=True)
                 print(f"{n}/{len(todo)}  {found['accuracy']:5.1f}  {run}  "
                       f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
     def score(self, cells):
-        """{cell: {"rate", "accuracy": [one for each seed], ...}} of Runs without seed and rate."""
-        trials = {cell: [replace(cell, rate=rate) for rate in
-                         (LORA_RATES if cell.row == LORA else RATES)] for cell in cells}
+        """{cell: {"rate", "tuned": accuracy on the tuning seed, "accuracy": [one for each scored
+        seed], ...}} of Runs without seed and rate.
+        """
+        places = {c: tuned_at(self.llm, c) for c in cells}
+        trials = {place: [replace(place, rate=rate) for rate in RATES] for place in places.values()}
         self.finish(sum(trials.values(), []))
-        best = {cell: min(runs, key=lambda run: self.done[run]["loss"])
-                for cell, runs in trials.items()}
-        scored = {cell: [replace(run, seed=TUNING + 1 + n) for n in range(self.o.seeds)]
-                  for cell, run in best.items()}
-        self.finish(sum(scored.values(), []))
-        return {cell: {"rate": runs[0].rate} | {key: [self.done[run][key] for run in runs]
-                                                for key in self.done[runs[0]]}
-                for cell, runs in scored.items()}
+        best = {place: min(runs, key=lambda run: self.done[run]["loss"]).rate
+                for place, runs in trials.items()}
+        runs = {c: [replace(c, rate=best[place], seed=TUNING + n) for n in range(self.o.seeds + 1)]
+                for c, place in places.items()}
+        self.finish(sum(runs.values(), []))
+        return {c: {"rate": tuned.rate, "tuned": self.done[tuned]["accuracy"]}
+                | {key: [self.done[run][key] for run in scored] for key in self.done[tuned]}
+                for c, (tuned, *scored) in runs.items()}
 
 
 def grid(o):
@@ -389,25 +426,34 @@ def cell(point, row, hidden=False):
 
 
 def main_cells(points):
-    """All rows at all points; hidden: the generated ones, and a static one for each number of maps.
-    """
-    hidden = [cell(p, row, True) for p in points for row in (GENERATED, UNIT)]
-    control = [cell(p, PARAMETERS, True) for p in points if p == replace(points[0], maps=p.maps)]
-    return [cell(p, row) for p in points for row in ROWS] + hidden + control
+    """All rows at all points; hidden: the generated ones."""
+    return [cell(p, row) for p in points for row in ROWS] + [
+        cell(p, row, True) for p in points for row in (GENERATED, UNIT)]
+
+
+def variant_cells(points):
+    """The changed forms; in one block, a generator of its own changes nothing."""
+    return [cell(p, row) for p in points for row in VARIANTS if row != OWN or p.sites == "half"]
 
 
 # ---- Tables and the plot
 
 
 def gain(found, ours, others):
-    """(difference of mean accuracies, half of its 95 % interval or None), paired by seed."""
+    """(difference of mean accuracies, half of its 95 % interval), paired by seed.
+
+    None for the interval if there is one seed, or if all differ by the same.
+    """
     mean, spread = mean_and_spread(np.subtract(*(found[c]["accuracy"] for c in (ours, others))))
     n = len(found[ours]["accuracy"])
-    return mean, None if spread is None else T_95.get(n, 2.3) * spread / n ** 0.5
+    varies = spread is not None and spread > 1e-3  # not only rounding
+    return mean, T_95.get(n, 2.3) * spread / n ** 0.5 if varies else None
 
 
-def with_half(value):
-    mean, half = value
+def difference(found, ours, others):
+    if ours not in found or others not in found:
+        return ""
+    mean, half = gain(found, ours, others)
     return f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
 
 
@@ -416,9 +462,11 @@ def accuracy(found, c):
 
 
 def costs(found, c):
-    f = found[c]
+    if c not in found:
+        return ""
+    f, edge = found[c], "*" if found[c]["rate"] in (RATES[0], RATES[-1]) else ""
     return (f"{f['parameters'][0]:,}; {f['operations'][0] / 1e6:.3f}; "
-            f"{f['further token'][0] / 1e6:.3f}; {f['rate']:g}")
+            f"{f['further token'][0] / 1e6:.3f}; {f['rate']:g}{edge}")
 
 
 def table(points, columns):
@@ -428,32 +476,35 @@ def table(points, columns):
     return markdown_table(["maps", "R", "E", "blocks", *columns], rows)
 
 
-def tables(found, points, losing):
-    """{title: Markdown}."""
+def tables(found, points, losing, unnamed):
+    """{title: Markdown}; unnamed: {number of maps: `frequent`}."""
     def scores(rows, hidden=False):
         return {row: lambda p, row=row: accuracy(found, cell(p, row, hidden)) for row in rows}
 
     def gains(pairs, hidden=False):
-        return {f"{a} - {b}": lambda p, a=a, b=b: with_half(
-            gain(found, cell(p, a, hidden), cell(p, b, hidden))) for a, b in pairs}
+        return {f"{a} - {b}": lambda p, a=a, b=b: difference(
+            found, cell(p, a, hidden), cell(p, b, hidden)) for a, b in pairs}
 
     others = (STATIC, PARAMETERS, OPERATIONS, LORA)
     changed = [(row, other) for other in (GENERATED, PARAMETERS) for row in VARIANTS]
-    loses = f"where {GENERATED} loses to {PARAMETERS}"
+    after = f"after {points[0].steps} steps"
+    loses = f"where {GENERATED} loses to {PARAMETERS} on the seed of the rates"
     return {
-        "visible: accuracy, %": table(points, scores(ROWS)),
-        "visible: differences": table(points, gains((GENERATED, row) for row in others)),
-        f"visible: differences of {UNIT}": table(
+        f"visible: accuracy {after}, %": table(points, scores(ROWS)),
+        f"visible: differences {after}": table(points, gains((GENERATED, row) for row in others)),
+        f"visible: differences of {UNIT} {after}": table(
             points, gains((UNIT, row) for row in (GENERATED, *others))),
-        "hidden: accuracy, %": table(points, scores((GENERATED, UNIT, PARAMETERS), True)
-                                     | gains([(UNIT, GENERATED)], True)),
-        f"{loses}: accuracy, %": table(losing, scores((GENERATED, *VARIANTS, PARAMETERS))),
-        f"{loses}: differences": table(losing, gains(changed)),
-        "parameters; MFLOPs a row; a further token; rate": table(
-            points, {row: lambda p, row=row: costs(found, cell(p, row)) for row in ROWS})}
+        f"hidden: accuracy {after}, %": table(
+            points, scores((GENERATED, UNIT), True) | gains([(UNIT, GENERATED)], True)
+            | {FREQUENT: lambda p: f"{unnamed[p.maps]:.1f}"}),
+        f"{loses}: accuracy {after}, %": table(losing, scores((GENERATED, *VARIANTS, PARAMETERS))),
+        f"{loses}: differences {after}": table(losing, gains(changed)),
+        "parameters; MFLOPs a row; a further token; rate (*: the lowest or highest tried)": table(
+            points, {row: lambda p, row=row: costs(found, cell(p, row))
+                     for row in dict.fromkeys((*ROWS, *VARIANTS))})}
 
 
-def draw(found, points):
+def draw(found, points, unnamed):
     """Accuracy against each number of the grid, with the spread over seeds."""
     figure = Figure((10, 4.6), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
@@ -474,7 +525,8 @@ def draw(found, points):
         ax.set_xticks(AXES[axis], AXES[axis])
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("accuracy, %")
+    axes[0].plot(*zip(*sorted(unnamed.items())), color="grey", linestyle=":", label=FREQUENT)
+    axes[0].set_ylabel(f"accuracy after {points[0].steps} steps, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
@@ -487,13 +539,20 @@ def run():
     os.makedirs(o.out, exist_ok=True)
     runs, points = Runs(o), grid(o)
     found = runs.score(main_cells(points))
-    losing = [p for p in points if gain(found, p, cell(p, PARAMETERS))[0] < 0]
-    found |= runs.score([cell(p, row) for p in losing for row in VARIANTS])
+    losing = [p for p in points if found[p]["tuned"] < found[cell(p, PARAMETERS)]["tuned"]]
+    found |= runs.score(variant_cells(losing))
+    vocab, seeds = tokenizer_of(o.llm, runs.llm).vocab, range(TUNING + 1, TUNING + 1 + o.seeds)
+    unnamed = {p.maps: statistics.mean(frequent(replace(p, seed=seed), vocab) for seed in seeds)
+               for p in points}
+    cells = [dataclasses.asdict(c) | values for c, values in found.items()]
+    for values in cells:
+        del values["seed"]
     write_atomically(os.path.join(o.out, "boundary.json"), {
-        "options": dataclasses.asdict(o),
-        "cells": [dataclasses.asdict(c) | values for c, values in found.items()]})
-    draw(found, points).savefig(os.path.join(o.out, "boundary.png"), dpi=100)
-    for title, text in tables(found, points, losing).items():
+        "options": dataclasses.asdict(o), FREQUENT: unnamed, "cells": cells})
+    draw(found, points, unnamed).savefig(os.path.join(o.out, "boundary.png"), dpi=100)
+    print(f"{o.seeds} seeds, {o.steps} steps. Accuracies ± standard deviation. Differences ± 95 % "
+          "interval over seeds, paired; one interval in twenty misses.\n")
+    for title, text in tables(found, points, losing, unnamed).items():
         print(f"{title}\n\n{text}\n")
 
 
