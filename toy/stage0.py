@@ -43,8 +43,8 @@ def stage_0(part, world, out, system):
     return StandInLlama(), *data, lambda tensors: write_llm(tensors, tokenizer, out)
 
 
-# The parts of a whole run, and seconds of each on two cores of a Xeon with AMX
-SECONDS = {"world": 11, "stage 0": 144, "stage 1": 23, "stage 2": 241, "scores": 21}
+# The parts of a whole run, and seconds of each on two cores of an AMD EPYC
+SECONDS = {"world": 12, "stage 0": 264, "stage 1": 42, "stage 2": 306, "scores": 37}
 
 
 class Progress:
