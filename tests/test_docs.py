@@ -23,8 +23,9 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = ["README.md", *sorted(glob.glob("docs/*.md", root_dir=HERE))]
 PROGRAMS = ("train.py", "sample.py", "eval.py",
             "tools.check_data", "tools.export_llava", "tools.plot_log",
-            "experiments.ablate", "experiments.bench", "experiments.growth", "experiments.look",
-            "experiments.order", "experiments.outsider", "experiments.step_size")
+            "experiments.ablate", "experiments.bench", "experiments.boundary",
+            "experiments.forest", "experiments.growth", "experiments.look", "experiments.order",
+            "experiments.outsider", "experiments.step_size")
 TORCHRUN = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "shutdown_timeout"}
 FIGURE_ROW = r"\| ([^|]+) \| [^|]+ \| ([^|]*`\w+\.py`: `[^|]+) \|"
 
