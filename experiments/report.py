@@ -163,26 +163,29 @@ def with_spread(value):
 
 
 def markdown(table, rows):
-    """The scores and the costs of a table's rows as two Markdown tables."""
+    """The scores, those of each family of questions if there are some, and the costs of a table's
+    rows, as Markdown tables."""
     first, *others = rows[0]["means"]
-    families = list(rows[0]["families"]) if len(rows[0]["families"]) > 1 else []
-    over_seeds = ", over seeds" if rows[0]["difference"][first][2] is not None else ""
-    head = ["row", *table.columns, *families, f"**{first}**", *others,
-            f"against {table.rows[table.reference].name} (95 % over questions{over_seeds})"]
+    families, reference = [*rows[0]["families"]], rows[table.reference]
+    over_seeds = ", over seeds" if reference["difference"][first][2] is not None else ""
+    head = ["row", *table.columns, f"**{first}**", *others,
+            f"against {reference['name']} (95 % over questions{over_seeds})"]
     if table.columns:
         head[1] = f"paper: {head[1]}"
-    scores, costs = [], []
+    scores = [head]
     for row in rows:
         gain, *halves = row["difference"][first]
         intervals = ", ".join(f"± {half:.1f}" for half in halves if half is not None)
         scores.append([row["name"], *map(str, row["paper"] or [""] * len(table.columns)),
-                       *(f"{row['families'][f][0]:.1f}" for f in families),
                        f"**{with_spread(row['means'][first])}**",
                        *(with_spread(row["means"][split]) for split in others),
-                       "" if row is rows[table.reference] else f"{gain:+.1f} ({intervals})"])
-        costs.append([row["name"], *(format(row["costs"][k], style) for k, _, style in COSTS)])
-    cost_head = ["row", *(title for _, title, _ in COSTS)]
-    return f"{markdown_table(head, scores)}\n\n{markdown_table(cost_head, costs)}"
+                       "" if row is reference else f"{gain:+.1f} ({intervals})"])
+    of_families = [[f"{first}, row", *families]] + [
+        [row["name"], *(with_spread(row["families"][f]) for f in families)] for row in rows]
+    costs = [["row", *(title for _, title, _ in COSTS)]] + [
+        [row["name"], *(format(row["costs"][k], style) for k, _, style in COSTS)] for row in rows]
+    tables = [scores, *[of_families] * (len(families) > 1), costs]
+    return "\n\n".join(markdown_table(head, rest) for head, *rest in tables)
 
 
 # ---- Plots

@@ -263,7 +263,9 @@ def test_every_table_is_printed_and_plotted_with_its_rows_and_the_papers_columns
               "means": {split: (60.0 + i, 2.0) for split in table.splits},
               "difference": {split: (1.0, 2.0, 3.0) for split in table.splits}}
              for i, row in enumerate(table.rows)]
-    scores, costs = experiments.report.markdown(table, found).split("\n\n")
+    scores, *families, costs = experiments.report.markdown(table, found).split("\n\n")
+    assert [part.splitlines()[2] for part in families] == [
+        f"| {table.rows[0].name} |" + " 50.0 ± 1.0 |" * 8] * (name != "dialect")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in scores.splitlines()]
     assert len({len(line) for line in lines}) == 1 and [line[0] for line in lines[2:]] == [
         row.name for row in table.rows]
