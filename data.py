@@ -32,7 +32,7 @@ from formats.records import check_record
 from model import Batch
 
 IMAGE = -200    # placeholder in `Sample.ids` for each image token; the value is LLaVA's
-IGNORE = -100   # the label of a position that is not trained
+IGNORE = -100   # the label of a position that is not trained, as in F.cross_entropy
 MULTIPLE = 16   # training pads sequences to a multiple of this, see `collate`
 TAG = "<image>"
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -118,9 +118,9 @@ class PromptFormat:
     system: str = SYSTEM                     # text before the first turn of v1; may be empty
     image_tokens: int = 576                  # positions of a picture; 0 for VLoRA
     context: int = 2048                      # longest sample, in positions; the rest is cut off
-    # What the guidance of a turn is the mean of: the text of its question; all positions between
-    # the last answer and the next (in the first turn also bos, the system text and the picture);
-    # or only the last of these, which has attended to everything before it
+    # What the guidance of a turn is the mean of: the text from USER: to ASSISTANT: (without the
+    # picture); all positions between the last answer and the next (in the first turn also bos, the
+    # system text and the picture); or only the last of these, which has attended to all before it
     pool: Literal["instruction", "prompt", "last"] = "instruction"
 
     def __post_init__(self):
@@ -162,12 +162,13 @@ def turns_of_record(record, name):
 
     An answer before the first question is left out, and so is a last question without an answer.
     A tag is plain text in an answer, and inside a question of a record without a picture.
-    Raises UserError with `name` for a malformed record, for a picture without a tag and for a tag
-    without a picture. LLaVA accepts the last two.
+    Raises UserError with `name` for a malformed record, one without an answer, a picture without a
+    tag or with several, and a tag without a picture. LLaVA accepts the last two.
     """
     check_record(record, name)
     image, messages = record.get("image"), record["conversations"]
-    texts = [m["value"] for m in messages[messages[0]["from"] == "gpt":]]
+    first = 1 if messages[0]["from"] == "gpt" else 0
+    texts = [m["value"] for m in messages[first:]]
     turns = list(zip(texts[::2], texts[1::2]))
     if not turns:
         raise UserError(f"{name}: no answer to train on")
@@ -186,8 +187,8 @@ def pieces(turns, prompt_format, name, has_image=True):
     """[(text, part, turn), ...] in reading order: the only place that spells out the templates.
 
     `part` is "system", "prompt" or "answer". A text of None is the picture. An answer of None is
-    not written yet. Each piece is encoded separately and begins with a space, also "USER:" after
-    </s> and the text after a picture. Without a picture, tags are plain text.
+    not written yet. Each piece is encoded separately, and the tokenizer begins each with a space,
+    also "USER:" after </s> and the text after a picture. Without a picture, tags are plain text.
     Raises UserError if `plain` is given anything other than one picture with its caption.
     """
     if prompt_format.template == "plain":
@@ -209,10 +210,10 @@ def pieces(turns, prompt_format, name, has_image=True):
 
 
 def encode_conversation(turns, tokenizer, prompt_format, record, image=None):
-    """The `Sample` of all turns, of any length; if the last answer is None, it ends before it."""
+    """The `Sample` of all turns, not truncated; it ends where an answer of None would begin."""
     pool_all = prompt_format.pool != "instruction"
     ids, tag = [tokenizer.bos], -1
-    parts = [(1, 0, False, pool_all)]  # length, turn, whether an answer, whether pooled
+    spans = [(1, 0, False, pool_all)]  # length, turn, whether an answer, whether pooled
     for text, part, turn in pieces(turns, prompt_format, record, image is not None):
         new = [IMAGE] * prompt_format.image_tokens if text is None else tokenizer.encode(text)
         if part == "answer" and prompt_format.template == "v1":
@@ -222,16 +223,16 @@ def encode_conversation(turns, tokenizer, prompt_format, record, image=None):
         # The causal rule: a turn's own question enters its guidance, an answer never does.
         is_question = part == "prompt" and text is not None
         is_pooled = is_question or (pool_all and part != "answer")
-        parts.append((len(new), turn, part == "answer", is_pooled))
+        spans.append((len(new), turn, part == "answer", is_pooled))
         ids += new
-    lengths, *columns = map(np.array, zip(*parts))
+    lengths, *columns = map(np.array, zip(*spans))
     ids = np.array(ids, np.int64)
     use, is_answer, is_pooled = (np.repeat(values, lengths) for values in columns)
     if prompt_format.template == "plain":  # without a question: no guidance, no generated weights
         pool = use = np.full_like(ids, -1)
     else:
         pool = np.where(is_pooled, use, -1)
-        if prompt_format.pool == "last":  # an answer stands between the prompts of two turns
+        if prompt_format.pool == "last":  # keep the last position of each prompt
             pool[:-1][pool[:-1] == pool[1:]] = -1
     labels = np.where(is_answer, ids, IGNORE)
     return Sample(ids, labels, pool, use, max(len(turns), 1), image, record, tag)
@@ -246,7 +247,7 @@ def truncate(sample, context):
     """
     image_at, end, image = np.flatnonzero(sample.ids == IMAGE), context, sample.image
     if len(image_at) and image_at[-1] >= context:
-        if sample.use_id[image_at[0]] <= 0:
+        if sample.use_id[image_at[0]] <= 0:  # the first turn, or a caption of `plain`
             raise UserError(f"{sample.record}: the context of {context} ends before the picture, "
                             f"which takes positions {image_at[0]} to {image_at[-1]}")
         end, image = min(context, image_at[0]), None
@@ -294,11 +295,6 @@ def encode_prompt(turns, question, tokenizer, prompt_format, image=None, record=
 
 # 3. The data set
 
-def load_records(path):
-    """The records in a LLaVA JSON or JSON Lines file, not checked yet; UserError if none."""
-    return read_json_list(path)
-
-
 def image_path(images, image, name):
     """The path of a record's picture in the folder `images`; UserError if it leads outside.
 
@@ -336,7 +332,7 @@ class Conversations:
     """
 
     def __init__(self, json_path, images, tokenizer, prompt_format=PromptFormat()):
-        records = load_records(json_path)
+        records = read_json_list(json_path)
         self.images, self.tokenizer, self.prompt_format = images, tokenizer, prompt_format
         self.has_image = np.array([read_record(record, i, images, prompt_format)[2] is not None
                                    for i, record in enumerate(records)])
@@ -419,19 +415,3 @@ def collate(samples, visual, blank=None, pad=0, multiple=1):
         tag=torch.tensor([s.tag for s in samples]),
         records=[s.record for s in samples],
     )
-
-
-def check_causal(labels, pool_id, use_id):
-    """Raise AssertionError if a trained position could see later text through its guidance.
-
-    All int64[B, T], labels not shifted. Position i predicts i + 1. If that is trained, no position
-    up to i may use guidance that includes a position after i. For tests: training does not run it.
-    """
-    rows = zip(labels.tolist(), pool_id.tolist(), use_id.tolist())
-    for b, (label, pool, use) in enumerate(rows):
-        pool_end = {turn: j for j, turn in enumerate(pool) if turn >= 0}  # last position per turn
-        latest = -1
-        for i in range(len(label) - 1):
-            latest = max(latest, pool_end.get(use[i], -1))
-            assert label[i + 1] == IGNORE or latest <= i, \
-                f"row {b}: position {i} is trained, but its guidance reaches to position {latest}"

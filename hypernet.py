@@ -5,15 +5,22 @@ Eq. 2 is their general form).
                                                              │
                                x ──> W_d ──> SwiGLU ──> W_u ──> shift of a static layer's output
 
-All experts of a modality share one `HyperNetwork` (W_1, B_1, W_2). Each `Expert` owns its encoder
-E_n, its bias b^(n) and the adapter itself. `pool` makes the guidance. A conversation has several
-turns, and each turn has its own guidance and its own generated weights. Two integers per token say
-which:
+All language experts share one `HyperNetwork` (W_1, B_1, W_2); a visual expert has one of its own,
+since E_V1 and E_V2 differ in width. Each `Expert` owns its encoder E_n and its bias b^(n). `pool`
+makes the guidance. A conversation has several turns, and each turn has its own guidance and its own
+generated weights. Two integers per token say which:
 
     pool_id[b, i]   the turn whose guidance includes token i             -1: none
     use_id[b, i]    the turn whose generated weights token i runs with   -1: none, zero shift
 
-The letters in the shapes are explained at the top of model.py. Next: projector.py.
+Letters in the shapes, the same in every file:
+    B batch             T sequence (text + image tokens)   N image tokens        V vocabulary
+    D width of Llama    C width of CLIP                    U turns               L layers
+    H heads             K width of one head                R rank of an expert   G width of guidance
+    S side of the image, px   E width of the hypernetwork's embedding   M pictures in a batch
+    P positions with logits   k blocks before guidance is taken (guidance_after)
+
+Next: projector.py.
 """
 import torch
 import torch.nn.functional as F
@@ -25,6 +32,11 @@ def rms(x, eps=1e-6):
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
+def turn_mask(turn_id, turns):
+    """bool[B, T, U]: whether token i has turn u in `turn_id` int64[B, T], a pool_id or use_id."""
+    return turn_id[..., None] == torch.arange(turns, device=turn_id.device)
+
+
 def pool(x, pool_id, turns):
     """The guidance of each turn: the mean of the tokens with that `pool_id`, in fp32 (f in Eq. 3).
 
@@ -32,14 +44,13 @@ def pool(x, pool_id, turns):
     pool_id  int64[B, T], -1 .. turns - 1
     returns  float32[B, U, G] with U = turns; zeros for a turn without tokens
     """
-    member = pool_id[..., None] == torch.arange(turns, device=x.device)  # (B, T, U)
-    member = member.float()
-    total = member.mT @ x.float()                                        # (B, U, G)
+    member = turn_mask(pool_id, turns).float()  # (B, T, U)
+    total = member.mT @ x.float()               # (B, U, G)
     return total / member.sum(1).clamp(min=1)[..., None]
 
 
 class HyperNetwork(nn.Module):
-    """W_1, B_1, W_2 of Eq. 4 (H_M in Eq. 5), shared by all experts of a modality.
+    """W_1, B_1, W_2 of Eq. 4.
 
     It computes w = (W_1 e + B_1) W_2, with a SiLU between the layers.
 
@@ -49,7 +60,7 @@ class HyperNetwork(nn.Module):
 
     The factor 1/sqrt(E) keeps training stable. Without it, one Adam step at rate lr changes a
     generated weight by up to lr times the sum of the hidden layer's absolute values, which grows
-    with E: at the rate of a static layer it would rewrite the adapter.
+    with E: at the rate of a static layer, one step would replace the adapter.
 
     e        float[B, U, E]  embedding of the guidance
     returns  float[B, U, 2R * inputs], float[B, U, R * outputs]  the generated parts of W_d and W_u,
@@ -60,8 +71,8 @@ class HyperNetwork(nn.Module):
         super().__init__()
         self.inputs = inputs
         self.trunk = nn.Linear(embed, embed)                         # W_1, B_1
-        self.down = nn.Linear(embed, 2 * rank * inputs, bias=False)  # rows of W_2 that write W_d
-        self.up = nn.Linear(embed, rank * outputs, bias=False)       # rows of W_2 that write W_u
+        self.down = nn.Linear(embed, 2 * rank * inputs, bias=False)  # part of W_2 that writes W_d
+        self.up = nn.Linear(embed, rank * outputs, bias=False)       # part of W_2 that writes W_u
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -74,22 +85,18 @@ class HyperNetwork(nn.Module):
         return self.down(a), self.up(a)                              # Eq. 4, outer layer
 
 
-def turn_mask(use_id, turns):
-    """bool[B, T, U]: whether token i runs with the weights of turn u."""
-    return use_id[..., None] == torch.arange(turns, device=use_id.device)
-
-
 class Expert(nn.Module):
-    """An adapter whose weights are generated for every turn (Eqs. 3-5): E(x) = W_u SwiGLU(W_d x),
-    without biases.
+    """An adapter whose weights are generated for every turn (Eqs. 3-5): E(x) = W_u SwiGLU(W_d x).
 
-    SwiGLU in a bottleneck of width R needs a gate and a value, so W_d is 2R wide and W_u starts
-    from R. W_u is zero at the start: before training, the model *is* LLaVA.
+    SwiGLU in a bottleneck of width R needs a gate and a value, so W_d is 2R wide and W_u has R
+    inputs. W_u is zero at the start: before training, the model *is* LLaVA. The two products add no
+    vector of their own; b^(n) is added to the generated weights.
 
     The guidance is scaled by sqrt(E)/G, and the weights of E_n start larger by G/sqrt(E), so e
     starts as that of a plain nn.Linear. Without the factor, one Adam step at rate lr would move
-    every e by up to 0.8 G lr, more than its size for wide models. With it, the step is 0.8 sqrt(E)
-    lr at every G, and moves W_1 e about as far as a step of W_1 does (docs/readings.md).
+    every e by about 0.8 G lr: with G = 4096 and lr 1e-3 by 3.3, and e starts near 0.6. With it, the
+    step is 0.8 sqrt(E) lr at every G, and moves W_1 e about as far as a step of W_1 does
+    (docs/readings.md).
     """
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
@@ -108,12 +115,14 @@ class Expert(nn.Module):
         nn.init.zeros_(self.up)
 
     def weights(self, guidance, hypernet):
-        """W_d float[B, U, 2R, inputs] and W_u float[B, U, R, outputs] for guidance float[B, U, G].
+        """W_d float[B, U, 2R, inputs] and W_u, transposed, float[B, U, R, outputs] for guidance
+        float[B, U, G] (H_M in Eq. 5).
         """
+        # rms: a mean over many tokens is short, and its length should not matter
         e = self.encoder(rms(guidance) * self.scale)                 # (B, U, E)  Eq. 3
-        down, up = hypernet(e)                                       # w^(n)  Eq. 4
-        return (self.down + down.unflatten(-1, self.down.shape),     # K^(n) = w^(n) + b^(n)  Eq. 4
-                self.up + up.unflatten(-1, self.up.shape))
+        w_d, w_u = hypernet(e)                                       # w^(n)  Eq. 4
+        return (self.down + w_d.unflatten(-1, self.down.shape),      # K^(n) = w^(n) + b^(n)  Eq. 4
+                self.up + w_u.unflatten(-1, self.up.shape))
 
     def forward(self, x, weights, use_id=None):
         """The shift that each token gets from the weights of its turn (Eq. 5).
@@ -125,7 +134,8 @@ class Expert(nn.Module):
         """
         (B, T, _), (down, up) = x.shape, weights
         U, R = up.shape[1:3]
-        # Apply every turn's weights to every token; then set the results of other turns to zero.
+        # Apply every turn's W_d to every token and set the results of other turns to zero. The last
+        # product sums over turns, so that only the token's own turn is left.
         gate, value = (x @ down.flatten(1, 2).mT).view(B, T, U, 2 * R).chunk(2, dim=-1)
         hidden = F.silu(gate) * value                # (B, T, U, R)  SwiGLU(W_d x)
         if use_id is not None:

@@ -8,14 +8,8 @@
 
 All modules are plain `nn.Module`s; train.py handles devices, ranks and sharding. Parameters end in
 the names of the Hugging Face checkpoints (q_proj, gate_proj, ...). `generate` is at the end.
-Read hypernet.py and projector.py first, then data.py and train.py.
-
-Letters, the same in every file:
-    B batch             T sequence (text + image tokens)   N image tokens        V vocabulary
-    D width of Llama    C width of CLIP                    F hidden of an MLP    L layers
-    H heads             K width of one head                R rank of an expert   G width of guidance
-    S side of the image, px   E width of the hypernetwork's embedding   M pictures in a batch
-    U turns             P positions with logits
+Read hypernet.py, which explains the letters in the shapes, and projector.py first, then data.py
+and train.py.
 """
 import dataclasses
 from dataclasses import dataclass, field
@@ -65,7 +59,8 @@ class LlamaConfig:
 class VLMConfig:
     """HyperLLaVA on a CLIP and a Llama; the defaults are the paper's (Tables 2, 3; Figures 3, 4).
 
-    Raises UserError if guidance would be taken after the first block that has an expert.
+    Raises UserError if guidance would be taken after the first block that has an expert, or if the
+    Llama has no such block.
     """
     vision: VisionConfig = field(default_factory=VisionConfig)
     llm: LlamaConfig = field(default_factory=LlamaConfig)
@@ -110,11 +105,11 @@ class Batch:
     lengths: torch.Tensor | None           # int64[B], real tokens of each row; None: all T
     pool_id: torch.Tensor | None = None    # int64[B, T], see hypernet.py; None: use cached weights
     use_id: torch.Tensor | None = None     # int64[B, T]
-    turns: int = 1                         # U, the largest number of turns in a row
+    turns: int = 1                         # U, the most turns that any row has
     visual: torch.Tensor | None = None     # float[M, 3, S, S] pixels or float[M, N, C] features
     image_at: torch.Tensor | None = None   # int64[image tokens], indices into [B * T]
     at: torch.Tensor | None = None         # int64[P], indices into [B * T] that get logits
-    target: torch.Tensor | None = None     # int64[P], the next tokens; negative: ignored
+    target: torch.Tensor | None = None     # int64[P], the next tokens; -100: not trained
     picture: torch.Tensor | None = None    # int64[B], the row's picture in `visual`, or -1 (VLoRA)
     tag: torch.Tensor | None = None        # int64[B], position of the picture's tag, or -1 (VLoRA)
     records: list[str] = field(default_factory=list)  # names for messages
@@ -189,7 +184,7 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(cfg.width, cfg.width)
 
     def forward(self, x):
-        q = split_heads(self.q_proj(x), self.width)  # (M, H, T, K)
+        q = split_heads(self.q_proj(x), self.width)  # (M, H, 1 + N, K)
         k = split_heads(self.k_proj(x), self.width)
         v = split_heads(self.v_proj(x), self.width)
         return self.out_proj(merge_heads(attend(q, k, v, eager=self.eager)))
@@ -350,7 +345,7 @@ class Block(nn.Module):
             weights, use_id = layer_cache.weights, None
         else:
             g, use_id, hypernet = guidance
-            weights = self.expert.weights(g, hypernet)  # made here to save memory in training
+            weights = self.expert.weights(g, hypernet)  # here, so that recomputation can drop them
             if layer_cache is not None:
                 layer_cache.keep(weights, use_id)
         return x + (self.mlp(y) + self.expert(y, weights, use_id))  # Eq. 7
@@ -383,14 +378,14 @@ class LayerCache:
         """
         last = use_id.amax(1)                             # (B,)  -1: the row uses no expert
         rows = torch.arange(len(last), device=last.device)
-        *others, up = (
+        *others, last_matrix = (  # W_d and W_u; an adapter of baselines.py may have one matrix
             w.expand(len(last), *w.shape[1:])[rows, last.clamp(0, w.shape[1] - 1)][:, None]
             for w in weights)
-        self.weights = *others, up.masked_fill((last < 0)[:, None, None, None], 0)
+        self.weights = *others, last_matrix.masked_fill((last < 0)[:, None, None, None], 0)
 
 
 def make_room(x, slots):
-    """float[B, kv_heads, slots, K], of x with fewer slots; an x with enough of them stays."""
+    """x float[B, kv_heads, .., K], padded with zeros to at least `slots` slots."""
     more = slots - x.shape[2]
     return F.pad(x, (0, 0, 0, more)) if more > 0 else x
 
@@ -419,8 +414,8 @@ class Cache:
 
     def reserve(self, more):
         """Make room for `more` further tokens in each row; what is there stays."""
-        self.rewind(self.lengths)
-        for layer in self.layers:  # Ctrl-C may have come between two of them
+        self.rewind(self.lengths)  # sets start and end again: Ctrl-C may have stopped a pass
+        for layer in self.layers:  # or a call of this function, between two layers
             layer.keys = make_room(layer.keys, self.end + more)
             layer.values = make_room(layer.values, self.end + more)
 
@@ -479,8 +474,9 @@ class Llama(nn.Module):
         g = pool(self.guidance_norm(x), batch.pool_id, batch.turns).to(x.dtype)  # f_L
         return g, batch.use_id, self.hypernet
 
-    def positions(self, batch, cache):
-        """int64[1 or B, T], the positions of the batch's tokens in their rows."""
+    def next_positions(self, batch, cache):
+        """int64[1 or B, T], the positions of the batch's tokens in their rows. Moves the cache on.
+        """
         T = batch.ids.shape[1]
         if cache is None:
             return torch.arange(T, device=batch.ids.device)[None]
@@ -488,12 +484,12 @@ class Llama(nn.Module):
 
     def forward(self, x, batch, cache=None):
         width = self.cfg.width // self.cfg.heads
-        angles = rotary(self.positions(batch, cache), width, self.cfg.theta)
+        angles = rotary(self.next_positions(batch, cache), width, self.cfg.theta)
         cos, sin = (values.to(x.dtype) for values in angles)
         guidance = None
         for n, block in enumerate(self.layers):
             if n == self.guidance_after and batch.pool_id is not None:
-                guidance = self.guidance(x, batch)
+                guidance = self.guidance(x, batch)  # the arrow at 1/2 Layers in Figure 2
             x = block(x, cos, sin, guidance, cache and cache.layers[n])
         return self.norm(x)
 
@@ -523,7 +519,7 @@ class VLM(nn.Module):
         if batch.visual is None:
             return x
         tokens = self.projector(self.features(batch.visual)).flatten(0, 1)  # (M N, D)
-        tokens = tokens[:len(batch.image_at)].to(x.dtype)  # none of a dummy picture from collate
+        tokens = tokens[:len(batch.image_at)].to(x.dtype)  # a dummy picture has no positions
         return x.flatten(0, 1).index_copy(0, batch.image_at, tokens).view_as(x)
 
     def forward(self, batch, cache=None):

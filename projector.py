@@ -16,8 +16,8 @@ from hypernet import Expert, HyperNetwork
 
 
 class VisualExpert(nn.Module):
-    """E_V of Eq. 6: an expert guided by the mean of the picture's own features; one set of weights
-    per picture.
+    """E_V of Eq. 6: an expert guided by the mean over the patches of its own input (f for E_V1,
+    L1(f) for E_V2). To `Expert` a picture is a row with one turn: B = M, T = N, U = 1.
 
     x        float[M, N, inputs]
     returns  float[M, N, outputs]
@@ -48,4 +48,4 @@ class Projector(nn.Module):
         first = F.gelu(self.linear_1(f))                                        # L1(f)
         shifted = first if self.expert_1 is None else first + self.expert_1(f)  # + E_V1(f)  Eq. 6
         tokens = self.linear_2(shifted)                                         # L2(.)
-        return tokens if self.expert_2 is None else tokens + self.expert_2(first)
+        return tokens if self.expert_2 is None else tokens + self.expert_2(first)  # + E_V2(L1(f))

@@ -4,8 +4,8 @@
 terminal, --batch answers a file of questions. Answers go to standard output as they are made,
 everything else to standard error.
 
-`answer` is the one place that answers prompts; benchmarks and the training log call it, too.
-`Chat` answers turn by turn and keeps a cache. Next: weights.py, which opens checkpoints.
+`answer` answers a batch of prompts; the benchmarks call it, too. `Chat` answers turn by turn and
+keeps a cache. Next: weights.py, which opens checkpoints.
 """
 # cli first: it handles Ctrl-C during the slow imports
 from cli import check_numbers, main, MOST, parse, read_lines, survive_mistakes, UserError

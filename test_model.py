@@ -1,5 +1,5 @@
-"""What hypernet.py, projector.py, model.py and sample.py claim, one test per sentence. CPU, no
-network.
+"""What hypernet.py, projector.py and model.py claim, and data.py about causality, one test per
+sentence. CPU, no network.
 
 Up-projections start at zero, where leaks, mixed rows and stale caches all go unseen: `trained`
 draws them at random.
@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 
 import weights
-from data import check_causal, encode, encode_prompt, IGNORE
+from data import encode, encode_prompt, IGNORE
 from hypernet import Expert, HyperNetwork, pool, rms
 from model import CLIP, generate, stream, VisionConfig, VLM, VLMConfig
 from projector import Projector
-from tests.helpers import (batch_of, by_steps, close, config, conversations, EVERY, KINDS, LAYOUT,
-    LLAMA, logits_of, new_weights, pictures, PROMPTS, prompts, segments, size, static, TOKENIZER,
-    trained, TURNS, VISION, whole_batch)
+from tests.helpers import (batch_of, by_steps, check_causal, close, config, conversations, EVERY,
+                           KINDS, LAYOUT, LLAMA, logits_of, new_weights, pictures, PROMPTS,
+                           prompts, segments, size, static, TOKENIZER, trained, TURNS, VISION,
+                           whole_batch)
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -43,8 +44,8 @@ def test_guidance_is_the_mean_of_each_turns_own_tokens_and_zero_without_any():
 
 def test_generated_weights_are_a_two_layer_mlp_scaled_by_one_over_the_root_of_E():
     torch.manual_seed(0)
-    net, e = HyperNetwork(inputs=5, outputs=7, embed=9,
-                          rank=3).double(), torch.randn(2, 4, 9).double()
+    net = HyperNetwork(inputs=5, outputs=7, embed=9, rank=3).double()
+    e = torch.randn(2, 4, 9).double()
     torch.nn.init.normal_(net.up.weight)
     down, up = net(e)
     for b in range(2):
@@ -109,8 +110,8 @@ def test_a_step_of_adam_moves_the_embedding_equally_far_at_every_width_of_the_gu
 
 def test_every_token_runs_with_the_weights_of_its_own_turn_and_without_a_turn_gets_exactly_zero():
     expert, net = expert_with(inputs=5, outputs=7, guide=4)
-    x, guidance, use_id = torch.randn(2, 11, 5).double(), torch.randn(
-        2, 3, 4).double(), torch.randint(-1, 3, (2, 11))
+    x, guidance = torch.randn(2, 11, 5).double(), torch.randn(2, 3, 4).double()
+    use_id = torch.randint(-1, 3, (2, 11))
     use_id[0, :4], use_id[1, -2:] = torch.tensor([2, -1, 0, 1]), -1
     shift = expert(x, expert.weights(guidance, net), use_id)
     for b in range(2):
@@ -146,8 +147,8 @@ def test_the_experts_of_a_7b_model_have_the_sizes_that_the_paper_implies():
         assert expected == sites * (D * E + E) + (E * E + E) + E * 3 * R * D + sites * 3 * R * D
         # and guidance_norm
         assert sum(p.numel() for n, p in new_weights(llm.llm).items()) == expected + 4096
-    assert size(llm.projector.expert_1) == 6_459_520 == (C * E + E) + (E * E + E) + (E + 1) * R * (
-        2 * C + D)
+    assert size(llm.projector.expert_1) == 6_459_520 == (
+        (C * E + E) + (E * E + E) + (E + 1) * R * (2 * C + D))
     assert size(llm.projector.expert_2) == 13_045_888
     assert size(llm.projector.linear_1) + size(llm.projector.linear_2) == 20_979_712
 
@@ -192,8 +193,8 @@ def test_the_tower_is_built_one_block_short_and_its_features_leave_out_cls():
     x = torch.stack(pictures(2, torch.float32))
     whole(x)
     features = model.features(x)
-    assert features.shape == (2, VISION.tokens, VISION.width) and torch.equal(features,
-                                                                              seen["x"][:, 1:])
+    assert features.shape == (2, VISION.tokens, VISION.width)
+    assert torch.equal(features, seen["x"][:, 1:])
     assert model.features(features) is features
     assert VisionConfig().depth == 24 - 1  # of CLIP-L
 
@@ -334,8 +335,8 @@ def test_guidance_reaches_the_answer_by_the_generated_weights_too():
     pooled[0, turn.nonzero()[0]] = -1  # the same tokens, another mean
     moved = (logits_of(model, dataclasses.replace(batch, pool_id=pooled)) - before).abs().amax(-1)
     own = batch.use_id == 1
-    assert moved[0, own[0]].min() > 1e-3 and not moved[0, :own[0].nonzero()[0]].any() and not moved[
-        1:].any()
+    assert moved[0, own[0]].min() > 1e-3
+    assert not moved[0, :own[0].nonzero()[0]].any() and not moved[1:].any()
 
 
 def gradients(model, batch):
@@ -404,7 +405,7 @@ def test_a_row_does_not_depend_on_its_batch_mates_nor_on_their_order(kind):
 
 
 @torch.no_grad()
-def test_without_use_id_no_language_expert_takes_part():
+def test_with_use_id_minus_one_no_language_expert_takes_part():
     model, batch = trained(visual_expert="none", language_expert="all"), whole_batch()
     none = torch.full_like(batch.ids, -1)
     found = model(dataclasses.replace(batch, pool_id=none, use_id=none, turns=1, at=None))
@@ -444,8 +445,8 @@ def test_at_the_start_the_model_is_llava_bit_for_bit(where, dtype):
 def test_the_first_step_moves_the_up_projections_alone_and_the_second_every_part_of_every_expert(
     kind):
     torch.manual_seed(0)
-    model, batch = VLM(config(**kind)), batch_of(conversations(), pictures(2, torch.float32),
-                                                 torch.float32)
+    model = VLM(config(**kind))
+    batch = batch_of(conversations(), pictures(2, torch.float32), torch.float32)
     experts = new_weights(model)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     moving = []

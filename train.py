@@ -14,9 +14,9 @@ from cli import parse, UserError
 
 import os
 if __name__ == "__main__":
-    # Threads sleep soon while they wait. Beside another busy process a step is then ten times as
-    # fast, and else as fast as without (docs/speed.md). GCC's OpenMP, which torch has on Linux,
-    # reads this when torch is imported
+    # Let waiting threads sleep early: a step is then ten times as fast beside another busy process,
+    # and no slower alone (docs/speed.md). GCC's OpenMP, which torch has on Linux, reads this when
+    # torch is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import contextlib

@@ -262,8 +262,8 @@ class TaggedLlama(Llama):
     """
     tag = None
 
-    def positions(self, batch, cache):
-        positions = super().positions(batch, cache)
+    def next_positions(self, batch, cache):
+        positions = super().next_positions(batch, cache)
         return positions if self.tag is None else skip_tag(positions, self.tag)
 
 

@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from benchmarks.ablation import experts_off, experts_swapped
-from data import encode_prompt, load_records, open_image, pixels
+from data import encode_prompt, open_image, pixels
+from formats.json_files import read_json_list
 from inference.prepare import ready_for_answers
 from sample import answer
 from toy.files import write_atomically
@@ -46,7 +47,7 @@ class PictureQuestion:
 
 def load_questions(folder, split):
     """The `PictureQuestion`s of folder/SPLIT.json."""
-    rows = load_records(os.path.join(folder, f"{split}.json"))
+    rows = read_json_list(os.path.join(folder, f"{split}.json"))
     return [PictureQuestion(row["family"], row["template"],
                             *(message["value"] for message in row["conversations"]),
                             os.path.join(folder, "images", row["image"])) for row in rows]

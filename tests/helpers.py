@@ -298,3 +298,19 @@ def hf_llama(seed=0, **kind):
     more = {"vocab_size": 300, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
     cfg = transformers.LlamaConfig(**{**LLAMAS[0], **more, **kind})
     return randomised(transformers.LlamaForCausalLM(cfg))
+
+
+def check_causal(labels, pool_id, use_id):
+    """Raise AssertionError if a trained position could see later text through its guidance.
+
+    All int64[B, T], labels not shifted. Position i predicts i + 1. If that is trained, no position
+    up to i may use guidance that includes a position after i.
+    """
+    rows = zip(labels.tolist(), pool_id.tolist(), use_id.tolist())
+    for b, (label, pool, use) in enumerate(rows):
+        pool_end = {turn: j for j, turn in enumerate(pool) if turn >= 0}  # last position per turn
+        latest = -1
+        for i in range(len(label) - 1):
+            latest = max(latest, pool_end.get(use[i], -1))
+            assert label[i + 1] == IGNORE or latest <= i, \
+                f"row {b}: position {i} is trained, but its guidance reaches to position {latest}"

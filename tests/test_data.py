@@ -16,9 +16,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import data
 from cli import UserError
-from data import (check_causal, collate, Conversations, encode, encode_prompt, IGNORE, IMAGE,
-                  open_image, pixels, Preprocess, PromptFormat, SYSTEM, turns_of_record)
+from data import (collate, Conversations, encode, encode_prompt, IGNORE, IMAGE, open_image, pixels,
+                  Preprocess, PromptFormat, SYSTEM, turns_of_record)
 from formats.pictures import flatten
+from tests.helpers import check_causal
 from tests.records import GOOD, messages, write_json
 from tests.sentencepiece_files import QUESTIONS
 from training.feed import BatchSampler

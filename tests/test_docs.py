@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 import cli
-from data import load_records, PromptFormat, read_record
+from data import PromptFormat, read_record
 from formats.answers import read_questions
+from formats.json_files import read_json_list
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = ["README.md", *sorted(glob.glob("docs/*.md", root_dir=HERE))]
@@ -149,7 +150,7 @@ def test_the_scripts_of_own_data_make_records_and_score_answers(tmp_path, monkey
     convert, score = re.findall(r"python - <<'END'\n(.*?)\nEND\n", read("docs/own_data.md"),
                                 re.DOTALL)
     exec(convert, {})
-    records = load_records("easy/train.json")
+    records = read_json_list("easy/train.json")
     read_records = [read_record(r, i, "easy/images", PromptFormat()) for i, r in enumerate(records)]
     assert sum((turns for _, turns, _ in read_records), [])[1] == (texts[1], "Yes")
     assert [len(turns) for _, turns, _ in read_records] == [5, 5, 5, 5] * 33

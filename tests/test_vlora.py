@@ -1225,7 +1225,7 @@ def test_the_presets_are_the_papers_and_the_scripts(given, mesh, tmp_path):
     ({"method": "hyperllava"}, "--vlora_depth is no option of --method hyperllava"),
     ({"vlora_sites": "qz"}, "sites 'qz'"), ({"vlora_every": 5}, "every 5: the Llama has only 4"),
     ({"vlora_embed": 30}, "embed 30 does not divide by heads 4")])
-def test_flags_that_do_not_fit_are_refused(given, tmp_path, more, words):
+def test_flags_that_do_not_fit_are_refused(given, mesh, tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         train.vlm_stage(training.options.complete(given | {"out": str(tmp_path)} | more, 1))
 

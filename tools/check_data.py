@@ -19,10 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import check_numbers, main, MOST, parse, UserError
-from data import (Conversations, encode_conversation, IGNORE, IMAGE, load_records, open_image,
-                  PromptFormat, read_record, TAG, truncate)
+from data import (Conversations, encode_conversation, IGNORE, IMAGE, open_image, PromptFormat,
+                  read_record, TAG, truncate)
 from formats.configs import llama_config
-from formats.json_files import read_json_object
+from formats.json_files import read_json_list, read_json_object
 from formats.pictures import flatten, is_flat
 from formats.records import MESSAGE_KEYS, other_keys, RECORD_KEYS
 from formats.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ def flat_kind(image, background):
 
 def check(options):
     """Print each fault and the number of records of each kind; UserError if there is a fault."""
-    records, counts = load_records(options.data), collections.Counter()
+    records, counts = read_json_list(options.data), collections.Counter()
     tokenizer, prompt_format = tokenizer_and_format(options)
     cut = (f"cut by the context of {prompt_format.context} positions, "
            f"{prompt_format.image_tokens} for a picture")

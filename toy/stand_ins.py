@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (load_records, open_image, pad_right, pieces, pixels, Preprocess, PromptFormat,
-    turns_of_record)
+from data import (open_image, pad_right, pieces, pixels, Preprocess, PromptFormat,
+                  turns_of_record)
 from formats.export import write_llama, write_vision
+from formats.json_files import read_json_list
 from model import Batch, CLIP, Llama, LlamaConfig, VisionConfig, VLMConfig
 
 VISION = VisionConfig(image_size=56, patch=8, width=128, depth=4, heads=2, hidden=512)
@@ -175,7 +176,7 @@ class Captions:
     sample = has_image = None  # its samples are not conversations, and all alike
 
     def __init__(self, folder, file, tokenizer):
-        records = load_records(os.path.join(folder, file))
+        records = read_json_list(os.path.join(folder, file))
         files = (os.path.join(folder, "images", r["image"]) for r in records)
         # bf16, half the size of fp32: 16,000 pictures take 350 MB
         self.pixels = torch.stack([pixels(open_image(f, f), PREPROCESS).bfloat16() for f in files])
@@ -219,7 +220,7 @@ def words(folder):
     """Yield the pieces of text of a world's conversations, to learn a vocabulary from."""
     layout = PromptFormat("v1", "", VISION.tokens, LLAMA.context)
     for file in ("text.json", "instruct.json"):
-        for record in load_records(os.path.join(folder, file))[:4000]:
+        for record in read_json_list(os.path.join(folder, file))[:4000]:
             turns = turns_of_record(record, "world")
             yield from (text for text, _, _ in pieces(turns, layout, "world") if text is not None)
 
