@@ -23,12 +23,12 @@ from typing import Literal
 from benchmarks.toy import Answerer, exact, load_questions
 from cli import check_numbers, main, MOST, parse, UserError
 from experiments.embeddings import plot_embeddings
-from experiments.processes import Jobs
+from experiments.processes import Jobs, sources_digest
 from experiments.report import draw, markdown, table_rows
 from experiments.tables import (LLAVA, NO_EXPERTS, row_folder, row_name, scores_file, splits_of,
                                 steps_of, TABLES)
 from formats.json_files import read_json, read_json_list
-from toy.files import write_atomically, write_dialect, write_unseen
+from toy.files import code_digest, write_atomically, write_dialect, write_unseen
 from toy.stage0 import make_world
 from toy.stand_ins import VISION
 from training.options import finished, folder_of, PARTS, PRESETS, VLORA_PRESETS
@@ -40,16 +40,21 @@ BASE = ("world/captions.json", "world/instruct.json", "world/dialect.json", "wor
         "world/grounds.json", "world/numbers.json",
         "stage0/clip/model.safetensors", "stage0/llm/model.safetensors")
 
+# The code that decides what a row is, without what surrounds a run
+CODE = ("hypernet.py", "projector.py", "model.py", "data.py", "train.py", "vlora.py",
+        "baselines.py", "weights.py", "training/muon.py")
+
 
 @dataclass
 class Options:
     """Train the rows of a table of the papers on the toy, with several seeds, and compare them."""
-    table: Literal[(*TABLES, "embeddings")] = "2"  # vlora, vlora3, ..: VLoRA's Tables 2, 3, ..
+    table: Literal[(*TABLES, "embeddings")] = "2"  # 2 to fig4: the paper's; vlora, vlora3, ..:
+                               # VLoRA's Tables 2, 3, ..; experts, dialect, vlora6, embeddings: ours
     base: str = "out/toy"      # run of train.py with world and stage 0 of all rows; made if missing
     out: str = "out/ablate"    # folder of the rows, the tables and the plots
-    seeds: int = 3             # of stages 1 and 2: new weights and the order of the data
+    seeds: int = 5             # of stages 1 and 2: new weights and the order of the data
     steps: int = 150           # of stage 2
-    align: int = 300           # steps of stage 1
+    align: int = 600           # steps of stage 1
     pictures: int = 16000      # of the base's world
     jobs: int = os.cpu_count() or 1  # rows trained at a time, which share the processor's cores
     allow_random_llm: bool = False  # as in train.py, for a quick try
@@ -160,10 +165,10 @@ def prepare(jobs, o):
     """Make what the base lacks: the world, the stand-ins, more test splits, the rows' data."""
     folder, table = os.path.join(o.base, "world"), TABLES[o.table]
     if os.path.exists(os.path.join(folder, "world.json")):
-        pictures = read_json(os.path.join(folder, "world.json"))["pictures"]
-        if pictures != o.pictures:
-            raise UserError(f"--pictures {o.pictures}: the world of {o.base} has {pictures}; "
-                            f"give that number, or name another --base")
+        world = read_json(os.path.join(folder, "world.json"))
+        if (world["pictures"], world["code"]) != (o.pictures, code_digest()):
+            raise UserError(f"--base {o.base}: its world has {world['pictures']} pictures, maybe "
+                            f"drawn by other code; expected {o.pictures} (--pictures) by this code")
     make_world(o.base, o.pictures)
     for part in PARTS:
         if not finished(o.base, 0, part):
@@ -184,6 +189,7 @@ def locked(path, wait=False):
     """Hold a lock file within this context. Yields False if another process has it, or waits."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as f:
+        os.set_inheritable(f.fileno(), True)  # see Jobs
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -193,29 +199,30 @@ def locked(path, wait=False):
 
 
 def check_base(o):
-    """Note in OUT/base.json what the rows start from, and the toy's preset; UserError if that
-    differs from an earlier note."""
+    """Note in OUT/base.json what the rows start from, the toy's preset and the code; UserError if
+    that differs from an earlier note."""
     path, digests = os.path.join(o.out, "base.json"), {}
     for name in BASE:
         with open(os.path.join(o.base, name), "rb") as f:
             digests[name] = hashlib.file_digest(f, "sha256").hexdigest()
     presets = repr((PRESETS["toy"], VLORA_PRESETS["toy"]))
     digests["preset"] = hashlib.sha256(presets.encode()).hexdigest()
+    digests["code"] = sources_digest(*CODE)
     if not os.path.exists(path):
         return write_atomically(path, digests)
     noted = read_json(path)
     if noted != digests:
         changed = ", ".join(name for name in digests if noted.get(name) != digests[name])
-        raise UserError(f"the rows in {o.out} were made with another {changed} than that of "
-                        f"{o.base} now: name another --out")
+        raise UserError(f"the rows in {o.out} were made with another {changed} than there is now: "
+                        f"name another --out")
 
 
 # ---- All rows
 
 
 def train_in_pool(pool, jobs, o):
-    """Train all rows, seed by seed; a line on standard error for each that is finished."""
-    table, began = TABLES[o.table], time.perf_counter()
+    """Train all rows, seed by seed; a line on standard error for each stage that is finished."""
+    table = TABLES[o.table]
     rows = {row_folder(o, row, 0): row for row in table.rows}.values()
     work = [(row, seed) for seed in range(o.seeds) for row in rows]
     if table.tuned:
@@ -223,13 +230,19 @@ def train_in_pool(pool, jobs, o):
     jobs.threads = max(1, jobs.threads // o.jobs)
     if not table.tuned:
         shared = {stage_1_folder(o, *item): item for item in work}.values()  # a row for each
-        list(pool.map(lambda item: align(jobs, o, *item), shared))
-    futures = {pool.submit(tune, jobs, o, *item): item for item in work}
+        run_all(pool, align, jobs, o, shared)
+    run_all(pool, tune, jobs, o, work)
+
+
+def run_all(pool, stage, jobs, o, work):
+    """`align` or `tune` for each (row, seed) of `work`."""
+    began = time.perf_counter()
+    futures = {pool.submit(stage, jobs, o, *item): item for item in work}
     for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
         future.result()
         row, seed = futures[future]
-        print(f"{n}/{len(work)}  {row.name}, seed {seed}  {time.perf_counter() - began:.0f} s",
-              file=sys.stderr, flush=True)
+        print(f"stage {1 if stage is align else 2}: {n}/{len(futures)}  {row.name}, seed {seed}  "
+              f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 def train_rows(o):

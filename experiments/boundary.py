@@ -10,21 +10,21 @@ The Llama is frozen; only what is added to its upper blocks trains. The guidance
 only token of the instruction, so how tokens are pooled plays no part here.
 
     visible   attention reads the name, too
-    hidden    no token attends to the name, so only generated adapters can find out which map is
-              meant. The others can at best give the answer that is most frequent for x.
+    hidden    no token attends to the name, so only guided adapters can find out which map is meant.
+              The others can at best give the answer that is most frequent for x.
 
 Compared are adapters of the same rank, so a further token costs the same; of the same number of
 parameters; and of the same operations on a row of 3 tokens, one generation included. The rank of
-the last is larger here than it would be for a long prompt. With the same seed, all rows get the
-same maps and batches.
+the last is larger here than it would be for a long prompt. Two rows read the same guidance as a
+generated adapter, but generate no weights: "told" and "gates". They say what guidance is worth by
+itself. With the same seed, all rows get the same maps and batches.
 
 Each row learns at the rate that gives it the lowest loss on a seed that is not scored. Rates are
 chosen at each number of maps, for one block, and at R = 4 and 32. At the other R and E a row takes
-the rate of its nearest rank among R = 4, 16 and 32. The seed of the rates also chooses where the
-changed forms are tried: where generated adapters lose to static ones of the same parameters.
+the rate of its nearest rank among R = 4, 16 and 32.
 
 Finished runs are lines of OUT/runs.jsonl; the same command continues. It ends with tables,
-OUT/boundary.json and OUT/boundary.png. The whole grid takes about an hour on two cores for three
+OUT/boundary.json and OUT/boundary.png. The whole grid takes about two hours on two cores for five
 seeds.
 """
 # cli first: it handles Ctrl-C during the slow imports
@@ -32,12 +32,10 @@ from cli import check_numbers, main, MOST, parse, UserError
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import math
 import multiprocessing
 import os
-import pathlib
 import signal
 import statistics
 import sys
@@ -52,7 +50,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from baselines import BaselineConfig, BaselineLlama
-from experiments.report import markdown_table, mean_and_spread, spreads, T_95, with_spread
+from experiments.processes import sources_digest
+from experiments.report import (half_over_seeds, markdown_table, mean_and_spread, spreads,
+                                with_spread)
 from formats.configs import llama_config
 from formats.folders import has_config
 from formats.json_files import read_json_lines
@@ -68,7 +68,7 @@ SYMBOLS = 16  # in a map
 FIRST = 259   # ids of a Llama's tokenizer before this one are controls and single bytes
 NAME, LENGTH = 1, 3  # position of the name in a row; positions of a row
 BATCH = 64
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNED = (16, 4, 32)  # ranks R at which rates are chosen
 TUNING = 1  # the seed on which rates are chosen; the scored ones are 2, 3, ..
 
@@ -76,9 +76,11 @@ TUNING = 1  # the seed on which rates are chosen; the scored ones are 2, 3, ..
 GENERATED, STATIC = "generated", "static, same R"
 PARAMETERS, OPERATIONS = "static, same parameters", "static, same operations on a row"
 LORA = "LoRA, same parameters"
-UNIT, OWN, GATES = "unit e", "a generator a block", "gates"  # changes of the paper's form
+UNIT = "unit e"  # a change of the paper's form
+TOLD, GATES = "static, told e", "static, gates from e"  # guidance, but no generated weights
 FREQUENT = "most frequent answer for x"  # the best that an adapter can do without the name
-ROWS = (GENERATED, UNIT, STATIC, PARAMETERS, OPERATIONS, LORA)  # at every point
+ROWS = (GENERATED, UNIT, TOLD, GATES, STATIC, PARAMETERS, OPERATIONS, LORA)
+GUIDED = ROWS[:4]  # these are also trained with the name hidden
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Options:
     """Where do generated adapters beat static ones, on maps that an instruction names?"""
     llm: str = os.path.join("out", "toy", "stage0", "llm")  # a Llama in Hugging Face's layout
     out: str = os.path.join("out", "boundary")  # folder of the runs, the tables and the plot
-    seeds: int = 3     # new maps, weights and order; one more chooses the rates
+    seeds: int = 5     # new maps, weights and order; one more chooses the rates
     steps: int = 300   # of each run, with batches of 64 rows
     jobs: int = os.cpu_count() or 1  # runs at a time, each on one thread
 
@@ -112,7 +114,7 @@ AXES = {"maps": (2, 4, 8, 16, 32, 64), "rank": (2, 4, 8, 16, 32), "embed": (4, 8
         "sites": ("half", "last")}  # one quantity changes at a time
 
 
-# ---- Changes of the paper's form
+# ---- Other forms than the paper's
 
 
 class UnitNetwork(HyperNetwork):
@@ -122,38 +124,35 @@ class UnitNetwork(HyperNetwork):
         return super().forward(rms(e))
 
 
-class OwnExpert(Expert):
-    """Has a hypernetwork of its own; `config` divides E, so that the parameters do not grow."""
-
-    def __init__(self, guidance_dim, inputs, outputs, embed, rank):
-        super().__init__(guidance_dim, inputs, outputs, embed, rank)
-        self.network = HyperNetwork(inputs, outputs, embed, rank)
-
-    def weights(self, guidance, hypernet):
-        return super().weights(guidance, self.network)
-
-
-class GatedExpert(Expert):
-    """A static adapter of a larger rank, with one generated factor for each of its hidden units.
-
-    For rows of one turn: U = 1.
+class ToldExpert(Expert):
+    """A static adapter that reads e beside x: W_u SwiGLU(W_d x + P e). For rows of one turn: U = 1.
     """
+    generated = 2  # numbers from e for each hidden unit
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         super().__init__(guidance_dim, inputs, outputs, embed, rank)
-        self.factors = nn.Linear(embed, rank)
+        self.project = nn.Linear(embed, self.generated * rank)
 
     def weights(self, guidance, hypernet):
         e = self.encoder(rms(guidance) * self.scale)
-        return 1 + self.factors(F.silu(e)),                        # (B, 1, R)
+        return self.project(F.silu(e)),                                         # (B, 1, 2R)
 
     def forward(self, x, weights, use_id=None):
-        gate, value = (x @ self.down.mT).chunk(2, dim=-1)          # (B, T, R)
-        return (F.silu(gate) * value * weights[0]) @ self.up
+        gate, value = (x @ self.down.mT + weights[0]).chunk(2, dim=-1)          # (B, T, R)
+        return (F.silu(gate) * value) @ self.up
 
 
-VARIANTS = {UNIT: (Expert, UnitNetwork), OWN: (OwnExpert, nn.Identity),
-            GATES: (GatedExpert, nn.Identity)}
+class GatedExpert(ToldExpert):
+    """A static adapter with one factor from e for each of its hidden units."""
+    generated = 1
+
+    def forward(self, x, weights, use_id=None):
+        gate, value = (x @ self.down.mT).chunk(2, dim=-1)                       # (B, T, R)
+        return (F.silu(gate) * value * (1 + weights[0])) @ self.up
+
+
+FORMS = {UNIT: (Expert, UnitNetwork), TOLD: (ToldExpert, nn.Identity),
+         GATES: (GatedExpert, nn.Identity)}
 
 
 # ---- The Llama with adapters, and what they cost
@@ -161,12 +160,9 @@ VARIANTS = {UNIT: (Expert, UnitNetwork), OWN: (OwnExpert, nn.Identity),
 
 def config(llm, run, rank, source="hyper"):
     """The VLMConfig of a run's adapters in the upper blocks, of this rank and source."""
-    embed = run.embed
-    if run.row == OWN:  # for the upper half only: in one block it would be the generated row
-        embed = max(1, embed // (llm.depth - llm.depth // 2))
     return make_config(VisionConfig(), llm, weight_source=source, visual_expert="none",
                        guidance_after=llm.depth - 1 if run.sites == "last" else None,
-                       expert_embed=embed, expert_rank=rank)
+                       expert_embed=run.embed, expert_rank=rank)
 
 
 def plain(llm):
@@ -175,10 +171,10 @@ def plain(llm):
 
 
 def build(cfg, row):
-    """A new Llama with adapters; of a changed form if `row` is one of VARIANTS."""
+    """A new Llama with adapters; of another form than the paper's if `row` is one of FORMS."""
     llama = (BaselineLlama if isinstance(cfg, BaselineConfig) else Llama)(cfg)
-    if row in VARIANTS:
-        (expert, network), D = VARIANTS[row], cfg.llm.width
+    if row in FORMS:
+        (expert, network), D = FORMS[row], cfg.llm.width
         for n in cfg.expert_blocks():
             llama.layers[n].expert = expert(D, D, D, cfg.expert_embed, cfg.expert_rank)
         llama.hypernet = network(D, D, cfg.expert_embed, cfg.expert_rank)
@@ -197,18 +193,18 @@ def operations(cfg, row, tokens=LENGTH, generations=1):
     """FLOPs of the adapters on `tokens` tokens, plus those of generating the weights `generations`
     times.
     """
-    if row != GATES:
+    if row not in (TOLD, GATES):
         return added_flops(cfg, tokens, generations)
     D, E, R = cfg.llm.width, cfg.expert_embed, cfg.expert_rank
-    return 2 * len(cfg.expert_blocks()) * (tokens * 3 * D * R + generations * E * (D + R))
+    made = E * (D + FORMS[row][0].generated * R)
+    return 2 * len(cfg.expert_blocks()) * (tokens * 3 * D * R + generations * made)
 
 
 def sized(llm, run):
     """The `config` of a run with the rank that its row asks for: costs are linear in the rank."""
-    source = {LORA: "lora", GENERATED: "hyper", **dict.fromkeys(VARIANTS, "hyper")}.get(
-        run.row, "static")
+    source = {LORA: "lora", **dict.fromkeys(GUIDED, "hyper")}.get(run.row, "static")
     rank, measure = run.rank, operations if run.row == OPERATIONS else parameters
-    if run.row in (PARAMETERS, OPERATIONS, LORA, GATES):
+    if run.row in (PARAMETERS, OPERATIONS, LORA, TOLD, GATES):
         wanted = measure(config(llm, run, rank), GENERATED)
         one, two = (measure(config(llm, run, r, source), run.row) for r in (1, 2))
         rank = max(1, 1 + round((wanted - one) / (two - one)))
@@ -359,13 +355,6 @@ def results(o, runs):
             raise
 
 
-def code_digest():
-    """The sha256 of the code that decides what a run gives."""
-    names = ("experiments/boundary.py", "hypernet.py", "baselines.py", "model.py")
-    root = pathlib.Path(__file__).resolve().parents[1]
-    return hashlib.sha256(b"".join((root / name).read_bytes() for name in names)).hexdigest()
-
-
 def tuned_at(llm, c):
     """The cell whose best rate this one takes: of the nearest rank among those at TUNED."""
     def distance(other):
@@ -374,12 +363,16 @@ def tuned_at(llm, c):
     return min((replace(c, rank=rank, embed=Run.embed) for rank in TUNED), key=distance)
 
 
+CODE = ("experiments/boundary.py", "hypernet.py", "baselines.py", "model.py")
+
+
 class Runs:
     """{Run: what `train` gives} of the finished runs in OUT/runs.jsonl, of this Llama and code."""
 
     def __init__(self, o):
         self.o, self.path = o, os.path.join(o.out, "runs.jsonl")
-        self.llm, self.key = llama_config(o.llm), {"llm": fingerprint(o.llm), "code": code_digest()}
+        self.llm = llama_config(o.llm)
+        self.key = {"llm": fingerprint(o.llm), "code": sources_digest(*CODE)}
         lines = read_json_lines(self.path) if os.path.exists(self.path) else []
         self.done = {Run(**line["run"]): line["found"] for _, line in lines
                      if line.items() >= self.key.items()}
@@ -425,36 +418,22 @@ def cell(point, row, hidden=False):
     return replace(point, row=row, hidden=hidden, embed=Run.embed if row == STATIC else point.embed)
 
 
-def main_cells(points):
-    """All rows at all points; hidden: the generated ones."""
+def cells(points):
+    """All rows at all points; hidden: the guided ones."""
     return [cell(p, row) for p in points for row in ROWS] + [
-        cell(p, row, True) for p in points for row in (GENERATED, UNIT)]
-
-
-def variant_cells(points):
-    """The changed forms; in one block, a generator of its own changes nothing."""
-    return [cell(p, row) for p in points for row in VARIANTS if row != OWN or p.sites == "half"]
+        cell(p, row, True) for p in points for row in GUIDED]
 
 
 # ---- Tables and the plot
 
 
-def gain(found, ours, others):
-    """(difference of mean accuracies, half of its 95 % interval), paired by seed.
-
-    None for the interval if there is one seed, or if all differ by the same.
-    """
-    mean, spread = mean_and_spread(np.subtract(*(found[c]["accuracy"] for c in (ours, others))))
-    n = len(found[ours]["accuracy"])
-    varies = spread is not None and spread > 1e-3  # not only rounding
-    return mean, T_95.get(n, 2.3) * spread / n ** 0.5 if varies else None
-
-
 def difference(found, ours, others):
+    """How much more accurate `ours` is, and half of the 95 % interval; paired by seed."""
     if ours not in found or others not in found:
         return ""
-    mean, half = gain(found, ours, others)
-    return f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
+    gains = np.subtract(*(found[c]["accuracy"] for c in (ours, others)))
+    half = half_over_seeds(gains)
+    return f"{gains.mean():+.1f}" + (f" ± {half:.1f}" if half is not None else "")
 
 
 def accuracy(found, c):
@@ -476,32 +455,42 @@ def table(points, columns):
     return markdown_table(["maps", "R", "E", "blocks", *columns], rows)
 
 
-def tables(found, points, losing, unnamed):
+def pooled(found, points, hidden=False):
+    """{row: {"accuracy": mean over all points, one for each seed}}."""
+    rows = [row for row in ROWS if cell(points[0], row, hidden) in found]
+    return {row: {"accuracy": np.mean([found[cell(p, row, hidden)]["accuracy"] for p in points], 0)}
+            for row in rows}
+
+
+def pooled_table(found, points):
+    """How every row does on average over the points, and how much better the generated one does."""
+    means = [pooled(found, points, hidden) for hidden in (False, True)]
+    return markdown_table(
+        ["row", "visible", f"{GENERATED} - row", "hidden", f"{GENERATED} - row"],
+        [[row, *(text for of in means
+                 for text in (accuracy(of, row), difference(of, GENERATED, row)))] for row in ROWS])
+
+
+def tables(found, points, unnamed):
     """{title: Markdown}; unnamed: {number of maps: `frequent`}."""
     def scores(rows, hidden=False):
         return {row: lambda p, row=row: accuracy(found, cell(p, row, hidden)) for row in rows}
 
-    def gains(pairs, hidden=False):
-        return {f"{a} - {b}": lambda p, a=a, b=b: difference(
-            found, cell(p, a, hidden), cell(p, b, hidden)) for a, b in pairs}
+    def gains(rows, hidden=False):
+        return {f"{GENERATED} - {row}": lambda p, row=row: difference(
+            found, cell(p, GENERATED, hidden), cell(p, row, hidden)) for row in rows}
 
-    others = (STATIC, PARAMETERS, OPERATIONS, LORA)
-    changed = [(row, other) for other in (GENERATED, PARAMETERS) for row in VARIANTS]
     after = f"after {points[0].steps} steps"
-    loses = f"where {GENERATED} loses to {PARAMETERS} on the seed of the rates"
     return {
         f"visible: accuracy {after}, %": table(points, scores(ROWS)),
-        f"visible: differences {after}": table(points, gains((GENERATED, row) for row in others)),
-        f"visible: differences of {UNIT} {after}": table(
-            points, gains((UNIT, row) for row in (GENERATED, *others))),
+        f"visible: differences {after}": table(points, gains(ROWS[1:])),
         f"hidden: accuracy {after}, %": table(
-            points, scores((GENERATED, UNIT), True) | gains([(UNIT, GENERATED)], True)
-            | {FREQUENT: lambda p: f"{unnamed[p.maps]:.1f}"}),
-        f"{loses}: accuracy {after}, %": table(losing, scores((GENERATED, *VARIANTS, PARAMETERS))),
-        f"{loses}: differences {after}": table(losing, gains(changed)),
+            points, scores(GUIDED, True) | {FREQUENT: lambda p: f"{unnamed[p.maps]:.1f}"}),
+        f"hidden: differences {after}": table(points, gains(GUIDED[1:], True)),
+        "mean over all of these points": pooled_table(found, points),
         "parameters; MFLOPs a row; a further token; rate (*: the lowest or highest tried)": table(
-            points, {row: lambda p, row=row: costs(found, cell(p, row))
-                     for row in dict.fromkeys((*ROWS, *VARIANTS))})}
+            points, {row + ", hidden" * hidden: lambda p, row=row, hidden=hidden: costs(
+                found, cell(p, row, hidden)) for row in ROWS for hidden in (False, True)})}
 
 
 def draw(found, points, unnamed):
@@ -513,12 +502,12 @@ def draw(found, points, unnamed):
         line = [replace(Run(steps=points[0].steps), **{axis: value}) for value in AXES[axis]]
         curves = [(row, hidden) for hidden in (False, True) for row in ROWS]
         for row, hidden in curves:
-            cells = {getattr(p, axis): cell(p, row, hidden) for p in line}
-            cells = {x: c for x, c in cells.items() if c in found}
-            if len(cells) > 1:
+            at = {getattr(p, axis): cell(p, row, hidden) for p in line}
+            at = {x: c for x, c in at.items() if c in found}
+            if len(at) > 1:
                 means, errors = spreads([mean_and_spread(found[c]["accuracy"])
-                                         for c in cells.values()])
-                ax.errorbar(list(cells), means, errors, marker="o", capsize=3, markersize=4,
+                                         for c in at.values()])
+                ax.errorbar(list(at), means, errors, marker="o", capsize=3, markersize=4,
                             color=f"C{ROWS.index(row)}", linestyle="--" if hidden else "-",
                             label=row + ", hidden" * hidden)
         ax.set_xscale("log", base=2)
@@ -538,21 +527,19 @@ def run():
         raise UserError(f"--llm {o.llm}: no Llama there; python train.py --stage 0 trains one")
     os.makedirs(o.out, exist_ok=True)
     runs, points = Runs(o), grid(o)
-    found = runs.score(main_cells(points))
-    losing = [p for p in points if found[p]["tuned"] < found[cell(p, PARAMETERS)]["tuned"]]
-    found |= runs.score(variant_cells(losing))
+    found = runs.score(cells(points))
     vocab, seeds = tokenizer_of(o.llm, runs.llm).vocab, range(TUNING + 1, TUNING + 1 + o.seeds)
     unnamed = {p.maps: statistics.mean(frequent(replace(p, seed=seed), vocab) for seed in seeds)
                for p in points}
-    cells = [dataclasses.asdict(c) | values for c, values in found.items()]
-    for values in cells:
+    written = [dataclasses.asdict(c) | values for c, values in found.items()]
+    for values in written:
         del values["seed"]
     write_atomically(os.path.join(o.out, "boundary.json"), {
-        "options": dataclasses.asdict(o), FREQUENT: unnamed, "cells": cells})
+        "options": dataclasses.asdict(o), FREQUENT: unnamed, "cells": written})
     draw(found, points, unnamed).savefig(os.path.join(o.out, "boundary.png"), dpi=100)
     print(f"{o.seeds} seeds, {o.steps} steps. Accuracies ± standard deviation. Differences ± 95 % "
           "interval over seeds, paired; one interval in twenty misses.\n")
-    for title, text in tables(found, points, losing, unnamed).items():
+    for title, text in tables(found, points, unnamed).items():
         print(f"{title}\n\n{text}\n")
 
 

@@ -14,14 +14,14 @@ from formats.json_files import read_json
 
 # Tables whose differences share an axis: small ones, large ones
 PANELS = (("2", "3", "5", "6", "fig3", "fig4", "experts"),
-          ("dialect", "vlora", "vlora3", "vlora4", "vlora5"))
+          ("dialect", "vlora", "vlora6", "vlora3", "vlora4", "vlora5"))
 
 
 @dataclass
 class Options:
     """Draw the differences of all finished tables of ablate.py with their intervals."""
     tables: str = "out/ablate"           # folder of the tables, the --out of ablate.py
-    out: str = "out/ablate/tables.png"   # the picture
+    out: str | None = None               # the picture (default: TABLES/tables.png)
 
 
 def read_tables(folder, names):
@@ -35,13 +35,12 @@ def lines_of(tables):
     (title of a table, None, None, None) before its rows."""
     lines = []
     for name, table in tables.items():
-        rows, options = table["rows"], table["options"]
-        reference = rows[TABLES[name].reference]
-        title = (f"{TABLES[name].title}, against {reference['name']} "
-                 f"({options['seeds']} seeds, {options['steps']} steps)")
-        lines.append((title, None, None, None))
-        lines += [(row["name"], *next(iter(row["difference"].values())))
-                  for row in rows if row is not reference]
+        options = table["options"]
+        gains = [(row["name"], *next(iter(row["difference"].values()))) for row in table["rows"]]
+        reference = next(label for label, *gain in gains if not any(gain))
+        title = (f"{TABLES[name].title}, against {reference} ({options['seeds']} seeds, "
+                 f"{options['align']} and {options['steps']} steps)")
+        lines += [(title, None, None, None), *(line for line in gains if any(line[1:]))]
     return lines
 
 
@@ -81,7 +80,9 @@ def draw(folder):
 
 def run():
     o = Options(**parse(Options))
-    draw(o.tables).savefig(o.out, dpi=110)
+    path = o.out or os.path.join(o.tables, "tables.png")
+    draw(o.tables).savefig(path, dpi=110)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Programs in processes of their own, and the log of train.py: for ablate.py and bench.py."""
+import hashlib
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -13,6 +15,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def environment(**more):
     """The environment of a process that imports this repository's modules."""
     return os.environ | {"PYTHONPATH": ROOT} | more
+
+
+def sources_digest(*names):
+    """The sha256 of these files of the repository, which decide what a run gives."""
+    code = b"".join(pathlib.Path(ROOT, name).read_bytes() for name in names)
+    return hashlib.sha256(code).hexdigest()
 
 
 def last_line(path):
@@ -41,7 +49,8 @@ class Jobs:
                 raise UserError("stopped")
             process = subprocess.Popen(
                 [sys.executable, "-m", program, *map(str, words)], stdout=output, stderr=output,
-                env=environment(OMP_NUM_THREADS=str(self.threads)))
+                env=environment(OMP_NUM_THREADS=str(self.threads)),
+                close_fds=False)  # it inherits locks: if we are killed, they end when it ends
             self.running.add(process)
         process.wait()
         self.running.discard(process)

@@ -2,7 +2,6 @@
 
 Read ablate.py first.
 """
-import functools
 import os
 import statistics
 import time
@@ -29,15 +28,11 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31,
 # ---- Costs
 
 
-def milliseconds(work):
+def milliseconds(model, batch, tokens):
+    """The time to generate so many tokens."""
     began = time.perf_counter()
-    work()
-    return 1000 * (time.perf_counter() - began)
-
-
-def answer(model, batch, tokens):
-    """Generate so many tokens and drop them."""
     deque(stream(model, batch, tokens, -1), maxlen=0)
+    return 1000 * (time.perf_counter() - began)
 
 
 @torch.no_grad()
@@ -66,10 +61,11 @@ def measure_costs(o, rounds=60, tokens=16):
             "generated": generated_weights(cfg), "tokens": length,
             "prompt_mflops": (sum(flops.values()) - flops["vision"]) / 1e6,
             "token_mflops": token_flops(cfg, length + 1) / 1e6})
-        runs.append([functools.partial(answer, model, batch, n) for n in (1, tokens)])
+        runs.append([(model, batch, n) for n in (1, tokens)])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    times = np.array([[list(map(milliseconds, pair)) for pair in runs] for _ in range(rounds)])
+    times = np.array([[[milliseconds(*run) for run in pair] for pair in runs]
+                      for _ in range(rounds)])
     torch.set_num_threads(threads)
     for cost, (first, whole) in zip(costs, times.min(0)):
         cost |= {"prefill_ms": first, "decode_ms": (whole - first) / (tokens - 1)}
@@ -77,7 +73,8 @@ def measure_costs(o, rounds=60, tokens=16):
 
 
 def training_costs(folders):
-    """Stage 2: mean seconds of a step, of the fastest seed, and peak memory in GB."""
+    """Stage 2: mean seconds of a step, of the fastest seed, and peak memory in GB. Of a resumed run
+    the steps since then count."""
     logs = [read_log(os.path.join(folder, "stage2")) for folder in folders]
     return {"step_s": min(log[-2]["eta_s"] for log in logs),  # one step was left then
             "peak_gb": max(row["peak_gb"] for log in logs for row in log)}
@@ -89,6 +86,12 @@ def training_costs(folders):
 def mean_and_spread(values):
     """(mean, standard deviation or None if there is only one value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def half_over_seeds(values):
+    """Half of Student's 95 % interval of the mean of one value for each seed; None for one seed."""
+    n = len(values)
+    return T_95.get(n, 2.3) * np.std(values, ddof=1) / n ** 0.5 if n > 1 else None
 
 
 def half_width(terms):
@@ -108,8 +111,9 @@ def difference(scores, others, split):
     returns  (difference, half of its 95 % interval over questions, the same over seeds or None)
 
     Over questions: both answered the same ones, so the differences of pictures count, averaged over
-    seeds. Pictures are independent, questions about one picture are not. Over seeds: Student's t of
-    their differences; a seed has the same order of data in both.
+    seeds. Pictures are independent, questions about one picture are not. The number of questions of
+    a family counts as given, so the interval of a large difference is a little too wide. Over
+    seeds: Student's t of their differences; a seed has the same order of data in both.
     """
     asked = [q[:2] for q in scores[0]["splits"][split]["right"]]
     if any([q[:2] for q in run["splits"][split]["right"]] != asked for run in scores + others):
@@ -121,9 +125,8 @@ def difference(scores, others, split):
     by_picture = defaultdict(float)
     for (_, image), value in zip(asked, gain.mean(0)):
         by_picture[image] += value
-    by_seed, n = gain.sum(1), len(gain)
-    over_seeds = T_95.get(n, 2.3) * by_seed.std(ddof=1) / n ** 0.5 if n > 1 else None
-    return by_seed.mean(), half_width(by_picture.values()), over_seeds
+    by_seed = gain.sum(1)
+    return by_seed.mean(), half_width(by_picture.values()), half_over_seeds(by_seed)
 
 
 def table_rows(o):

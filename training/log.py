@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -124,7 +125,8 @@ def output_norms(parts):
 
 @contextlib.contextmanager
 def expert_shares(model):
-    """Yields {block: |E_L| / |FFN|} of the latest pass, filled at the end: do experts contribute?
+    """Yields {block: |E_L| / |FFN|} over all tokens of all passes, filled at the end: do experts
+    contribute?
     """
     blocks = [m for m in model.modules() if isinstance(m, Block) and m.expert]
     parts = [{n: getattr(block, name) for n, block in enumerate(blocks)}
@@ -133,4 +135,5 @@ def expert_shares(model):
     with output_norms(parts[0]) as static, output_norms(parts[1]) as shift:
         yield shares
     for n in static:
-        shares[n] = (shift[n][-1].norm() / static[n][-1].norm()).item()
+        sizes = [torch.cat([x.flatten() for x in norms[n]]).norm() for norms in (shift, static)]
+        shares[n] = (sizes[0] / sizes[1]).item()
