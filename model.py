@@ -59,8 +59,8 @@ class LlamaConfig:
 class VLMConfig:
     """HyperLLaVA on a CLIP and a Llama; the defaults are the paper's (Tables 2, 3; Figures 3, 4).
 
-    Raises UserError if guidance would be taken after the first block that has an expert, or if the
-    Llama has no such block.
+    Raises UserError if guidance would be taken after the first block that has an expert, or after
+    the last block.
     """
     vision: VisionConfig = field(default_factory=VisionConfig)
     llm: LlamaConfig = field(default_factory=LlamaConfig)

@@ -55,7 +55,7 @@ from formats.tokenizer import train_tokenizer
 from hypernet import Expert
 from model import LayerCache, VLMConfig
 from tests.helpers import (batch_of, count_flops, dictated, EVERY, LAYOUT, LLAMA, logits_of, noise,
-                           segments, static, TOKENIZER, TURNS, VISION)
+                           segments, static, TOKENIZER, TURNS, VISION, whole_batch)
 from tests.helpers import look as look_pixels
 from tests.helpers import trained as randomly_trained
 from tests.programs import HERE, Program, words_of
@@ -302,7 +302,8 @@ def test_the_picture_of_all_tables_has_a_line_for_each_row_but_the_reference(tmp
     with pytest.raises(UserError, match="no table_N.json"):
         experiments.forest.draw(str(tmp_path))
     table_file(tmp_path, "3", [(-1.0, 0.5, 2.0), (1.0, 0.5, 2.0), (0.0, 0.5, None), (0, 0, 0)])
-    table_file(tmp_path, "vlora4", [(-20.0, 1.0, 3.0), (9.0, 1.0, 3.0), (0, 0, 0), (-5.0, 1.0, 3.0)])
+    gains = [(-20.0, 1.0, 3.0), (9.0, 1.0, 3.0), (0, 0, 0), (-5.0, 1.0, 3.0)]
+    table_file(tmp_path, "vlora4", gains)
     small, large = experiments.forest.draw(str(tmp_path)).axes
     for axes, rows, gains in ((small, TABLES["3"].rows[:3], [-1, 1, 0]),
                               (large, [TABLES["vlora4"].rows[i] for i in (0, 1, 3)], [-20, 9, -5])):
@@ -450,7 +451,8 @@ class Here(experiments.ablate.Jobs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table", ["dialect", "fig3", "fig4", "vlora6", "vlora3", "vlora4", "vlora5"])
+@pytest.mark.parametrize("table", ["dialect", "fig3", "fig4", "vlora6", "vlora3", "vlora4",
+                                   "vlora5"])
 def test_a_row_of_other_tables_goes_all_the_way(base, mesh, tmp_path, table, monkeypatch):
     """The last one; the others are the same commands of train.py with options that are tested
     above.
@@ -565,6 +567,33 @@ def test_embeddings_are_of_a_model_whose_experts_are_guided():
             experiments.embeddings.embed(point, [])
 
 
+def test_a_training_that_outlives_a_killed_ablate_keeps_its_lock(tmp_path, monkeypatch):
+    children = []
+    # As if ablate were killed here
+    monkeypatch.setattr(subprocess.Popen, "wait", lambda process: children.append(process))
+    with experiments.ablate.locked(tmp_path / "lock") as ours:
+        assert ours
+        experiments.ablate.Jobs().run(tmp_path, "timeit", "-n", 1, "import time; time.sleep(60)")
+    monkeypatch.undo()
+    with experiments.ablate.locked(tmp_path / "lock") as ours:
+        assert not ours
+    children[0].kill()
+    children[0].wait()
+    with experiments.ablate.locked(tmp_path / "lock") as ours:
+        assert ours
+
+
+def test_the_share_of_the_experts_is_that_of_all_passes():
+    model, batch, found = randomly_trained(visual_expert="none"), whole_batch(), []
+    other = dataclasses.replace(batch, ids=batch.ids.flip(1))
+    for passes in ([batch], [other], [batch, other]):
+        with torch.no_grad(), expert_shares(model) as shares:
+            for one in passes:
+                model(one)
+        found.append(shares[0])
+    assert min(found[:2]) < found[2] < max(found[:2])
+
+
 def test_a_base_with_another_world_is_left_alone(tmp_path):
     toy.stage0.make_world(str(tmp_path), 6)
     before = (tmp_path / "world" / "world.json").read_text()
@@ -573,7 +602,8 @@ def test_a_base_with_another_world_is_left_alone(tmp_path):
             experiments.ablate.Options(base=str(tmp_path), out=str(tmp_path / "x"), pictures=8,
                                        jobs=1))
     assert (tmp_path / "world" / "world.json").read_text() == before
-    toy.files.write_atomically(tmp_path / "world" / "world.json", json.loads(before) | {"code": "x"})
+    other = json.loads(before) | {"code": "x"}
+    toy.files.write_atomically(tmp_path / "world" / "world.json", other)
     with pytest.raises(UserError, match="6 pictures, maybe drawn by other code; expected 6"):
         experiments.ablate.train_rows(
             experiments.ablate.Options(base=str(tmp_path), out=str(tmp_path / "x"), pictures=6,
