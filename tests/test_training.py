@@ -627,7 +627,9 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(run, mesh, tmp_path
     given = stage_2(run, tmp_path, steps=4, save_every=1, keep=2)
     stopped(given, mesh, signal.SIGTERM, 3)
     states = tmp_path / "stage2" / "state"
+    os.symlink("gone", states / "step_000009")  # one that a run removes while it is listed
     assert training.state.saved_steps(states) == [2, 3]
+    os.remove(states / "step_000009")
     for name, harm in (("options.json", lambda path: os.truncate(path, 0)),
                        (".metadata", os.remove),
                        ("__0_0.distcp", lambda path: os.truncate(path, 999))):

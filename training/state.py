@@ -119,8 +119,8 @@ def saved_steps(folder):
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = [name for name in names if name.startswith("step_") and not name.endswith(".tmp")]
     return sorted(int(name.removeprefix("step_")) for name in names
-                  if not {".metadata", "options.json"}.isdisjoint(
-                      os.listdir(os.path.join(folder, name))))
+                  if any(os.path.exists(os.path.join(folder, name, file))
+                         for file in (".metadata", "options.json")))
 
 
 def read_saved(path):
