@@ -13,7 +13,7 @@ from experiments.tables import TABLES
 from formats.json_files import read_json
 
 # Tables whose differences share an axis: small ones, large ones
-PANELS = (("2", "3", "5", "6", "fig3", "fig4", "experts"),
+PANELS = (("2", "3", "5", "6", "fig3", "fig4", "experts", "long"),
           ("dialect", "vlora", "vlora6", "vlora3", "vlora4", "vlora5"))
 
 
@@ -51,12 +51,11 @@ def draw_panel(axes, lines):
             axes.text(0, y, label, transform=axes.get_yaxis_transform(), va="center", weight="bold",
                       fontsize=8)
             continue
-        axes.plot([gain - over_questions, gain + over_questions], [y, y], "C0", linewidth=5,
-                  alpha=0.5)
+        axes.plot([gain - over_questions, gain + over_questions], [y, y], "C0", lw=5, alpha=0.5)
         if over_seeds is not None:
-            axes.plot([gain - over_seeds, gain + over_seeds], [y, y], "k", linewidth=1.2)
+            axes.plot([gain - over_seeds, gain + over_seeds], [y, y], "k", lw=1.2)
         axes.plot(gain, y, "ko", markersize=4)
-    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.axvline(0, color="gray", lw=0.8)
     axes.set_yticks(range(len(lines)), [line[0] if line[1] is not None else "" for line in lines],
                     fontsize=8)
     axes.tick_params(axis="y", length=0)

@@ -116,11 +116,9 @@ def state_path(folder, step):
 
 def saved_steps(folder):
     """The steps whose state was saved, ascending; `read_saved` tells if one is still whole."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    names = [name for name in names if name.startswith("step_") and not name.endswith(".tmp")]
-    return sorted(int(name.removeprefix("step_")) for name in names
-                  if any(os.path.exists(os.path.join(folder, name, file))
-                         for file in (".metadata", "options.json")))
+    files = [file for name in (".metadata", "options.json")
+             for file in glob.glob(f"step_*[0-9]/{name}", root_dir=folder)]  # not step_*.tmp
+    return sorted({int(os.path.dirname(file).removeprefix("step_")) for file in files})
 
 
 def read_saved(path):
