@@ -15,13 +15,15 @@ only token of the instruction, so how tokens are pooled plays no part here.
 
 Compared are adapters of the same rank, so a further token costs the same; of the same number of
 parameters; and of the same operations on a row of 3 tokens, one generation included. The rank of
-the last is larger here than it would be for a long prompt. Two rows read the same guidance as a
-generated adapter, but generate no weights: "told" and "gates". They say what guidance is worth by
-itself. With the same seed, all rows get the same maps and batches.
+the last is larger here than it would be for a long prompt. With the same seed, all rows get the
+same maps and batches.
 
-Each row learns at the rate that gives it the lowest loss on a seed that is not scored. Rates are
-chosen at each number of maps, for one block, and at R = 4 and 32. At the other R and E a row takes
-the rate of its nearest rank among R = 4, 16 and 32.
+Two more forms read the guidance of a generated adapter, at three points of the grid. "told e" adds
+a vector made from e to what enters the SwiGLU: it generates no weights, and so says what guidance
+is worth by itself. "gates" is the smallest generation: one factor from e for each hidden unit.
+
+At each point each row learns at the rate that gives it the lowest loss on seeds that are not
+scored: all rates on the first of them, then the best two on two more.
 
 Finished runs are lines of OUT/runs.jsonl; the same command continues. It ends with tables,
 OUT/boundary.json and OUT/boundary.png. The whole grid takes about two hours on two cores for five
@@ -33,7 +35,6 @@ from cli import check_numbers, main, MOST, parse, UserError
 import concurrent.futures
 import dataclasses
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -68,19 +69,21 @@ SYMBOLS = 16  # in a map
 FIRST = 259   # ids of a Llama's tokenizer before this one are controls and single bytes
 NAME, LENGTH = 1, 3  # position of the name in a row; positions of a row
 BATCH = 64
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-TUNED = (16, 4, 32)  # ranks R at which rates are chosen
-TUNING = 1  # the seed on which rates are chosen; the scored ones are 2, 3, ..
+RATES = (3e-3, 6e-3, 12e-3, 24e-3, 48e-3)
+LORA_RATES = (3e-4, 6e-4, 12e-4, 24e-4, 48e-4)  # with more, its loss jumps
+TUNING, SCORED = (11, 12, 13), 14  # seeds on which rates are chosen; the first that is scored
 
 # Names of the rows
 GENERATED, STATIC = "generated", "static, same R"
 PARAMETERS, OPERATIONS = "static, same parameters", "static, same operations on a row"
 LORA = "LoRA, same parameters"
 UNIT = "unit e"  # a change of the paper's form
-TOLD, GATES = "static, told e", "static, gates from e"  # guidance, but no generated weights
+TOLD, TOLD_MORE = "told e, same R", "told e, same parameters"
+GATES, GATES_MORE = "gates, same R", "gates, same parameters"
 FREQUENT = "most frequent answer for x"  # the best that an adapter can do without the name
-ROWS = (GENERATED, UNIT, TOLD, GATES, STATIC, PARAMETERS, OPERATIONS, LORA)
-GUIDED = ROWS[:4]  # these are also trained with the name hidden
+CONTROLS = (TOLD, TOLD_MORE, GATES, GATES_MORE)
+GUIDED = (GENERATED, UNIT, *CONTROLS)  # these are also trained with the name hidden
+ROWS = (*GUIDED, STATIC, PARAMETERS, OPERATIONS, LORA)
 
 
 @dataclass
@@ -88,7 +91,7 @@ class Options:
     """Where do generated adapters beat static ones, on maps that an instruction names?"""
     llm: str = os.path.join("out", "toy", "stage0", "llm")  # a Llama in Hugging Face's layout
     out: str = os.path.join("out", "boundary")  # folder of the runs, the tables and the plot
-    seeds: int = 5     # new maps, weights and order; one more chooses the rates
+    seeds: int = 5     # new maps, weights and order; three more choose the rates
     steps: int = 300   # of each run, with batches of 64 rows
     jobs: int = os.cpu_count() or 1  # runs at a time, each on one thread
 
@@ -106,11 +109,11 @@ class Run:
     sites: Literal["half", "last"] = "half"  # the upper half of the blocks, or the last one
     hidden: bool = False
     steps: int = 300
-    seed: int = TUNING
+    seed: int = 0
     rate: float = 0.0
 
 
-AXES = {"maps": (2, 4, 8, 16, 32, 64), "rank": (2, 4, 8, 16, 32), "embed": (4, 8, 16, 32, 64),
+AXES = {"maps": (2, 8, 16, 32, 64), "rank": (2, 4, 8, 16, 32), "embed": (4, 16, 64),
         "sites": ("half", "last")}  # one quantity changes at a time
 
 
@@ -126,16 +129,20 @@ class UnitNetwork(HyperNetwork):
 
 class ToldExpert(Expert):
     """A static adapter that reads e beside x: W_u SwiGLU(W_d x + P e). For rows of one turn: U = 1.
+
+    Adam moves each weight by about the rate, whatever its size. e is scaled up, and P down, by
+    `gain`, so that a step moves P e as far as W_d x, which has more inputs.
     """
     generated = 2  # numbers from e for each hidden unit
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         super().__init__(guidance_dim, inputs, outputs, embed, rank)
-        self.project = nn.Linear(embed, self.generated * rank)
+        self.gain, self.project = inputs / embed, nn.Linear(embed, self.generated * rank)
+        self.project.weight.data /= self.gain
 
     def weights(self, guidance, hypernet):
         e = self.encoder(rms(guidance) * self.scale)
-        return self.project(F.silu(e)),                                         # (B, 1, 2R)
+        return self.project(self.gain * F.silu(e)),                             # (B, 1, 2R)
 
     def forward(self, x, weights, use_id=None):
         gate, value = (x @ self.down.mT + weights[0]).chunk(2, dim=-1)          # (B, T, R)
@@ -151,8 +158,9 @@ class GatedExpert(ToldExpert):
         return (F.silu(gate) * value * (1 + weights[0])) @ self.up
 
 
-FORMS = {UNIT: (Expert, UnitNetwork), TOLD: (ToldExpert, nn.Identity),
-         GATES: (GatedExpert, nn.Identity)}
+FORMS = {UNIT: (Expert, UnitNetwork),
+         **dict.fromkeys((TOLD, TOLD_MORE), (ToldExpert, nn.Identity)),
+         **dict.fromkeys((GATES, GATES_MORE), (GatedExpert, nn.Identity))}
 
 
 # ---- The Llama with adapters, and what they cost
@@ -193,7 +201,7 @@ def operations(cfg, row, tokens=LENGTH, generations=1):
     """FLOPs of the adapters on `tokens` tokens, plus those of generating the weights `generations`
     times.
     """
-    if row not in (TOLD, GATES):
+    if row not in CONTROLS:
         return added_flops(cfg, tokens, generations)
     D, E, R = cfg.llm.width, cfg.expert_embed, cfg.expert_rank
     made = E * (D + FORMS[row][0].generated * R)
@@ -204,7 +212,7 @@ def sized(llm, run):
     """The `config` of a run with the rank that its row asks for: costs are linear in the rank."""
     source = {LORA: "lora", **dict.fromkeys(GUIDED, "hyper")}.get(run.row, "static")
     rank, measure = run.rank, operations if run.row == OPERATIONS else parameters
-    if run.row in (PARAMETERS, OPERATIONS, LORA, TOLD, GATES):
+    if run.row in (PARAMETERS, OPERATIONS, LORA, TOLD_MORE, GATES_MORE):
         wanted = measure(config(llm, run, rank), GENERATED)
         one, two = (measure(config(llm, run, r, source), run.row) for r in (1, 2))
         rank = max(1, 1 + round((wanted - one) / (two - one)))
@@ -355,14 +363,6 @@ def results(o, runs):
             raise
 
 
-def tuned_at(llm, c):
-    """The cell whose best rate this one takes: of the nearest rank among those at TUNED."""
-    def distance(other):
-        return abs(math.log(sized(llm, other).expert_rank / sized(llm, c).expert_rank))
-
-    return min((replace(c, rank=rank, embed=Run.embed) for rank in TUNED), key=distance)
-
-
 CODE = ("experiments/boundary.py", "hypernet.py", "baselines.py", "model.py")
 
 
@@ -371,7 +371,6 @@ class Runs:
 
     def __init__(self, o):
         self.o, self.path = o, os.path.join(o.out, "runs.jsonl")
-        self.llm = llama_config(o.llm)
         self.key = {"llm": fingerprint(o.llm), "code": sources_digest(*CODE)}
         lines = read_json_lines(self.path) if os.path.exists(self.path) else []
         self.done = {Run(**line["run"]): line["found"] for _, line in lines
@@ -389,21 +388,30 @@ class Runs:
                 print(f"{n}/{len(todo)}  {found['accuracy']:5.1f}  {run}  "
                       f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
+    def loss(self, c, rate, seeds):
+        return statistics.mean(self.done[replace(c, rate=rate, seed=s)]["loss"] for s in seeds)
+
     def score(self, cells):
-        """{cell: {"rate", "tuned": accuracy on the tuning seed, "accuracy": [one for each scored
-        seed], ...}} of Runs without seed and rate.
+        """{cell: {"rate", "accuracy": [one for each scored seed], ...}} of Runs without seed and
+        rate.
         """
-        places = {c: tuned_at(self.llm, c) for c in cells}
-        trials = {place: [replace(place, rate=rate) for rate in RATES] for place in places.values()}
-        self.finish(sum(trials.values(), []))
-        best = {place: min(runs, key=lambda run: self.done[run]["loss"]).rate
-                for place, runs in trials.items()}
-        runs = {c: [replace(c, rate=best[place], seed=TUNING + n) for n in range(self.o.seeds + 1)]
-                for c, place in places.items()}
+        first, *more = TUNING
+        self.finish([replace(c, rate=rate, seed=first) for c in cells for rate in rates_of(c)])
+        two = {c: sorted(rates_of(c), key=lambda rate: self.loss(c, rate, [first]))[:2]
+               for c in cells}
+        self.finish([replace(c, rate=rate, seed=seed) for c in cells for rate in two[c]
+                     for seed in more])
+        best = {c: min(two[c], key=lambda rate: self.loss(c, rate, TUNING)) for c in cells}
+        runs = {c: [replace(c, rate=best[c], seed=SCORED + n) for n in range(self.o.seeds)]
+                for c in cells}
         self.finish(sum(runs.values(), []))
-        return {c: {"rate": tuned.rate, "tuned": self.done[tuned]["accuracy"]}
-                | {key: [self.done[run][key] for run in scored] for key in self.done[tuned]}
-                for c, (tuned, *scored) in runs.items()}
+        return {c: {"rate": best[c]} | {key: [self.done[run][key] for run in scored]
+                                        for key in self.done[scored[0]]}
+                for c, scored in runs.items()}
+
+
+def rates_of(c):
+    return LORA_RATES if c.row == LORA else RATES
 
 
 def grid(o):
@@ -418,10 +426,16 @@ def cell(point, row, hidden=False):
     return replace(point, row=row, hidden=hidden, embed=Run.embed if row == STATIC else point.embed)
 
 
+def controlled(point):
+    """Whether the controls are trained here: with 16 maps or more at the usual R, E and blocks."""
+    return point.maps >= 16 and replace(point, maps=Run.maps) == Run(steps=point.steps)
+
+
 def cells(points):
     """All rows at all points; hidden: the guided ones."""
-    return [cell(p, row) for p in points for row in ROWS] + [
-        cell(p, row, True) for p in points for row in GUIDED]
+    return list(dict.fromkeys(
+        cell(p, row, hidden) for p in points for hidden in (False, True)
+        for row in (GUIDED if hidden else ROWS) if row not in CONTROLS or controlled(p)))
 
 
 # ---- Tables and the plot
@@ -440,12 +454,16 @@ def accuracy(found, c):
     return with_spread(mean_and_spread(found[c]["accuracy"])) if c in found else ""
 
 
+def loss(found, c):
+    return f"{np.mean(found[c]['loss']):.3f}" if c in found else ""
+
+
 def costs(found, c):
     if c not in found:
         return ""
-    f, edge = found[c], "*" if found[c]["rate"] in (RATES[0], RATES[-1]) else ""
+    f, edge = found[c], found[c]["rate"] in (rates_of(c)[0], rates_of(c)[-1])
     return (f"{f['parameters'][0]:,}; {f['operations'][0] / 1e6:.3f}; "
-            f"{f['further token'][0] / 1e6:.3f}; {f['rate']:g}{edge}")
+            f"{f['further token'][0] / 1e6:.3f}; {f['rate']:g}" + "*" * edge)
 
 
 def table(points, columns):
@@ -456,19 +474,23 @@ def table(points, columns):
 
 
 def pooled(found, points, hidden=False):
-    """{row: {"accuracy": mean over all points, one for each seed}}."""
-    rows = [row for row in ROWS if cell(points[0], row, hidden) in found]
-    return {row: {"accuracy": np.mean([found[cell(p, row, hidden)]["accuracy"] for p in points], 0)}
-            for row in rows}
+    """{row: {"accuracy", "loss": means over all points, one for each seed}}, if it has them all."""
+    at = {row: [found.get(cell(p, row, hidden)) for p in points] for row in ROWS}
+    return {row: {key: np.mean([f[key] for f in of], 0) for key in ("accuracy", "loss")}
+            for row, of in at.items() if all(of)}
 
 
 def pooled_table(found, points):
-    """How every row does on average over the points, and how much better the generated one does."""
-    means = [pooled(found, points, hidden) for hidden in (False, True)]
-    return markdown_table(
-        ["row", "visible", f"{GENERATED} - row", "hidden", f"{GENERATED} - row"],
-        [[row, *(text for of in means
-                 for text in (accuracy(of, row), difference(of, GENERATED, row)))] for row in ROWS])
+    """How every row does on average over the points, beside the generated one and beside as many
+    static parameters.
+    """
+    seen, unseen = (pooled(found, points, hidden) for hidden in (False, True))
+    head = ["row", "visible", "loss", f"{GENERATED} - row", f"row - {PARAMETERS}", "hidden", "loss",
+            f"{GENERATED} - row"]
+    return markdown_table(head, [
+        [row, accuracy(seen, row), loss(seen, row), difference(seen, GENERATED, row),
+         difference(seen, row, PARAMETERS), accuracy(unseen, row), loss(unseen, row),
+         difference(unseen, GENERATED, row)] for row in seen])
 
 
 def tables(found, points, unnamed):
@@ -481,13 +503,16 @@ def tables(found, points, unnamed):
             found, cell(p, GENERATED, hidden), cell(p, row, hidden)) for row in rows}
 
     after = f"after {points[0].steps} steps"
+    hard = [p for p in points if p.maps >= 16]  # with fewer nearly all rows reach 100 %
     return {
         f"visible: accuracy {after}, %": table(points, scores(ROWS)),
         f"visible: differences {after}": table(points, gains(ROWS[1:])),
         f"hidden: accuracy {after}, %": table(
             points, scores(GUIDED, True) | {FREQUENT: lambda p: f"{unnamed[p.maps]:.1f}"}),
         f"hidden: differences {after}": table(points, gains(GUIDED[1:], True)),
-        "mean over all of these points": pooled_table(found, points),
+        "mean over the points with 16 maps or more": pooled_table(found, hard),
+        "mean over the points that have all rows": pooled_table(
+            found, list(filter(controlled, points))),
         "parameters; MFLOPs a row; a further token; rate (*: the lowest or highest tried)": table(
             points, {row + ", hidden" * hidden: lambda p, row=row, hidden=hidden: costs(
                 found, cell(p, row, hidden)) for row in ROWS for hidden in (False, True)})}
@@ -528,7 +553,7 @@ def run():
     os.makedirs(o.out, exist_ok=True)
     runs, points = Runs(o), grid(o)
     found = runs.score(cells(points))
-    vocab, seeds = tokenizer_of(o.llm, runs.llm).vocab, range(TUNING + 1, TUNING + 1 + o.seeds)
+    vocab, seeds = tokenizer_of(o.llm, llama_config(o.llm)).vocab, range(SCORED, SCORED + o.seeds)
     unnamed = {p.maps: statistics.mean(frequent(replace(p, seed=seed), vocab) for seed in seeds)
                for p in points}
     written = [dataclasses.asdict(c) | values for c, values in found.items()]
