@@ -336,10 +336,10 @@ def test_every_task_runs_on_two_ranks_as_on_one(run, root, tmp_path):
     path.write_text(script)
     env = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(path),
-         "--task=all", f"--root={root / 'eval'}", f"--out={tmp_path / 'two'}", "--dtype=float32",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(path), "--task=all", f"--root={root / 'eval'}", f"--out={tmp_path / 'two'}", "--dtype=float32",
          f"--model={root / 'run/stage2'}", "--device=cpu", "--strict"],
-        capture_output=True, text=True, env=env)
+        capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     names = sorted(os.listdir(tmp_path / "one"))
     assert sorted(os.listdir(tmp_path / "two")) == names and len(names) == 2 * 17 + 8

@@ -837,11 +837,12 @@ def test_a_bare_word_is_the_picture(small, monkeypatch, capsys):
         assert run_here(monkeypatch, capsys, *map(str, argv))[:2] == expected
 
 
-WATCH = """import runpy, sys
+WATCH = """import runpy, sys, time
 class Watch:
     def find_spec(self, name, *_):
         if name == {name!r}:
             print("ready", flush=True)
+            time.sleep(2)
 sys.meta_path.insert(0, Watch())
 runpy.run_path("sample.py", run_name="__main__")"""
 

@@ -2,6 +2,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -60,6 +61,7 @@ def unfinished(given, stage):
             resume = o.resume and bool(saved_steps(os.path.join(folder, "state")))
             runs.append(given | {"part": part, "resume": resume})
         elif dist.get_rank() == 0:
+            shutil.rmtree(os.path.join(folder, "state"), ignore_errors=True)  # a kill may leave it
             print(f"{folder} is finished, skipped", file=sys.stderr)
     return runs
 
