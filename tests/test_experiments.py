@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 
 import numpy as np
@@ -45,11 +46,12 @@ import toy.stand_ins
 import toy.world
 import train
 import training.options
+import training.state
 import weights
 from baselines import BaselineConfig, BaselineVLM
 from cli import parse, UserError
 from data import collate, encode, IGNORE, IMAGE, Preprocess, PromptFormat, Sample
-from experiments.speed import clock, correct, gpu, inputs, loading, models, shapes
+from experiments.speed import clock, correct, gpu, inputs, loading, models, shapes, stages
 from experiments.tables import NO_EXPERTS, PEFT, TABLES
 from formats.tokenizer import train_tokenizer
 from hypernet import Expert
@@ -875,6 +877,23 @@ def prepare_megabytes():
     kept = np.ones(10**8, np.uint8)
     np.ones(5 * 10**8, np.uint8)
     return lambda: np.ones(2 * 10**8, np.uint8).sum() + kept[0]
+
+
+def test_a_state_that_could_not_be_saved_ends_the_bench_of_stages(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(training.state, "save_state", lambda *_: "the disk is full")
+    monkeypatch.setattr(training.state.dist, "get_rank", lambda: 0)
+    bar = types.SimpleNamespace(write=lambda text, file: told.append(text))
+    training.state.save_or_warn("", 3, None, None, None, bar=bar)
+
+    def program(command, stdout, stderr):
+        stdout.write(told[0])
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(stages.subprocess, "run", program)
+    o = experiments.bench.Options(what="stages", size="tiny", out=str(tmp_path), save=True, steps=4)
+    with pytest.raises(UserError, match="the state could not be saved, see .*none_1.txt"):
+        stages.train_stage(o, 1, "none", 1)
 
 
 @pytest.mark.slow

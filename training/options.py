@@ -69,7 +69,7 @@ LLAVA_LORA = LLAVA | {
 ONE_GPU = LLAVA | {1: LLAVA[1] | dict(micro_batch_size=16), 2: LLAVA[2] | dict(micro_batch_size=4)}
 
 TOY = {
-    # A step of the toy is one micro-batch: in another order a quarter of it would be padding
+    # A step of the toy is one micro-batch: in another order a fifth of it would be padding
     "all": dict(system="", schedule="wsd", clip=1.0, expert_embed=16, order="length",
                 kernels="eager", log_every=20, val_every=300, save_every=200),
     "clip": dict(batch_size=64, lr=2e-3, muon_lr=15e-3, steps=450),  # 64 pairs of pictures

@@ -98,7 +98,7 @@ def train_stage(o, stage, experts, world):
                         f"{last_line(output)}")
     with open(output) as f:
         text = f.read()
-    if o.save and "training goes on, the states saved before are kept" in text:
+    if o.save and "training goes on, older states are kept" in text:
         raise UserError(f"the state could not be saved, see {output}")
     return read_log(os.path.join(folder, f"stage{stage}")), text
 
