@@ -70,7 +70,7 @@ def draw(folder):
     if not panels:
         raise UserError(f"--tables {folder}: no table_N.json of experiments.ablate in it")
     heights = [len(lines) + 2 for lines in panels]
-    figure = Figure((9, 0.22 * sum(heights)), layout="constrained")
+    figure = Figure((10, 0.22 * sum(heights)), layout="constrained")
     for axes, lines in zip(figure.subplots(len(panels), squeeze=False,
                                            height_ratios=heights)[:, 0], panels):
         draw_panel(axes, lines)

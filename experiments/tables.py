@@ -64,7 +64,8 @@ TABLES = {
         LLAVA, Row("E_V", {"language_expert": "none"}), Row("E_L", {"visual_expert": "none"}), Row("both", {}),
         Row("both static, of equal operations", {"weight_source": "static", "expert_rank": 20}),
         Row("both static, of equal parameters", {"weight_source": "static", "expert_rank": 185})), reference=3, columns=()),
-    "long": Table("the experts after a stage 2 as long as the main run's (--align 200 --steps 660)", (
+    # with --align 200 --steps 660
+    "long": Table("the experts, trained as long as in the main run", (
         LLAVA, Row("both", {}), Row("both static, of equal parameters", {"weight_source": "static", "expert_rank": 185})), reference=1, columns=()),
     "vlora": Table("pictures as tokens or as weights", (
         Row("LLaVA", NO_EXPERTS, (64.6, 1470.0, 67.7, 27.4, 33.8, 25.3)),  # aligned, as VLoRA is, on CapsFusion
