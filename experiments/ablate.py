@@ -49,7 +49,7 @@ CODE = ("hypernet.py", "projector.py", "model.py", "data.py", "train.py", "vlora
 class Options:
     """Train the rows of a table of the papers on the toy, with several seeds, and compare them."""
     table: Literal[(*TABLES, "embeddings")] = "2"  # 2 to fig4: the paper's; vlora, vlora3, ..:
-                               # VLoRA's: 2, 3, ..; experts, long, dialect, vlora6, embeddings: ours
+                               # VLoRA's Tables 2, 3, ..; the others are ours
     base: str = "out/toy"      # run of train.py with world and stage 0 of all rows; made if missing
     out: str = "out/ablate"    # folder of the rows, the tables and the plots
     seeds: int = 5             # of stages 1 and 2: new weights and the order of the data

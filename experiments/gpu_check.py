@@ -134,7 +134,7 @@ def check(o):
         if left < LEAST:
             found["error"] = "not begun: no time was left"
         else:
-            most = PARTS[part][1] * (4 if o.device == "cpu" else 1)  # they are meant for a GPU
+            most = PARTS[part][1] * (4 if o.device == "cpu" else 1)  # limits for a GPU
             found["error"] = run_part(part, o, min(left - 5, most), keep)
             found["seconds"] = time.time() - start
         if found["error"]:
