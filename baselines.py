@@ -7,8 +7,8 @@
     lora     a learned low-rank change of the block's own linear layers          "LoRA"
 
 `BaselineVLM` builds a HyperLLaVA and puts these modules in the place of its experts. weights.py
-does so without storage, so nothing is computed twice. The latent source is hyperformer's (arXiv
-2106.04489).
+builds without storage, so the discarded experts cost nothing. The latent source is
+hyperformer's (arXiv 2106.04489).
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -42,7 +42,7 @@ class BaselineConfig(VLMConfig):
                 f"it is meant for small models, up to {2**27:,}")
 
 
-def weight_source(cfg):
+def source_of(cfg):
     """Where the experts' weights come from: "hyper" in the paper's model, else one of the rows
     above.
     """
@@ -51,7 +51,7 @@ def weight_source(cfg):
 
 def is_guided(cfg):
     """Whether the experts' weights depend on the input."""
-    return weight_source(cfg) in ("hyper", "mlp")
+    return source_of(cfg) in ("hyper", "mlp")
 
 
 class StaticExpert(Expert):

@@ -14,22 +14,14 @@ from benchmarks.tasks import describe
 from training.distributed import main_distributed, start_world
 
 
-def list_or_evaluate(o):
+def run():
+    o = Options(**parse(Options))  # first, so that only one rank prints a wrong option
+    start_world("cpu")             # gloo on any device: ranks exchange messages only
     if o.list:
         print(describe())
     else:
         evaluate(o)
 
 
-def run():
-    list_or_evaluate(Options(**parse(Options)))
-
-
-def start_and_run():
-    o = Options(**parse(Options))  # first, so that only one rank prints a wrong option
-    start_world("cpu")             # gloo on any device: ranks exchange messages only
-    list_or_evaluate(o)
-
-
 if __name__ == "__main__":
-    main_distributed(start_and_run)
+    main_distributed(run)

@@ -1,5 +1,5 @@
 """A network that writes the weights of another: HyperLLaVA's experts (paper §3.2-3.3, Eqs. 3-5;
-Eq. 2 is their general form).
+Eq. 2 is "latent" in baselines.py).
 
     guidance f ──E_n──> e ──W_1, SiLU, W_2──> + b^(n) ──> W_d, W_u      weights of one small adapter
                                                              │
@@ -13,7 +13,7 @@ generated weights. Two integers per token say which:
     pool_id[b, i]   the turn whose guidance includes token i             -1: none
     use_id[b, i]    the turn whose generated weights token i runs with   -1: none, zero shift
 
-Letters in the shapes, the same in every file:
+Letters in the shapes, the same in every file but vlora.py:
     B batch             T sequence (text + image tokens)   N image tokens        V vocabulary
     D width of Llama    C width of CLIP                    U turns               L layers
     H heads             K width of one head                R rank of an expert   G width of guidance
@@ -94,9 +94,8 @@ class Expert(nn.Module):
 
     The guidance is scaled by sqrt(E)/G, and the weights of E_n start larger by G/sqrt(E), so e
     starts as that of a plain nn.Linear. Without the factor, one Adam step at rate lr would move
-    every e by about 0.8 G lr: with G = 4096 and lr 1e-3 by 3.3, and e starts near 0.6. With it, the
-    step is 0.8 sqrt(E) lr at every G, and moves W_1 e about as far as a step of W_1 does
-    (docs/readings.md).
+    every e by about 0.8 G lr: with G = 4096 and lr 1e-3 by 3.3, and e starts with a standard
+    deviation of 0.6. With it, the step is 0.8 sqrt(E) lr at every G (docs/readings.md).
     """
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
@@ -116,9 +115,9 @@ class Expert(nn.Module):
 
     def weights(self, guidance, hypernet):
         """W_d float[B, U, 2R, inputs] and W_u, transposed, float[B, U, R, outputs] for guidance
-        float[B, U, G] (H_M in Eq. 5).
+        float[B, U, G] (H_M in Eq. 5, which prints x for both).
         """
-        # rms: a mean over many tokens is short, and its length should not matter
+        # rms: the norm of a mean depends on how alike the tokens are, and should not matter
         e = self.encoder(rms(guidance) * self.scale)                 # (B, U, E)  Eq. 3
         w_d, w_u = hypernet(e)                                       # w^(n)  Eq. 4
         return (self.down + w_d.unflatten(-1, self.down.shape),      # K^(n) = w^(n) + b^(n)  Eq. 4
@@ -128,12 +127,12 @@ class Expert(nn.Module):
         """The shift that each token gets from the weights of its turn (Eq. 5).
 
         x        float[B, T, inputs]
-        weights  W_d float[B, U, 2R, inputs], W_u float[B, U, R, outputs]
+        weights  W_d float[B, U, 2R, inputs], W_u transposed float[B, U, R, outputs]
         use_id   int64[B, T], -1 .. U - 1; None: there is one turn, and all tokens use it
         returns  float[B, T, outputs]; exactly zero where use_id is -1
         """
-        (B, T, _), (down, up) = x.shape, weights
-        U, R = up.shape[1:3]
+        down, up = weights
+        B, T, U, R = *x.shape[:2], *up.shape[1:3]
         # Apply every turn's W_d to every token and set the results of other turns to zero. The last
         # product sums over turns, so that only the token's own turn is left.
         gate, value = (x @ down.flatten(1, 2).mT).view(B, T, U, 2 * R).chunk(2, dim=-1)

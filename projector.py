@@ -29,7 +29,7 @@ class VisualExpert(nn.Module):
         self.expert = Expert(inputs, inputs, outputs, embed, rank)
 
     def forward(self, x):
-        guidance = x.float().mean(1, keepdim=True).to(x.dtype)  # (M, 1, inputs)  f_V
+        guidance = x.float().mean(1, keepdim=True).to(x.dtype)  # (M, 1, inputs)  f of Eq. 3
         return self.expert(x, self.expert.weights(guidance, self.hypernet))
 
 

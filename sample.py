@@ -5,7 +5,7 @@ terminal, --batch answers a file of questions. Answers go to standard output as 
 everything else to standard error.
 
 `answer` answers a batch of prompts; the benchmarks call it, too. `Chat` answers turn by turn and
-keeps a cache. Next: weights.py, which opens checkpoints.
+keeps a cache. weights.py opens checkpoints. Next: test_model.py.
 """
 # cli first: it handles Ctrl-C during the slow imports
 from cli import check_numbers, main, MOST, parse, read_lines, survive_mistakes, UserError
@@ -48,7 +48,7 @@ class Options:
     chat: bool = False                 # go on with questions from the terminal, or lines of a pipe
     model: str | None = None           # a checkpoint, or a run's folder: its newest finished stage;
                                        # none: the newest finished stage under out/
-    base: str | None = None            # of a LoRA: the model it was trained on; none: as it says
+    base: str | None = None            # of a LoRA: the model below it; none: the one that it names
     # answer
     max_new_tokens: int = 256          # longest answer, in tokens
     temperature: float = 0.0           # 0: always the likeliest token; above 0: drawn at random

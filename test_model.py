@@ -1,5 +1,5 @@
-"""What hypernet.py, projector.py and model.py claim, and data.py about causality, one test per
-sentence. CPU, no network.
+"""What hypernet.py, projector.py and model.py claim, and data.py about causality, one test for
+each claim. CPU, no network.
 
 Up-projections start at zero, where leaks, mixed rows and stale caches all go unseen: `trained`
 draws them at random.
@@ -79,32 +79,32 @@ def expert_with(inputs, outputs, guide, embed=6, rank=3):
     return expert, net
 
 
-def embedding(expert, guidance):
+def embedding(expert, net, guidance):
     """e of Eq. 3 for guidance float[B, U, G]."""
     found = []
     handle = expert.encoder.register_forward_hook(lambda module, inputs, e: found.append(e))
-    expert.weights(guidance, lambda e: (e.new_zeros(1, 1, 30), e.new_zeros(1, 1, 21)))
+    expert.weights(guidance, net)
     handle.remove()
     return found[0]
 
 
 @pytest.mark.parametrize("guide", [64, 1024])
 def test_the_embedding_starts_as_that_of_a_plain_linear_layer(guide):
-    expert, linear = expert_with(5, 7, guide, embed=16)[0], torch.nn.Linear(guide, 16).double()
+    (expert, net), linear = expert_with(5, 7, guide, embed=16), torch.nn.Linear(guide, 16).double()
     guidance = torch.randn(2, 3, guide).double()
     for layer in (expert, linear):
         torch.manual_seed(1)
         layer.reset_parameters()
-    assert torch.allclose(embedding(expert, guidance), linear(rms(guidance)))
+    assert torch.allclose(embedding(expert, net, guidance), linear(rms(guidance)))
 
 
 @pytest.mark.parametrize("guide", [64, 1024])
 def test_a_step_of_adam_moves_the_embedding_equally_far_at_every_width_of_the_guidance(guide):
-    expert, guidance = expert_with(5, 7, guide, embed=16)[0], torch.randn(1, 1, guide).double()
-    before = embedding(expert, guidance)
+    (expert, net), guidance = expert_with(5, 7, guide, embed=16), torch.randn(1, 1, guide).double()
+    before = embedding(expert, net, guidance)
     (before * torch.randn(16)).sum().backward()
     torch.optim.AdamW(expert.encoder.parameters(), lr=1e-3, weight_decay=0.0).step()
-    moved = (embedding(expert, guidance) - before).abs() / 1e-3
+    moved = (embedding(expert, net, guidance) - before).abs() / 1e-3
     assert (moved - (1 + 0.8 * 16 ** 0.5)).abs().max() < 0.3  # the bias moves by lr
 
 
@@ -137,7 +137,7 @@ def test_the_weights_of_two_samples_differ_and_the_size_of_the_guidance_does_not
                                                                         atol=1e-4)
 
 
-def test_the_experts_of_a_7b_model_have_the_sizes_that_the_paper_implies():
+def test_the_experts_of_a_7b_model_have_the_sizes_that_are_written_out_here():
     E, R, D, C = 64, 16, 4096, 1024
     for where, sites, expected in (("posterior", 16, 19_928_128), ("all", 32, 27_269_184)):
         llm = weights.build_empty(VLMConfig(visual_expert="both", language_expert=where))
@@ -205,8 +205,8 @@ def test_a_block_with_an_expert_is_equation_7_with_guidance_from_where_the_confi
     model, batch, seen = trained(**kind), whole_batch(), {}
     torch.nn.init.normal_(model.llm.guidance_norm.weight)
     for n, block in enumerate(model.llm.layers):
-        block.register_forward_hook(lambda part, inputs, out,
-                                    n=n: seen.update({n: (inputs[0], out, *inputs[1:3])}))
+        block.register_forward_hook(
+            lambda part, inputs, out, n=n: seen.update({n: (inputs[0], out, *inputs[1:3])}))
     logits_of(model, batch)
     where, k = model.cfg.language_expert, model.cfg.guidance_after
     sites = [n for n, block in enumerate(model.llm.layers) if block.expert is not None]
@@ -301,8 +301,8 @@ def test_the_check_of_the_data_alone_tells_good_pooling_from_bad():
 def guidance_in(model, batch):
     """Logits, and the embedding e of the guidance float[B, U, E] at the first site."""
     seen = []
-    handle = model.llm.hypernet.register_forward_pre_hook(lambda part,
-                                                          inputs: seen.append(inputs[0]))
+    handle = model.llm.hypernet.register_forward_pre_hook(
+        lambda part, inputs: seen.append(inputs[0]))
     logits = logits_of(model, batch)
     handle.remove()
     return logits, seen[0]
@@ -470,9 +470,13 @@ def talker(**kind):
 def first_logits(model, batch, monkeypatch):
     """What `sample_token` is given at the first step, float[B, V]."""
     seen = []
+
+    def likeliest(logits, *rest):
+        seen.append(logits)
+        return logits.argmax(-1)
+
     with monkeypatch.context() as patch:
-        patch.setattr("model.sample_token", lambda logits,
-                      *rest: seen.append(logits) or logits.argmax(-1))
+        patch.setattr("model.sample_token", likeliest)
         generate(model, batch, 1, eos=-1)
     return seen[0]
 

@@ -112,7 +112,7 @@ def make_optimisers(model, o):
 def schedule(step, o):
     """The factor on the learning rate at 0-based `step`.
 
-    cosine: warm-up, then a cosine to 0; the first step has factor 0, as in LLaVA's trainer.
+    cosine: warm-up, then a cosine to 0; a warm-up begins with factor 0, as in LLaVA's trainer.
     wsd: warm-up, then constant, then a linear decay to 0.
     """
     warm = math.ceil(o.warmup * o.steps)

@@ -3,14 +3,14 @@
 
     picture ─> CLIP ─> visual_proj + pos_embed ─> z
     queries ─> [self-attention ─> cross-attention to z ─> FFN] x depth ─> shared head ─> W_v (D x R)
-    x W'   ─>  x W' + (x W_v) W_s      in every 4th block of the Llama: q, k, v, o and the FFN ("m")
+    x W    ─>  x W + (x W_v) W_s       in every 4th block of the Llama: q, k, v, o and the FFN ("m")
 
 W_v is generated for each picture (Eq. 4); W_s is learned and zero at the start (Eq. 5). They are
 LoRA's A and B, called `down` and `up` here as in hypernet.py. `PerceptualWeights` makes them;
 `VLoRA` is a VLM whose Llama adds them. To compare: HyperLLaVA generates both factors and a gate
 between them, from the mean of the features, for one place in a block. Where the authors' code
-(github.com/FeipengMa6/VLoRA) and their paper differ, a comment says so and the code is followed,
-because their checkpoint is.
+("the code", github.com/FeipengMa6/VLoRA) and their paper differ, a comment says so; we follow the
+code, as their checkpoint does.
 
 The prompt. The picture has no position: its tag leaves nothing in the ids, and picture[b] says
 which picture row b is about. The published checkpoint was trained with one hidden token in the
@@ -22,8 +22,8 @@ decoding. Training did not, so we do not.)
     ours               0   ...    5              6    7    8        9
     the checkpoint's   0   ...    5      (6)     7    8    9       10
 
-The letters are explained at the top of model.py. Here Q counts a generator's queries, one for each
-changed block, and E is the width of its states.
+The letters are explained at the top of hypernet.py. Here Q counts a generator's queries, one for
+each changed block, and E is the width of its states.
 """
 import contextlib
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class GeneratorConfig:
     Raises UserError on a setting that cannot be built.
     """
     sites: str = SITES  # which weights get a ΔW, in the order in which the generators are kept
-    every: int = 4      # adapt every N-th block of the Llama
+    every: int = 4      # 1: adapt all blocks of the Llama, 2: every second one, ...
     rank: int = 64      # R
     embed: int = 512    # E; the first stage's script says 1024, the paper and the other script 512
     depth: int = 8      # blocks of a generator
@@ -106,22 +106,22 @@ class Attention(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.width = cfg.embed // cfg.heads  # K
+        self.head_dim = cfg.embed // cfg.heads  # K
         self.in_proj = nn.Linear(cfg.embed, 3 * cfg.embed)
         self.out_proj = nn.Linear(cfg.embed, cfg.embed)
 
     def forward(self, x, z):
         w, b = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
-        q = split_heads(F.linear(x, w[0], b[0]), self.width)  # (M, H, Q, K)
-        k = split_heads(F.linear(z, w[1], b[1]), self.width)
-        v = split_heads(F.linear(z, w[2], b[2]), self.width)
+        q = split_heads(F.linear(x, w[0], b[0]), self.head_dim)  # (M, H, Q, K)
+        k = split_heads(F.linear(z, w[1], b[1]), self.head_dim)
+        v = split_heads(F.linear(z, w[2], b[2]), self.head_dim)
         return self.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
 class Decoder(nn.Module):
     """A block of a generator: the queries attend to each other, then to the picture; then an FFN.
 
-    Each part reads normalised states, as in the code; the paper's Figure 3 shows no norms.
+    The queries are normalised before each part, as in the code; Figure 3 shows no norms.
     """
 
     def __init__(self, cfg):
@@ -251,7 +251,7 @@ class DeltaMLP(MLP):
 
 
 def add_delta(y, x, down, up):
-    """y + x ΔW for y, x float[B, T, D], with ΔW = W_v W_s."""
+    """y + x ΔW for y, x float[B, T, D], with ΔW = W_v W_s (Eq. 5)."""
     return y + (x @ down) @ up
 
 

@@ -12,7 +12,6 @@ tensor is used once or skipped by a rule. Anything else is a UserError with the 
 
 A checkpoint of ours is a folder with config.json, tokenizer.json and model.safetensors (or shards
 and an index). After stage 1 it holds what was trained, and notes where the frozen rest came from.
-Next: train.py.
 """
 import dataclasses
 import os
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from baselines import BaselineConfig, BaselineVLM, weight_source
+from baselines import BaselineConfig, BaselineVLM, source_of
 from cli import UserError
 from data import Preprocess, PromptFormat, SYSTEM
 from formats.configs import (build_dataclass, check_heads, expect_keys, llama_config,
@@ -90,7 +89,7 @@ def saved_config(cfg):
     """The SavedConfig of a model's config."""
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(VLMConfig)}
     vlora = getattr(cfg, "vlora", None)
-    return SavedConfig(**fields, weight_source=weight_source(cfg), vlora=vlora)
+    return SavedConfig(**fields, weight_source=source_of(cfg), vlora=vlora)
 
 
 MODELS = {VLMConfig: VLM, BaselineConfig: BaselineVLM, VLoRAConfig: VLoRA}
@@ -132,7 +131,7 @@ def fill(model, sources, dtype=None, new=(), added=0, factors={}):
     sources  [(folder, rules)], see `tensors` and `rename`
     dtype    cast all tensors to it; None: each keeps its own. A tensor without a cast stays mapped
     new      names of the parameters that no source holds; they stay empty, for `initialise`
-    added    number of rows that `write_llava` added to embedding and head; they are left out
+    added    number of rows that formats/export.py added to embedding and head; they are left out
     factors  {our name: the factors of a LoRA to add}, see `add_lora`
     Raises UserError on a tensor that is missing, left over, mis-shaped or there twice.
     """

@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 from matplotlib.figure import Figure
 
-from baselines import is_guided, weight_source
+from baselines import is_guided, source_of
 from benchmarks.toy import Answerer, load_questions
 from cli import UserError
 from experiments.report import half_width
@@ -27,7 +27,7 @@ def embed(checkpoint, questions):
     if not is_guided(cfg) or not cfg.expert_blocks():
         raise UserError(
             f"--table embeddings: no language expert of this model has embeddings (weight_source "
-            f"{weight_source(cfg)}, language_expert {cfg.language_expert}); name another --base")
+            f"{source_of(cfg)}, language_expert {cfg.language_expert}); name another --base")
     answer, found = Answerer(checkpoint, max_new_tokens=1), []
     expert = checkpoint.model.llm.layers[cfg.expert_blocks()[0]].expert
     keep = lambda module, inputs, e: found.append(e[:, 0].float())

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import sample
-from baselines import weight_source
+from baselines import source_of
 from benchmarks.ablation import experts_off
 from data import IMAGE, open_image, pixels
 from formats.runs import choose_checkpoint
@@ -76,7 +76,7 @@ def check(model, image, name):
     if not blocks and cfg.visual_expert == "none":
         raise UserError(f"{name} has no experts to look at (visual_expert {cfg.visual_expert}, "
                         f"language_expert {cfg.language_expert}, weight_source "
-                        f"{weight_source(cfg)}): name a HyperLLaVA with --model")
+                        f"{source_of(cfg)}): name a HyperLLaVA with --model")
     if not blocks and image is None:
         raise UserError(f"{name} has a visual expert only: give it a picture with --image")
     return blocks

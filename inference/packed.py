@@ -49,14 +49,14 @@ class PackedAttention(nn.Module):
 
     def __init__(self, module):
         super().__init__()
-        self.width = module.width
+        self.head_dim = module.head_dim
         self.qkv_proj = pack_linear(module.q_proj, module.k_proj, module.v_proj)
         self.o_proj = pack_linear(module.o_proj)
-        self.heads, self.kv_heads = (linear.out_features // self.width
+        self.heads, self.kv_heads = (linear.out_features // self.head_dim
                                      for linear in (module.q_proj, module.k_proj))
 
     def forward(self, x, cos, sin, layer_cache=None):
-        qkv = split_heads(self.qkv_proj(x), self.width)  # (B, heads + 2 kv_heads, T, K)
+        qkv = split_heads(self.qkv_proj(x), self.head_dim)  # (B, heads + 2 kv_heads, T, K)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], dim=1)
         mask = None
@@ -101,12 +101,12 @@ class PackedVisionAttention(nn.Module):
 
     def __init__(self, module):
         super().__init__()
-        self.width = module.width
+        self.head_dim = module.head_dim
         self.qkv_proj = pack_linear(module.q_proj, module.k_proj, module.v_proj)
         self.out_proj = pack_linear(module.out_proj)
 
     def forward(self, x):
-        q, k, v = split_heads(self.qkv_proj(x), self.width).chunk(3, dim=1)
+        q, k, v = split_heads(self.qkv_proj(x), self.head_dim).chunk(3, dim=1)
         return self.out_proj(merge_heads(attend(q, k, v, eager=x.dtype == torch.bfloat16)))
 
 

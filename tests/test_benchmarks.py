@@ -147,6 +147,7 @@ def printed_rows(text):
 
 def test_a_score_ends_with_a_table_of_100_columns_the_files_and_a_command_that_works(
         run, capsys, monkeypatch):
+    monkeypatch.setattr("eval.start_world", lambda device: None)
     monkeypatch.setattr("sys.argv", ["eval.py", f"--model={run / 'stage2'}"])
     cli.main(evaluation.run)
     out = capsys.readouterr().out

@@ -50,6 +50,7 @@ def run(root, mesh, monkeypatch, capsys):
     """Function: run eval.py with options; (exit code, what it printed, what it wrote to stderr)."""
     for name, task in TASKS.items():
         monkeypatch.setitem(TASKS, name, dataclasses.replace(task, tokens=6))
+    monkeypatch.setattr("eval.start_world", lambda device: None)  # `mesh` has started it
 
     def run(*options):
         given = [f"--root={root / 'eval'}", f"--model={root / 'run/stage2'}", "--device=cpu"]
@@ -218,6 +219,7 @@ def test_judgements_that_are_older_than_the_answers_are_refused(run, tmp_path):
 
 
 def test_list_names_what_each_task_needs(capsys, monkeypatch):
+    monkeypatch.setattr("eval.start_world", lambda device: None)
     monkeypatch.setattr("sys.argv", ["eval.py", "--list"])
     cli.main(evaluation.run)
     text = capsys.readouterr().out

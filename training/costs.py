@@ -7,7 +7,7 @@ prints both.
 """
 import torch
 
-from baselines import weight_source as source_of
+from baselines import source_of
 from vlora import VLoRAConfig
 
 GUIDED = ("hyper", "mlp")  # sources whose weights depend on the input
