@@ -25,7 +25,7 @@ from formats.json_files import read_json_object, write_json
 from formats.lora import fingerprints
 from formats.xlsx import write_xlsx
 from inference.prepare import ready_for_answers
-from training.distributed import DistributedUserError, raise_on_all_ranks
+from training.distributed import DistributedUserError, raise_on_all_ranks, set_device
 from weights import fast_dtype, load, pick_device
 
 
@@ -233,13 +233,13 @@ def evaluate(o):
     if o.task == "toy":
         parent = os.path.dirname(os.path.abspath(o.model))
         world = o.data or os.path.join(parent, "world")
-        if os.environ.get("RANK", "0") == "0":
+        if dist.get_rank() == 0:
             TASKS["toy"].score(o.model, world, o.out or parent, time.perf_counter(), o.base)
         return
     names, settings, out = raise_on_all_ranks(lambda: prepare(o))
     results, failed, device = {}, [], pick_device(o.device)
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        set_device()
 
     @functools.cache
     def load_once():

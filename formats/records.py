@@ -6,8 +6,9 @@ from cli import UserError
 RECORD_KEYS, MESSAGE_KEYS = ("id", "image", "conversations"), ("from", "value")
 
 # Keys of other trainers' formats that change what a record or a message means
-UNSUPPORTED = ("images", "video", "videos", "audio", "audios", "system", "tools", "history",
-               "weight", "loss", "train")
+UNSUPPORTED = ("image", "images", "Image", "image_path", "image_file", "image_url", "img", "imgs",
+               "pictures", "video", "videos", "video_path", "audio", "audios", "audio_path",
+               "system", "tools", "history", "weight", "loss", "loss_mask", "mask", "train")
 
 
 def other_keys(values, known):

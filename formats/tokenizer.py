@@ -89,7 +89,8 @@ def read_spec(folder):
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"{path}: not a tokenizer ({error})") from None
         # Where ids of added tokens have gaps, the library gives others
-        spec = json.loads(inner.to_str()) | {"added_tokens": read_json(path)["added_tokens"]}
+        added = read_json(path).get("added_tokens", [])
+        spec = json.loads(inner.to_str()) | {"added_tokens": added}
         order_merges(spec["model"])
     if os.path.isfile(model):
         by_model = json.loads(convert_sentencepiece(model).to_str())

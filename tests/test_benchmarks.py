@@ -146,8 +146,9 @@ def printed_rows(text):
 
 
 def test_a_score_ends_with_a_table_of_100_columns_the_files_and_a_command_that_works(
-        run, capsys, monkeypatch):
-    monkeypatch.setattr("eval.start_world", lambda device: None)
+        run, mesh, capsys, monkeypatch):
+    monkeypatch.setattr("eval.start_world", lambda device: None)  # `mesh` has started it
+    monkeypatch.setenv("RANK", "1")  # left by a cluster
     monkeypatch.setattr("sys.argv", ["eval.py", f"--model={run / 'stage2'}"])
     cli.main(evaluation.run)
     out = capsys.readouterr().out

@@ -450,7 +450,8 @@ def test_other_keys_and_ids_of_any_kind_do_no_harm(llama, tmp_path):
 
 @pytest.mark.parametrize("key, value", [
     ("images", ["x.png"]), ("video", "clip.mp4"), ("audios", ["a.wav"]), ("weight", 0),
-    ("system", "Answer in French."), ("tools", "[{}]"), ("loss", False), ("history", [["Q", "a"]])])
+    ("system", "Answer in French."), ("tools", "[{}]"), ("loss", False), ("history", [["Q", "a"]]),
+    ("image_path", "x.png")])
 def test_a_key_that_would_change_the_meaning_of_a_record_is_refused_by_name(key, value):
     record = {"conversations": messages("Explain this picture <image> please", "a")}
     with pytest.raises(UserError, match=f"^r: the key `{key}` would change its meaning"):
@@ -458,6 +459,13 @@ def test_a_key_that_would_change_the_meaning_of_a_record_is_refused_by_name(key,
     with pytest.raises(UserError, match=f"^r: message 1: the key `{key}` "):
         turns_of_record({"conversations": [{"from": "human", "value": "Q"},
                                            {"from": "gpt", "value": "a", key: value}]}, "r")
+
+
+def test_a_picture_that_is_named_in_a_message_is_refused():
+    record = {"conversations": [dict(messages("Q <image>", "a")[0], image="x.png"),
+                                messages("Q", "a")[1]]}
+    with pytest.raises(UserError, match="^r: message 0: the key `image` would change its meaning"):
+        turns_of_record(record, "r")
 
 
 @pytest.mark.parametrize("values", [

@@ -140,6 +140,13 @@ def test_added_tokens_of_a_file_are_neither_read_from_text_nor_counted(tokenizer
     assert loaded.decode([tokenizer.vocab] + tokenizer.encode("red")) == "red"
 
 
+def test_a_file_without_added_tokens_is_read(tokenizer, tmp_path):
+    spec = json.loads(tokenizer.file)
+    del spec["added_tokens"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert Tokenizer.load(tmp_path).encode("a red ring") == tokenizer.encode("a red ring")
+
+
 def with_added(tokenizer, folder, *tokens):
     """Save a tokenizer with more added tokens, (content, id, whether it is special)."""
     spec = json.loads(tokenizer.file)

@@ -25,6 +25,7 @@ from PIL import Image
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import formats.weight_files
 import sample
@@ -470,19 +471,32 @@ def test_workers_send_batches_without_shared_memory_and_their_death_is_told_betw
         batches, _ = training.feed.next_batches(loader, 1, signals)
         assert "If the machine is out of memory" in str(batches[0])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=9999))
-    with pytest.raises(UserError, match="/dev/shm is full.*--shm-size 1g.*--workers 0 needs none"):
+    with pytest.raises(UserError, match="/dev/shm.*--shm-size 1g.*full.*--workers 0 needs none"):
+        loader_of(1)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="/dev/shm.*missing or read-only"):
         loader_of(1)
 
 
-def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving():
-    def child():
-        master, slave = os.openpty()
-        os.dup2(slave, 2)
-        os.close(master)
+@pytest.mark.parametrize("output", [os.openpty, os.pipe])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_terminal_or_tee_that_is_gone_does_not_keep_a_run_from_saving(output, number):
+    def work():
         with training.distributed.Signals() as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
-            os.write(2, b"stopped")
-        os._exit(7 if signals.got == signal.SIGHUP else 8)
+            os.kill(os.getpid(), number)
+            for _ in range(3):
+                tqdm.write("a line", file=sys.stderr)
+                print("a line", flush=True)
+        sys.exit(7 if signals.got == number else 8)
+
+    def child():
+        reader, writer = output()
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.close(reader)
+        os.close(writer)
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+        training.distributed.main_distributed(work)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -515,6 +529,22 @@ def test_a_world_of_one_needs_no_variables_and_one_that_cannot_join_ends_in_one_
     monkeypatch.setattr(dist, "init_process_group", join)
     with pytest.raises(UserError, match="cannot be connected: Unable to find address for: ib0$"):
         training.distributed.start_world("cpu")
+
+
+def test_fewer_gpus_than_processes_are_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for size in ("1", "4"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(UserError, match="has 2 GPUs, process 3 finds none: --nproc_per_node 2") \
+                if size == "4" else contextlib.nullcontext():
+            training.distributed.set_device()
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    training.distributed.set_device()
+    assert taken == [0, 1]  # what a cluster left in the environment of a world of one is ignored
 
 
 def test_an_error_before_the_ranks_are_connected_is_printed_whatever_a_cluster_left_behind(
@@ -628,6 +658,8 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(run, mesh, tmp_path
     stopped(given, mesh, signal.SIGTERM, 3)
     states = tmp_path / "stage2" / "state"
     os.symlink("gone", states / "step_000009")  # one that a run removes while it is listed
+    for copy in ("step_000003.bak1", "step_000003_2"):
+        shutil.copytree(states / "step_000003", states / copy)
     assert training.state.saved_steps(states) == [2, 3]
     os.remove(states / "step_000009")
     for name, harm in (("options.json", lambda path: os.truncate(path, 0)),
@@ -674,9 +706,10 @@ def test_states_rotate_and_the_last_good_one_outlives_a_full_disk(run, mesh, tmp
     monkeypatch.setattr(training.state, "save_state", look)
     monkeypatch.setattr(dcp, "save", full)
     os.makedirs(states / "step_000001.tmp")  # a kill in the middle of a save left it
+    (states / "notes.tmp").write_text("a user's")
     trained(stage_2(run, tmp_path, steps=6, save_every=1, keep=2), 2, mesh)
     names = [[f"step_{n:06d}" for n in kept] for kept in ([1], [1, 2], [1, 2], [2, 4], [4, 5])]
-    assert [n for n, _ in seen] == names
+    assert [n for n, _ in seen] == [["notes.tmp"] + kept for kept in names]
     assert [bool(fault) for _, fault in seen] == [False, False, True, False, False]
     # how long training waited, before this step
     assert ["save_s" in row for row in log_of(tmp_path, 2)] == [False] + 5 * [True]
@@ -1042,11 +1075,12 @@ def test_the_stand_in_llama_begins_by_looking_back():
     llm, T = toy.stand_ins.StandInLlama().llm, 40
     block = llm.layers[0]
     x = block.input_layernorm(llm.embed_tokens(torch.randint(toy.stand_ins.LLAMA.vocab, (8, T))))
-    turned = rotary(torch.arange(T)[None], block.self_attn.width, toy.stand_ins.LLAMA.theta)
-    q, k = (rotate(p(x).view(8, T, -1, block.self_attn.width).transpose(1, 2), *turned)
+    turned = rotary(torch.arange(T)[None], block.self_attn.head_dim, toy.stand_ins.LLAMA.theta)
+    q, k = (rotate(p(x).view(8, T, -1, block.self_attn.head_dim).transpose(1, 2), *turned)
             for p in (block.self_attn.q_proj, block.self_attn.k_proj))
-    weight = (q @ k.mT * block.self_attn.width ** -0.5).masked_fill(torch.ones(T, T).triu(1) > 0,
-                                                                    float("-inf")).softmax(-1)
+    later = torch.ones(T, T).triu(1) > 0
+    scores = (q @ k.mT * block.self_attn.head_dim ** -0.5).masked_fill(later, float("-inf"))
+    weight = scores.softmax(-1)
     for head in range(toy.stand_ins.LLAMA.heads):
         assert weight[:, head].diagonal(-1 - head, dim1=-2, dim2=-1).mean() > 0.6
 

@@ -4,6 +4,7 @@ Errors across ranks: if one fails, all must stop, or the rest hang in the next c
 anything that may fail on one rank runs inside `raise_on_all_ranks`.
 """
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,21 @@ def many_processes():
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
+def local_rank():
+    """Which of the processes on its machine this is; srun may not say it."""
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0
+    return int(rank) if many_processes() else 0
+
+
+def set_device():
+    """Take a GPU of one's own; UserError if there are fewer GPUs than processes."""
+    gpus = torch.cuda.device_count()
+    if local_rank() >= gpus:
+        raise UserError(f"this machine has {gpus} GPUs, process {local_rank() + 1} finds none: "
+                        f"--nproc_per_node {gpus}")
+    torch.cuda.set_device(local_rank())
+
+
 def start_world(device, replicate=1):
     """Join torchrun's processes, or be a world of one; returns the mesh that parameters are sharded
     over.
@@ -45,7 +61,7 @@ def start_world(device, replicate=1):
     backend = "nccl" if device == "cuda" else "gloo"
     many = many_processes()
     if many and device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        set_device()
     alone = {} if many else dict(store=dist.HashStore(), rank=0, world_size=1)
     try:
         dist.init_process_group(backend, **alone)
@@ -112,8 +128,6 @@ class Signals:
             raise KeyboardInterrupt
         if not self.got:
             self.got, self.when = number, time.monotonic()
-        if number == signal.SIGHUP:
-            leave_terminal()
         if self.waiting:
             raise KeyboardInterrupt
 
@@ -139,12 +153,31 @@ class Signals:
             signal.signal(number, handler)
 
 
-def leave_terminal():
-    """If standard error was a terminal that is gone, write to nowhere, so that no message fails."""
-    try:
-        os.write(2, b"")
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+class Output:
+    """Standard output or error of a run that does not end with its reader, a terminal or `tee`:
+    what nobody reads is lost, and nothing else.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.unless_unread(self.stream.write, text)
+
+    def flush(self):
+        self.unless_unread(self.stream.flush)
+
+    def unless_unread(self, act, *given):
+        try:
+            act(*given)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):
+                raise
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 def ignore_signals(worker):
@@ -180,6 +213,7 @@ def main_distributed(work):
     An error that all ranks share is printed by rank 0 only. A rank that fails does not wait for the
     others.
     """
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main(work)
     except SystemExit as end:  # an error, a signal or --help
@@ -187,7 +221,7 @@ def main_distributed(work):
         joined = dist.is_initialized()
         shared = isinstance(end.__context__, DistributedUserError) or not joined
         if isinstance(code, str):
-            rank = dist.get_rank() if joined else int(os.environ.get("LOCAL_RANK", 0))
+            rank = dist.get_rank() if joined else local_rank()
             if not (shared and many_processes() and rank):
                 print(code, file=sys.stderr)
             code = 1

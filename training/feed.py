@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,9 +161,11 @@ def make_loader(dataset, start, o):
     items = range(start * dataset.accumulation, len(dataset))
     if not o.workers:
         return map(dataset.__getitem__, items)
-    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < 2**20:
-        raise UserError(f"--workers {o.workers}: /dev/shm is full, a megabyte is needed (for "
-                        f"Docker: --shm-size 1g); --workers 0 needs none")
+    writable = os.access("/dev/shm", os.W_OK)
+    if sys.platform == "linux" and not (writable and shutil.disk_usage("/dev/shm").free >= 2**20):
+        raise UserError(f"--workers {o.workers}: a megabyte of /dev/shm is needed (for Docker: "
+                        f"--shm-size 1g), and it is full, missing or read-only; --workers 0 needs "
+                        f"none")
     return map(pickle.loads, DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=o.workers, collate_fn=pickle.dumps,
         multiprocessing_context="fork", worker_init_fn=ignore_signals))

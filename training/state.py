@@ -8,6 +8,7 @@ import functools
 import glob
 import hashlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,6 +29,9 @@ from formats.weight_files import hash_file
 from training.distributed import all_gather, DistributedUserError, raise_on_all_ranks
 from training.options import CHANGEABLE, inputs, stage_folder, title
 from weights import VERSION
+
+STATE = r"step_(\d{6,})"  # name of a saved state; a user may keep other things beside them
+
 
 @functools.cache
 def digest(name):
@@ -75,7 +79,7 @@ def save_state(folder, step, model, optimisers, o):
 
     def begin():
         if dist.get_rank() == 0:
-            for rest in glob.glob(os.path.join(folder, "*.tmp")):
+            for rest in glob.glob(os.path.join(folder, "step_*.tmp")):
                 shutil.rmtree(rest)
             os.makedirs(path + ".tmp")
 
@@ -87,7 +91,8 @@ def save_state(folder, step, model, optimisers, o):
             drop(folder, [os.path.basename(path)] if os.path.isdir(path) else [])
             os.replace(path + ".tmp", path)
             kept = [f"step_{n:06d}" for n in saved_steps(folder)[-o.keep:]]
-            drop(folder, [name for name in os.listdir(folder) if name not in kept])
+            drop(folder, [name for name in os.listdir(folder)
+                          if re.fullmatch(STATE, name) and name not in kept])
 
     try:
         raise_on_all_ranks(begin)
@@ -117,8 +122,9 @@ def state_path(folder, step):
 def saved_steps(folder):
     """The steps whose state was saved, ascending; `read_saved` tells if one is still whole."""
     files = [file for name in (".metadata", "options.json")
-             for file in glob.glob(f"step_*[0-9]/{name}", root_dir=folder)]  # not step_*.tmp
-    return sorted({int(os.path.dirname(file).removeprefix("step_")) for file in files})
+             for file in glob.glob(f"step_*/{name}", root_dir=folder)]
+    states = [re.fullmatch(STATE, os.path.dirname(file)) for file in files]
+    return sorted({int(state[1]) for state in states if state})
 
 
 def read_saved(path):
