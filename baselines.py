@@ -1,10 +1,12 @@
-"""What the paper compares its experts with: the rows of Tables 5 and 6, at the same places.
+"""What the paper compares its experts with: the rows of Tables 5 and 6, at the same places; and a
+form of our own.
 
     static   b^(n) only: weights that are learned as they are                    "Adapter"
     latent   generated from a learned z^(n), the same for all inputs
              "Hypernetwork+Adapter"
     mlp      a whole matrix, generated from the guidance, instead of W_d, W_u    "Hypernetwork+MLP"
     lora     a learned low-rank change of the block's own linear layers          "LoRA"
+    gates    learned weights, with one factor from the guidance for each of the R hidden units; ours
 
 `BaselineVLM` builds a HyperLLaVA and puts these modules in the place of its experts. weights.py
 builds without storage, so the discarded experts cost nothing. The latent source is
@@ -27,7 +29,7 @@ class BaselineConfig(VLMConfig):
     """A VLMConfig whose experts get their weights elsewhere. Raises UserError on what cannot be
     built.
     """
-    weight_source: Literal["static", "latent", "mlp", "lora"] = "static"
+    weight_source: Literal["static", "latent", "mlp", "lora", "gates"] = "static"
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,6 +44,9 @@ class BaselineConfig(VLMConfig):
                 f"it is meant for small models, up to {2**27:,}")
 
 
+GUIDED = ("hyper", "mlp", "gates")  # sources whose weights depend on the input
+
+
 def source_of(cfg):
     """Where the experts' weights come from: "hyper" in the paper's model, else one of the rows
     above.
@@ -51,7 +56,7 @@ def source_of(cfg):
 
 def is_guided(cfg):
     """Whether the experts' weights depend on the input."""
-    return source_of(cfg) in ("hyper", "mlp")
+    return source_of(cfg) in GUIDED
 
 
 class StaticExpert(Expert):
@@ -151,6 +156,35 @@ class MatrixExpert(nn.Module):
         return x.flatten(2) @ matrix.flatten(1, 2)                               # (B, T, outputs)
 
 
+class GatedExpert(Expert):
+    """An expert that generates R numbers only: W_u = diag(1 + P SiLU(e)) b_u, and W_d = b_d.
+
+    e is scaled up, and P down, by `gain`: Adam moves each weight by about the rate, so a step then
+    moves P e about as far as W_d x, which has more inputs. Why: docs/tables.md.
+    """
+
+    def __init__(self, guidance_dim, inputs, outputs, embed, rank):
+        nn.Module.__init__(self)
+        self.scale, self.gain = embed ** 0.5 / guidance_dim, inputs / embed
+        self.encoder = nn.Linear(guidance_dim, embed)
+        self.project = nn.Linear(embed, rank)  # P
+        self.down = nn.Parameter(torch.empty(2 * rank, inputs))
+        self.up = nn.Parameter(torch.empty(rank, outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        bound = self.project.in_features ** -0.5
+        nn.init.uniform_(self.project.weight, -bound / self.gain, bound / self.gain)
+        nn.init.uniform_(self.project.bias, -bound, bound)
+
+    def weights(self, guidance, hypernet):
+        e = self.encoder(rms(guidance) * self.scale)                             # (B, U, E)
+        factors = 1 + self.project(self.gain * F.silu(e))                        # (B, U, R)
+        return (self.down.expand(*factors.shape[:2], -1, -1),                    # as Expert's
+                factors[..., None] * self.up)
+
+
 class LoRA(nn.Module):
     """The low-rank change of a linear layer, x A B: float[.., inputs] -> float[.., outputs]
     (arXiv 2106.09685)."""
@@ -185,7 +219,8 @@ class LoRALinear(nn.Linear):
 
 # ---- Putting them in the experts' places
 
-EXPERTS = {"static": StaticExpert, "latent": LatentExpert, "mlp": MatrixExpert}
+EXPERTS = {"static": StaticExpert, "latent": LatentExpert, "mlp": MatrixExpert,
+           "gates": GatedExpert}
 HYPERNETWORKS = {"latent": HyperNetwork, "mlp": MatrixNetwork}
 
 
@@ -203,10 +238,10 @@ class BaselineLlama(Llama):
                 add_lora(block, R)
         if cfg.expert_blocks():
             self.hypernet = HYPERNETWORKS[source](D, D, E, R) if source in HYPERNETWORKS else None
-            self.guidance_norm = self.guidance_norm if source == "mlp" else None
+            self.guidance_norm = self.guidance_norm if source in GUIDED else None
 
     def guidance(self, x, batch):
-        if self.source == "mlp":
+        if self.source in GUIDED:
             return super().guidance(x, batch)
         return None, batch.use_id, self.hypernet
 

@@ -471,7 +471,7 @@ class Llama(nn.Module):
 
     def guidance(self, x, batch):
         """What the experts of new turns need, see Block; None in a model without experts."""
-        if self.hypernet is None:
+        if self.guidance_norm is None:
             return None
         g = pool(self.guidance_norm(x), batch.pool_id, batch.turns).to(x.dtype)  # f of Eq. 3
         return g, batch.use_id, self.hypernet

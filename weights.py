@@ -81,7 +81,7 @@ def make_config(vision, llm, *, weight_source="hyper", vlora=None, **experts):
 @dataclasses.dataclass
 class SavedConfig(VLMConfig):
     """What config.json holds of a model of any class: the arguments of `make_config`."""
-    weight_source: Literal["hyper", "static", "latent", "mlp", "lora"] = "hyper"
+    weight_source: Literal["hyper", "static", "latent", "mlp", "lora", "gates"] = "hyper"
     vlora: GeneratorConfig | None = None
 
 

@@ -7,7 +7,7 @@ Next: toy.py scores a model with both.
 """
 import contextlib
 
-from baselines import LoRA, MatrixExpert, MatrixNetwork
+from baselines import GatedExpert, LoRA, MatrixExpert, MatrixNetwork
 from hypernet import Expert, HyperNetwork
 from vlora import Generator, PerceptualWeights
 
@@ -35,7 +35,8 @@ def experts_off(model):
 def swap_rows(module, inputs):
     """A forward pre-hook that moves the last input by half a batch.
 
-    That is the embedding e of a hypernetwork, or the row's picture for a generator of VLoRA.
+    That is the embedding e of a hypernetwork or of gates, or the row's picture for a generator of
+    VLoRA.
     """
     *others, last = inputs
     return *others, last.roll(max(1, len(last) // 2), 0)
@@ -45,8 +46,9 @@ def swap_rows(module, inputs):
 def experts_swapped(model):
     """Within this context each row runs with the weights of another row, half a batch away."""
     sources = HyperNetwork, MatrixNetwork, Generator
-    handles = [module.register_forward_pre_hook(swap_rows) for module in model.modules()
-               if isinstance(module, sources)]
+    modules = [module.project if isinstance(module, GatedExpert) else module
+               for module in model.modules() if isinstance(module, (*sources, GatedExpert))]
+    handles = [module.register_forward_pre_hook(swap_rows) for module in modules]
     try:
         yield
     finally:

@@ -20,7 +20,8 @@ same maps and batches.
 
 Two more forms read the guidance of a generated adapter, at three points of the grid. "told e" adds
 a vector made from e to what enters the SwiGLU: it generates no weights, and so says what guidance
-is worth by itself. "gates" is the smallest generation: one factor from e for each hidden unit.
+is worth by itself. "gates" is the smallest generation, one factor from e for each hidden unit
+(GatedExpert in baselines.py).
 
 At each point each row learns at the rate that gives it the lowest loss on seeds that are not
 scored: all rates on the first of them, then the best two on two more.
@@ -133,11 +134,9 @@ class ToldExpert(Expert):
     Adam moves each weight by about the rate, whatever its size. e is scaled up, and P down, by
     `gain`, so that a step moves P e as far as W_d x, which has more inputs.
     """
-    generated = 2  # numbers from e for each hidden unit
-
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         super().__init__(guidance_dim, inputs, outputs, embed, rank)
-        self.gain, self.project = inputs / embed, nn.Linear(embed, self.generated * rank)
+        self.gain, self.project = inputs / embed, nn.Linear(embed, 2 * rank)
         self.project.weight.data /= self.gain
 
     def weights(self, guidance, hypernet):
@@ -149,18 +148,8 @@ class ToldExpert(Expert):
         return (F.silu(gate) * value) @ self.up
 
 
-class GatedExpert(ToldExpert):
-    """A static adapter with one factor from e for each of its hidden units."""
-    generated = 1
-
-    def forward(self, x, weights, use_id=None):
-        gate, value = (x @ self.down.mT).chunk(2, dim=-1)                       # (B, T, R)
-        return (F.silu(gate) * value * (1 + weights[0])) @ self.up
-
-
-FORMS = {UNIT: (Expert, UnitNetwork),
-         **dict.fromkeys((TOLD, TOLD_MORE), (ToldExpert, nn.Identity)),
-         **dict.fromkeys((GATES, GATES_MORE), (GatedExpert, nn.Identity))}
+FORMS = {UNIT: (Expert, UnitNetwork), TOLD: (ToldExpert, nn.Identity),
+         TOLD_MORE: (ToldExpert, nn.Identity)}
 
 
 # ---- The Llama with adapters, and what they cost
@@ -201,16 +190,17 @@ def operations(cfg, row, tokens=LENGTH, generations=1):
     """FLOPs of the adapters on `tokens` tokens, plus those of generating the weights `generations`
     times.
     """
-    if row not in CONTROLS:
+    if row not in (TOLD, TOLD_MORE):
         return added_flops(cfg, tokens, generations)
     D, E, R = cfg.llm.width, cfg.expert_embed, cfg.expert_rank
-    made = E * (D + FORMS[row][0].generated * R)
+    made = E * (D + 2 * R)
     return 2 * len(cfg.expert_blocks()) * (tokens * 3 * D * R + generations * made)
 
 
 def sized(llm, run):
     """The `config` of a run with the rank that its row asks for: costs are linear in the rank."""
-    source = {LORA: "lora", **dict.fromkeys(GUIDED, "hyper")}.get(run.row, "static")
+    sources = dict.fromkeys(GUIDED, "hyper") | {LORA: "lora", GATES: "gates", GATES_MORE: "gates"}
+    source = sources.get(run.row, "static")
     rank, measure = run.rank, operations if run.row == OPERATIONS else parameters
     if run.row in (PARAMETERS, OPERATIONS, LORA, TOLD_MORE, GATES_MORE):
         wanted = measure(config(llm, run, rank), GENERATED)

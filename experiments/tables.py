@@ -78,6 +78,8 @@ TABLES = {
         Row("Adapter, equal parameters", PEFT | {"weight_source": "static", "expert_rank": 150}),
         Row("LoRA in the same blocks, equal parameters", PEFT | {"weight_source": "lora", "expert_rank": 24}),
         Row("LoRA in all blocks, equal parameters", PEFT | {"weight_source": "lora", "expert_rank": 12, "language_expert": "all"}),
+        Row("gates", PEFT | {"weight_source": "gates"}),
+        Row("gates, equal parameters", PEFT | {"weight_source": "gates", "expert_rank": 140}),
         Row("generated", PEFT)), columns=(), data="dialect", splits=("heldout_dialect",), tuned=150),
     "fig3": Table("the block after which guidance is taken", tuple(
         Row(str(k), {"guidance_after": k} if k != 2 else {}) for k in (1, 2, 3)), reference=1, columns=(), axis="blocks before guidance"),

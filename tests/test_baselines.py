@@ -27,7 +27,8 @@ from tests.helpers import (batch_of, by_steps, close, conversations, count_flops
     TOWER, VISION, whole_batch)
 from training.costs import forward_flops
 
-SOURCES = ["hyper", "static", "latent", "mlp", "lora"]
+SOURCES = ["hyper", "static", "latent", "mlp", "lora", "gates"]
+GUIDED = ("hyper", "mlp", "gates")
 sources = pytest.mark.parametrize("source", SOURCES)
 D, C, E, R, HIDDEN = LLAMA.width, VISION.width, 8, 4, LLAMA.hidden
 
@@ -114,11 +115,14 @@ def made(model, batch):
     return found
 
 
-@pytest.mark.parametrize("source", ["hyper", "static", "latent", "mlp"])
+@pytest.mark.parametrize("source", ["hyper", "static", "latent", "mlp", "gates"])
 @torch.no_grad()
 def test_static_and_latent_weights_are_the_same_for_all_and_generated_ones_each_turns_own(source):
     model = tuned(source, language="posterior")
-    found = made(model, whole_batch())
+    def generated(batch):  # W_d of "gates" is learned
+        return {name: parts[source == "gates":] for name, parts in made(model, batch).items()}
+
+    found = generated(whole_batch())
     assert len(found) == 2 + 2
     for name, parts in found.items():
         for w in parts:
@@ -129,7 +133,7 @@ def test_static_and_latent_weights_are_the_same_for_all_and_generated_ones_each_
                                                                        w[2, 0]]
                 assert all((a - b).abs().max() > 1e-3 for i,
                            a in enumerate(rows) for b in rows[:i]), name
-    others = made(model, batch_of(conversations(), pictures(2, seed=9)))
+    others = generated(batch_of(conversations(), pictures(2, seed=9)))
     same = [torch.equal(a, b) for name in found for a, b in zip(found[name], others[name])]
     assert all(same) if source in ("static", "latent") else not any(same)
 
@@ -157,6 +161,24 @@ def test_a_static_expert_is_the_adapter_of_equation_5_with_weights_of_its_own():
     expert = model.llm.layers[0].expert
     gate, value = (x @ expert.down.T).chunk(2, -1)
     assert torch.allclose(expert(x, expert.weights(None, None)), (F.silu(gate) * value) @ expert.up)
+
+
+def test_a_gated_expert_multiplies_each_hidden_unit_by_a_factor_of_its_turn():
+    expert = tuned("gates").llm.layers[0].expert
+    x, g = torch.randn(2, 5, D).double(), torch.randn(2, 3, D).double()
+    use_id = torch.tensor([[0, 1, 2, -1, 1], [2, 2, 0, 0, -1]])
+    shift = expert(x, expert.weights(g, None), use_id)
+    for b in range(2):
+        for i in range(5):
+            if use_id[b, i] < 0:
+                assert not shift[b, i].any()
+                continue
+            f = g[b, use_id[b, i]] / (g[b, use_id[b, i]].square().mean() + 1e-6).sqrt()
+            e = expert.encoder.weight @ (f * E ** 0.5 / D) + expert.encoder.bias
+            factor = 1 + expert.project.weight @ (D / E * F.silu(e)) + expert.project.bias
+            gate, value = (expert.down @ x[b, i]).chunk(2)
+            expected = (F.silu(gate) * value * factor) @ expert.up
+            assert torch.allclose(shift[b, i], expected) and (factor - 1).abs().min() > 1e-4
 
 
 def test_a_latent_expert_is_equation_4_of_a_learned_vector():
@@ -261,7 +283,7 @@ def test_no_trained_position_knows_what_comes_after_it_whatever_the_source(sourc
     leaking = model.llm.head(model.llm(x, over_answers))
     b, i = divmod(batch.at[0].item(), batch.ids.shape[1])
     gradient, = torch.autograd.grad(leaking[b, i].sum(), x)
-    assert gradient[b, i + 1:].any() == (source in ("hyper", "mlp"))
+    assert gradient[b, i + 1:].any() == (source in GUIDED)
 
 
 @sources
@@ -282,7 +304,7 @@ def test_with_anothers_generated_weights_an_answer_changes_and_with_everyones_it
                                                           pictures(2, torch.float32), torch.float32)
     before = logits_of(model, batch)
     with benchmarks.ablation.experts_swapped(model):
-        assert close(logits_of(model, batch), before, 1e-6) == (source not in ("hyper", "mlp"))
+        assert close(logits_of(model, batch), before, 1e-6) == (source not in GUIDED)
 
 
 # ---- Names and counts
@@ -297,7 +319,8 @@ NUMBERS = {  # parameters of one site, with G = inputs; parameters that a modali
               o: E * E + E + E * R * (2 * i + o)),
     "static": (lambda i, o: R * (2 * i + o), lambda i, o: 0),
     "latent": (lambda i, o: E + R * (2 * i + o), lambda i, o: E * E + E + E * R * (2 * i + o)),
-    "mlp": (matrix, lambda i, o: E * E + E + E * i * o)}
+    "mlp": (matrix, lambda i, o: E * E + E + E * i * o),
+    "gates": (lambda i, o: i * E + E + E * R + R + R * (2 * i + o), lambda i, o: 0)}
 
 
 @pytest.mark.parametrize("source", list(NUMBERS))
@@ -317,7 +340,7 @@ def test_a_row_adds_exactly_the_parameters_that_the_formulas_say(source, languag
                  w in ((1, C), (2, D)) if visual in (str(k), "both")}
     if sites and shared(1, 1):
         expected["llm.hypernet"] = shared(D, D)
-    if sites and source in ("hyper", "mlp"):
+    if sites and source in GUIDED:
         expected["llm.guidance_norm"] = D
     assert counts == expected
 

@@ -162,7 +162,7 @@ def test_each_flag_adds_the_tensors_that_it_names_and_as_many_numbers_as_the_for
 def test_rows_of_equal_parameters_have_them():
     rows = {row.name: trained(row.options) for row in TABLES["dialect"].rows}
     for name in ("Adapter, equal parameters", "LoRA in the same blocks, equal parameters",
-                 "LoRA in all blocks, equal parameters"):
+                 "LoRA in all blocks, equal parameters", "gates, equal parameters"):
         assert rows[name] - count(config(NO_EXPERTS)) == pytest.approx(rows["generated"],
                                                                        rel=0.015), name
     assert rows["Adapter"] < 0.8 * rows["generated"]
@@ -186,6 +186,7 @@ def test_generated_numbers_are_those_of_the_weights():
     assert generated_weights(config({"weight_source": "static"})) == generated_weights(
         config(PEFT | {"weight_source": "lora"})) == 0
     assert generated_weights(config({"weight_source": "mlp"})) == C * D + 2 * D * D
+    assert generated_weights(config({"weight_source": "gates"})) == 3 * R
     assert generated_weights(config({"method": "vlora"})) == 5 * 4 * D * 16
     # of a 7B
     assert generated_weights(VLMConfig()) == 16 * 3 * 16 * 4096 + 16 * (2 * 1024

@@ -627,10 +627,10 @@ def test_the_count_for_vlora_is_what_torch_counts(vlora):
     (GROUPED, dict(visual_expert="none", language_expert="none")), (GROUPED, dict()),
     (EVEN, dict(language_expert="all", guidance_after=0)),
     (GROUPED, dict(weight_source="static")), (GROUPED, dict(weight_source="latent")),
-    (GROUPED, dict(weight_source="mlp")),
+    (GROUPED, dict(weight_source="mlp")), (GROUPED, dict(weight_source="gates")),
     (GROUPED, dict(visual_expert="none", weight_source="lora")),
     (EVEN, dict(visual_expert="none", language_expert="none", vlora=SMALL)),
-], ids=["LLaVA", "paper's", "all", "static", "latent", "mlp", "lora", "VLoRA"])
+], ids=["LLaVA", "paper's", "all", "static", "latent", "mlp", "gates", "lora", "VLoRA"])
 def test_the_count_of_a_further_token_is_what_torch_counts(llm, options):
     cfg = weights.make_config(TOWER, llm, **{"expert_embed": 12, "expert_rank": 5, **options})
     model, ids = weights.MODELS[type(cfg)](cfg), np.array([IMAGE] * cfg.image_tokens + [1] * 9)

@@ -7,11 +7,10 @@ prints both.
 """
 import torch
 
-from baselines import source_of
+from baselines import GUIDED, source_of
 from vlora import VLoRAConfig
 
-GUIDED = ("hyper", "mlp")  # sources whose weights depend on the input
-GENERATED = (*GUIDED, "latent")  # sources with a hypernetwork
+GENERATED = ("hyper", "mlp", "latent")  # sources with a hypernetwork
 
 
 def vlora_of(cfg):
@@ -48,6 +47,13 @@ def expert_weights(source, inputs, outputs, rank):
     return inputs * outputs if source == "mlp" else rank * (2 * inputs + outputs)
 
 
+def made_weights(source, inputs, outputs, rank):
+    """Numbers that are generated for one expert."""
+    if source == "gates":
+        return rank
+    return expert_weights(source, inputs, outputs, rank) if source in GENERATED else 0
+
+
 def visual_widths(cfg):
     """The width of the input of each visual expert, list[int]."""
     C, D = cfg.vision.width, cfg.llm.width
@@ -59,8 +65,8 @@ def generated_weights(cfg):
     vlora, source, D = vlora_of(cfg), source_of(cfg), cfg.llm.width
     if vlora:
         return len(vlora.sites) * len(vlora.blocks(cfg.llm)) * D * vlora.rank
-    widths = visual_widths(cfg) + [D] * len(cfg.expert_blocks()) if source in GENERATED else []
-    return sum(expert_weights(source, width, D, cfg.expert_rank) for width in widths)
+    widths = visual_widths(cfg) + [D] * len(cfg.expert_blocks())
+    return sum(made_weights(source, width, D, cfg.expert_rank) for width in widths)
 
 
 # ---- FLOPs of the parts
@@ -81,7 +87,8 @@ def expert_flops(cfg, inputs, tokens, generations):
         return 2 * tokens * lora_weights(cfg.llm, R)
     weights = expert_weights(source, inputs, cfg.llm.width, R)
     encoder = inputs * E if source in GUIDED else 0                              # Eq. 3
-    generating = encoder + E ** 2 + E * weights if source in GENERATED else 0    # Eq. 4
+    trunk = E ** 2 if source in GENERATED else 0                                 # Eq. 4
+    generating = encoder + trunk + E * made_weights(source, inputs, cfg.llm.width, R)
     return 2 * (tokens * weights + generations * generating)
 
 

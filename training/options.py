@@ -188,9 +188,10 @@ class Options:
                                      # answer
     expert_embed: int = 64           # width of the guidance's embedding (Figure 4a)
     expert_rank: int = 16            # width of an expert's bottleneck (Figure 4b)
-    weight_source: Literal["hyper", "static", "latent", "mlp", "lora"] = "hyper"  # where
-                                     # experts get their weights; all but hyper are baselines
-                                     # (Tables 5, 6)
+    weight_source: Literal["hyper", "static", "latent", "mlp", "lora", "gates"] = "hyper"  # where
+                                     # experts get their weights. hyper: the paper's; gates: ours,
+                                     # a generated factor for each hidden unit; the others are
+                                     # baselines (Tables 5, 6)
     # optimisation
     epochs: float | None = None      # passes over the data; used if --steps is not given
     projector_lr: float | None = None  # peak learning rate of the projector and its expert
