@@ -85,6 +85,7 @@ FREQUENT = "most frequent answer for x"  # the best that an adapter can do witho
 CONTROLS = (TOLD, TOLD_MORE, GATES, GATES_MORE)
 GUIDED = (GENERATED, UNIT, *CONTROLS)  # these are also trained with the name hidden
 ROWS = (*GUIDED, STATIC, PARAMETERS, OPERATIONS, LORA)
+DRAWN = (GENERATED, GATES_MORE, STATIC, PARAMETERS, OPERATIONS, LORA)  # in the plot
 
 
 @dataclass
@@ -515,7 +516,7 @@ def draw(found, points, unnamed):
     labels = {"maps": "maps", "rank": "rank R", "embed": "width E of the embedding"}
     for ax, (axis, label) in zip(axes, labels.items()):
         line = [replace(Run(steps=points[0].steps), **{axis: value}) for value in AXES[axis]]
-        curves = [(row, hidden) for hidden in (False, True) for row in ROWS]
+        curves = [(row, hidden) for hidden in (False, True) for row in DRAWN]
         for row, hidden in curves:
             at = {getattr(p, axis): cell(p, row, hidden) for p in line}
             at = {x: c for x, c in at.items() if c in found}
@@ -523,7 +524,7 @@ def draw(found, points, unnamed):
                 means, errors = spreads([mean_and_spread(found[c]["accuracy"])
                                          for c in at.values()])
                 ax.errorbar(list(at), means, errors, marker="o", capsize=3, markersize=4,
-                            color=f"C{ROWS.index(row)}", linestyle="--" if hidden else "-",
+                            color=f"C{DRAWN.index(row)}", linestyle="--" if hidden else "-",
                             label=row + ", hidden" * hidden)
         ax.set_xscale("log", base=2)
         ax.set_xticks(AXES[axis], AXES[axis])
@@ -531,7 +532,7 @@ def draw(found, points, unnamed):
         ax.grid(alpha=0.3)
     axes[0].plot(*zip(*sorted(unnamed.items())), color="grey", linestyle=":", label=FREQUENT)
     axes[0].set_ylabel(f"accuracy after {points[0].steps} steps, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 
