@@ -177,7 +177,8 @@ def main(run):
     """Run the program: exit code 0 on success, 1 with one line on a user's error, 130 on Ctrl-C.
 
     Output is UTF-8 in every locale. If the reader of the output goes away, as `| head -1` does, the
-    program ends silently with 141, the code that a shell shows after SIGPIPE.
+    program ends silently with 141, the code that a shell shows after SIGPIPE. (train.py and eval.py
+    go on, see `Output` in training/distributed.py.)
     """
     sys.stdout.reconfigure(encoding="utf-8")
     try:

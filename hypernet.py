@@ -115,7 +115,7 @@ class Expert(nn.Module):
 
     def weights(self, guidance, hypernet):
         """W_d float[B, U, 2R, inputs] and W_u, transposed, float[B, U, R, outputs] for guidance
-        float[B, U, G] (H_M in Eq. 5, which prints x for both).
+        float[B, U, G] (H_M in Eq. 5, which prints x for it, too).
         """
         # rms: the norm of a mean depends on how alike the tokens are, and should not matter
         e = self.encoder(rms(guidance) * self.scale)                 # (B, U, E)  Eq. 3

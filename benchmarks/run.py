@@ -34,7 +34,7 @@ class Options:
     """Score a checkpoint on benchmarks, the toy's own first of all."""
     # what to score
     model: str = "out/toy/stage2"     # folder or hub name of the checkpoint
-    base: str | None = None           # of a LoRA: the model it was trained on; none: as it says
+    base: str | None = None           # of a LoRA: the model below it; none: the one that it names
     task: Literal["all", *TASKS] | None = None  # benchmark to run; all: every one that is found
                                       # under --root; none: the toy, or --data
     list: bool = False                # only print what each task needs and where it comes from
@@ -239,7 +239,7 @@ def evaluate(o):
     names, settings, out = raise_on_all_ranks(lambda: prepare(o))
     results, failed, device = {}, [], pick_device(o.device)
     if device == "cuda":
-        set_device()
+        raise_on_all_ranks(set_device)
 
     @functools.cache
     def load_once():

@@ -94,7 +94,8 @@ class AnswerFile:
             write_json(self.note, self.settings)
         cut, pause = 0, 0.1 if sys.stderr.isatty() else 5  # seconds between states of the bar
         bar = tqdm(total=len(self.rows), initial=self.done, unit="answer", mininterval=pause,
-                   disable=os.environ.get("RANK", "0") != "0")  # one bar for all ranks
+                   # one bar for all ranks; a cluster may leave RANK to a world of one
+                   disable=os.environ.get("WORLD_SIZE", "1") != "1" and os.environ["RANK"] != "0")
         with open(self.out, "ab") as f, bar:
             f.truncate(self.size)
             for i in range(self.done, len(self.rows), batch_size):

@@ -25,7 +25,7 @@ class StaticCache(Cache):
         self.end = slots
         self.new = torch.ones_like(self.lengths)  # 1: the row's token is real
 
-    def advance(self, T, new=None):
+    def advance(self, T, real=None):
         positions = self.lengths[:, None].clone()
         mask = self.causal_mask(positions)
         for layer in self.layers:

@@ -333,7 +333,7 @@ def test_every_task_runs_on_two_ranks_as_on_one(run, root, tmp_path):
     script = ("import dataclasses, eval, training.distributed\n"
               "from benchmarks.tasks import TASKS\n"
               "for name, task in TASKS.items(): TASKS[name] = dataclasses.replace(task, tokens=6)\n"
-              "training.distributed.main_distributed(eval.start_and_run)")
+              "training.distributed.main_distributed(eval.run)")
     path = tmp_path / "two.py"
     path.write_text(script)
     env = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}

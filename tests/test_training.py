@@ -473,6 +473,7 @@ def test_workers_send_batches_without_shared_memory_and_their_death_is_told_betw
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=9999))
     with pytest.raises(UserError, match="/dev/shm.*--shm-size 1g.*full.*--workers 0 needs none"):
         loader_of(1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match="/dev/shm.*missing or read-only"):
         loader_of(1)
@@ -531,20 +532,28 @@ def test_a_world_of_one_needs_no_variables_and_one_that_cannot_join_ends_in_one_
         training.distributed.start_world("cpu")
 
 
-def test_fewer_gpus_than_processes_are_told_in_one_line(monkeypatch):
+def test_fewer_gpus_than_processes_are_told_in_one_line_by_the_first_of_them(monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     taken = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    for size in ("1", "4"):
-        monkeypatch.setenv("WORLD_SIZE", size)
-        with pytest.raises(UserError, match="has 2 GPUs, process 3 finds none: --nproc_per_node 2") \
-                if size == "4" else contextlib.nullcontext():
-            training.distributed.set_device()
-    monkeypatch.delenv("LOCAL_RANK")
-    monkeypatch.setenv("SLURM_LOCALID", "1")
+    for rank, lines in ((0, 1), (1, 0), (3, 0)):
+        for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(sys, "stdout", sys.stdout)
+            patch.setattr(sys, "stderr", sys.stderr)
+            training.distributed.main_distributed(lambda: training.distributed.start_world("cuda"))
+        said = capsys.readouterr().err
+        assert said.count("error: 4 processes need as many GPUs, this machine has 2: "
+                          "--nproc_per_node 2\n") == len(said.splitlines()) == lines
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     training.distributed.set_device()
-    assert taken == [0, 1]  # what a cluster left in the environment of a world of one is ignored
+    monkeypatch.setenv("WORLD_SIZE", "1")  # the others were left by a cluster
+    training.distributed.set_device()
+    assert taken == [1, 0]
 
 
 def test_an_error_before_the_ranks_are_connected_is_printed_whatever_a_cluster_left_behind(
@@ -706,10 +715,10 @@ def test_states_rotate_and_the_last_good_one_outlives_a_full_disk(run, mesh, tmp
     monkeypatch.setattr(training.state, "save_state", look)
     monkeypatch.setattr(dcp, "save", full)
     os.makedirs(states / "step_000001.tmp")  # a kill in the middle of a save left it
-    (states / "notes.tmp").write_text("a user's")
+    (states / "step_notes.tmp").write_text("a user's")
     trained(stage_2(run, tmp_path, steps=6, save_every=1, keep=2), 2, mesh)
     names = [[f"step_{n:06d}" for n in kept] for kept in ([1], [1, 2], [1, 2], [2, 4], [4, 5])]
-    assert [n for n, _ in seen] == [["notes.tmp"] + kept for kept in names]
+    assert [n for n, _ in seen] == [kept + ["step_notes.tmp"] for kept in names]
     assert [bool(fault) for _, fault in seen] == [False, False, True, False, False]
     # how long training waited, before this step
     assert ["save_s" in row for row in log_of(tmp_path, 2)] == [False] + 5 * [True]

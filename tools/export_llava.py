@@ -14,7 +14,7 @@ from weights import load
 class Options:
     """Write a model without experts in the layout of llava-hf, for transformers to open."""
     model: str | None = None   # checkpoint: a folder or a name on the Hugging Face hub
-    base: str | None = None    # of a LoRA: the model it was trained on; none: as it says
+    base: str | None = None    # of a LoRA: the model below it; none: the one that it names
     export: str | None = None  # folder to write
 
     def __post_init__(self):

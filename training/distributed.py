@@ -32,19 +32,21 @@ def many_processes():
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def local_rank():
-    """Which of the processes on its machine this is; srun may not say it."""
-    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0
-    return int(rank) if many_processes() else 0
+def local_world():
+    """(which of the processes on its machine this is, how many they are), as torchrun says."""
+    if not many_processes():
+        return 0, 1
+    return tuple(int(os.environ.get(name) or default) for name, default in
+                 (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 
 
 def set_device():
-    """Take a GPU of one's own; UserError if there are fewer GPUs than processes."""
-    gpus = torch.cuda.device_count()
-    if local_rank() >= gpus:
-        raise UserError(f"this machine has {gpus} GPUs, process {local_rank() + 1} finds none: "
+    """Take a GPU of one's own; UserError on all ranks of a machine with fewer GPUs than ranks."""
+    (rank, ranks), gpus = local_world(), torch.cuda.device_count()
+    if ranks > gpus:
+        raise UserError(f"{ranks} processes need as many GPUs, this machine has {gpus}: "
                         f"--nproc_per_node {gpus}")
-    torch.cuda.set_device(local_rank())
+    torch.cuda.set_device(rank)
 
 
 def start_world(device, replicate=1):
@@ -53,8 +55,8 @@ def start_world(device, replicate=1):
 
     replicate  copies of the sharded state. torchrun numbers ranks node by node, so with one copy a
                node, parameters travel inside a node, and only summed gradients between nodes.
-    Raises UserError if the ranks cannot reach each other, DistributedUserError if they cannot be
-    split into that many copies.
+    Raises UserError if the ranks cannot reach each other or lack GPUs, DistributedUserError if they
+    cannot be split into that many copies.
     """
     # Large pages for tensors in CPU memory: steps of the toy take a tenth less time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -174,10 +176,11 @@ class Output:
         try:
             act(*given)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):
+            if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
 
 
 def ignore_signals(worker):
@@ -221,7 +224,7 @@ def main_distributed(work):
         joined = dist.is_initialized()
         shared = isinstance(end.__context__, DistributedUserError) or not joined
         if isinstance(code, str):
-            rank = dist.get_rank() if joined else local_rank()
+            rank = dist.get_rank() if joined else local_world()[0]
             if not (shared and many_processes() and rank):
                 print(code, file=sys.stderr)
             code = 1

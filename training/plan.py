@@ -31,7 +31,7 @@ from data import IGNORE
 from model import Block
 from training.costs import (expert_weights, generated_weights, GUIDED, kv_width, source_of,
                             vlora_of)
-from training.distributed import many_processes
+from training.distributed import local_world
 from training.feed import padded, TrainDataset
 from training.muon import Muon
 from training.options import title
@@ -312,8 +312,7 @@ def foreseen_gb(text):
 
 def check_memory(estimate, o):
     """UserError if the run needs more memory than there is."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if many_processes() else 1
-    here = local if o.device == "cpu" else 1  # processes that share the memory
+    here = local_world()[1] if o.device == "cpu" else 1  # processes that share the memory
     if estimate.total * here > room(o.device):
         raise UserError(
             f"the run needs about {estimate.total * here / GB:.1f} GB, the {o.device} has "

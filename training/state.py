@@ -30,7 +30,7 @@ from training.distributed import all_gather, DistributedUserError, raise_on_all_
 from training.options import CHANGEABLE, inputs, stage_folder, title
 from weights import VERSION
 
-STATE = r"step_(\d{6,})"  # name of a saved state; a user may keep other things beside them
+STATE = r"step_(\d{6,})"  # name of a saved state; other things stay until the stage is finished
 
 
 @functools.cache
@@ -72,15 +72,17 @@ def save_state(folder, step, model, optimisers, o):
     """Write folder/step_NNNNNN whole or not at all; then drop all but the newest --keep.
 
     Returns "", or the reason why it could not be written. A full disk does not end the run, and
-    leaves the older states. A name that ends in .tmp is the rest of an interrupted write or
+    leaves the older states. A state that ends in .tmp is the rest of an interrupted write or
     removal.
     """
     path = state_path(folder, step)
 
     def begin():
         if dist.get_rank() == 0:
-            for rest in glob.glob(os.path.join(folder, "step_*.tmp")):
-                shutil.rmtree(rest)
+            os.makedirs(folder, exist_ok=True)
+            for name in os.listdir(folder):
+                if re.fullmatch(STATE + r"(\.old)?\.tmp", name):
+                    shutil.rmtree(os.path.join(folder, name))
             os.makedirs(path + ".tmp")
 
     def publish():
