@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cli import UserError
-from hypernet import Expert, HyperNetwork, rms, turn_mask
+from hypernet import Encoder, Expert, HyperNetwork, turn_mask
 from model import VLM, Llama, VLMConfig
 
 
@@ -65,10 +65,8 @@ class StaticExpert(Expert):
     """
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
-        nn.Module.__init__(self)
-        self.down = nn.Parameter(torch.empty(2 * rank, inputs))
-        self.up = nn.Parameter(torch.empty(rank, outputs))
-        self.reset_parameters()
+        super().__init__(guidance_dim, inputs, outputs, embed, rank)
+        del self.encoder
 
     def reset_parameters(self):
         nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
@@ -91,8 +89,7 @@ class LatentExpert(StaticExpert):
         self.reset_parameters()
 
     def reset_parameters(self):
-        if hasattr(self, "encoder"):
-            nn.init.normal_(self.encoder.weight)  # as in hyperformer
+        nn.init.normal_(self.encoder.weight)  # as in hyperformer
         super().reset_parameters()
 
     def weights(self, guidance, hypernet):
@@ -132,19 +129,16 @@ class MatrixExpert(nn.Module):
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         super().__init__()
-        self.scale = embed ** 0.5 / guidance_dim
-        self.encoder = nn.Linear(guidance_dim, embed)
+        self.encoder = Encoder(guidance_dim, embed)
         self.up = nn.Parameter(torch.empty(inputs, outputs))  # b^(n)
         self.reset_parameters()
 
     def reset_parameters(self):
-        bound = self.encoder.in_features ** -0.5
-        nn.init.uniform_(self.encoder.weight, -bound / self.scale, bound / self.scale)
-        nn.init.uniform_(self.encoder.bias, -bound, bound)
+        self.encoder.reset_parameters()
         nn.init.zeros_(self.up)
 
     def weights(self, guidance, hypernet):
-        matrix = hypernet(self.encoder(rms(guidance) * self.scale))
+        matrix = hypernet(self.encoder(guidance))
         return (self.up + matrix.unflatten(-1, self.up.shape),)
 
     def forward(self, x, weights, use_id=None):
@@ -165,8 +159,8 @@ class GatedExpert(Expert):
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         nn.Module.__init__(self)
-        self.scale, self.gain = embed ** 0.5 / guidance_dim, inputs / embed
-        self.encoder = nn.Linear(guidance_dim, embed)
+        self.gain = inputs / embed
+        self.encoder = Encoder(guidance_dim, embed)
         self.project = nn.Linear(embed, rank)  # P
         self.down = nn.Parameter(torch.empty(2 * rank, inputs))
         self.up = nn.Parameter(torch.empty(rank, outputs))
@@ -179,7 +173,7 @@ class GatedExpert(Expert):
         nn.init.uniform_(self.project.bias, -bound, bound)
 
     def weights(self, guidance, hypernet):
-        e = self.encoder(rms(guidance) * self.scale)                             # (B, U, E)
+        e = self.encoder(guidance)                                               # (B, U, E)
         factors = 1 + self.project(self.gain * F.silu(e))                        # (B, U, R)
         return (self.down.expand(*factors.shape[:2], -1, -1),                    # as Expert's
                 factors[..., None] * self.up)

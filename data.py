@@ -153,7 +153,8 @@ def front_tag(text):
 
 
 def refers_to_image(question):
-    """Whether a tag is at either end, where LLaVA's data has it; inside a sentence it is text."""
+    """Whether a tag is at either end, where LLaVA's data has it; elsewhere it is text,
+    unless the record has a picture."""
     return question.strip().startswith(TAG) or question.strip().endswith(TAG)
 
 
@@ -162,8 +163,9 @@ def turns_of_record(record, name):
 
     An answer before the first question is left out, and so is a last question without an answer.
     A tag is plain text in an answer, and inside a question of a record without a picture.
-    Raises UserError with `name` for a malformed record, one without an answer, a picture without a
-    tag or with several, and a tag without a picture. LLaVA accepts the last two.
+    Raises UserError with `name` for a malformed record, one without an answer, a picture whose tag
+    is in none or in several of the answered questions, and a tag at an end of a question without a
+    picture. What LLaVA does then: docs/data.md.
     """
     check_record(record, name)
     image, messages = record.get("image"), record["conversations"]
@@ -209,12 +211,12 @@ def pieces(turns, prompt_format, name, has_image=True):
     return found
 
 
-def encode_conversation(turns, tokenizer, prompt_format, record, image=None):
+def encode_conversation(turns, tokenizer, prompt_format, name, image=None):
     """The `Sample` of all turns, not truncated; it ends where an answer of None would begin."""
     pool_all = prompt_format.pool != "instruction"
     ids, tag = [tokenizer.bos], -1
     spans = [(1, 0, False, pool_all)]  # length, turn, whether an answer, whether pooled
-    for text, part, turn in pieces(turns, prompt_format, record, image is not None):
+    for text, part, turn in pieces(turns, prompt_format, name, image is not None):
         new = [IMAGE] * prompt_format.image_tokens if text is None else tokenizer.encode(text)
         if part == "answer" and prompt_format.template == "v1":
             new = new + [tokenizer.eos]
@@ -227,15 +229,15 @@ def encode_conversation(turns, tokenizer, prompt_format, record, image=None):
         ids += new
     lengths, *columns = map(np.array, zip(*spans))
     ids = np.array(ids, np.int64)
-    use, is_answer, is_pooled = (np.repeat(values, lengths) for values in columns)
+    use_id, is_answer, is_pooled = (np.repeat(values, lengths) for values in columns)
     if prompt_format.template == "plain":  # without a question: no guidance, no generated weights
-        pool = use = np.full_like(ids, -1)
+        pool_id = use_id = np.full_like(ids, -1)
     else:
-        pool = np.where(is_pooled, use, -1)
+        pool_id = np.where(is_pooled, use_id, -1)
         if prompt_format.pool == "last":  # keep the last position of each prompt
-            pool[:-1][pool[:-1] == pool[1:]] = -1
+            pool_id[:-1][pool_id[:-1] == pool_id[1:]] = -1
     labels = np.where(is_answer, ids, IGNORE)
-    return Sample(ids, labels, pool, use, max(len(turns), 1), image, record, tag)
+    return Sample(ids, labels, pool_id, use_id, max(len(turns), 1), image, name, tag)
 
 
 def truncate(sample, context):
@@ -259,13 +261,13 @@ def truncate(sample, context):
                   -1 if image is None else sample.tag)
 
 
-def encode(turns, tokenizer, prompt_format, record, image=None):
+def encode(turns, tokenizer, prompt_format, name, image=None):
     """The `Sample` to train on, from turns [(question, answer), ...], truncated to the context."""
-    sample = encode_conversation(turns, tokenizer, prompt_format, record, image)
+    sample = encode_conversation(turns, tokenizer, prompt_format, name, image)
     return truncate(sample, prompt_format.context)
 
 
-def encode_prompt(turns, question, tokenizer, prompt_format, image=None, record="the prompt"):
+def encode_prompt(turns, question, tokenizer, prompt_format, image=None, name="the prompt"):
     """The `Sample` of answered turns and a new question; it ends where the answer will begin.
 
     The picture, with the path `image`, goes where a question has <image>, else before the first
@@ -275,19 +277,19 @@ def encode_prompt(turns, question, tokenizer, prompt_format, image=None, record=
     end of a question without a picture, and for a prompt that is longer than the context.
     """
     if prompt_format.template == "v1" and not question.replace(TAG, "").strip():
-        raise UserError(f"{record} is empty")
+        raise UserError(f"{name} is empty")
     questions, answers = [q for q, _ in turns] + [question], [a for _, a in turns] + [None]
     if image is None and any(map(refers_to_image, questions)):
-        raise UserError(f"{record}: {TAG}, but no picture")
+        raise UserError(f"{name}: {TAG}, but no picture")
     if image is not None:
         tagged = [i for i, text in enumerate(questions) if TAG in text] or [0]
         if len(tagged) > 1:
-            raise UserError(f"{record}: {TAG} in {len(tagged)} questions, but one picture")
+            raise UserError(f"{name}: {TAG} in {len(tagged)} questions, but one picture")
         questions[tagged[0]] = front_tag(questions[tagged[0]])
     turns = list(zip(questions, answers))
-    sample = encode_conversation(turns, tokenizer, prompt_format, record, image)
+    sample = encode_conversation(turns, tokenizer, prompt_format, name, image)
     if len(sample.ids) > prompt_format.context:
-        raise UserError(f"{record} takes {len(sample.ids)} positions, "
+        raise UserError(f"{name} takes {len(sample.ids)} positions, "
                         f"but the context has {prompt_format.context}")
     sample.labels[:] = IGNORE
     return sample

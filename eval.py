@@ -1,7 +1,7 @@
 """Score a checkpoint: `python eval.py --model out/toy/stage2`.
 
     python eval.py --list                                    # the benchmarks, and what they need
-    python eval.py --model DIR --task pope --root eval       # one of them; all: what is found
+    python eval.py --model DIR --task pope --root eval       # one of them; all: those in --root
     python eval.py --model DIR --data mine.json --images DIR # your own questions
 
 Under torchrun, ranks share the questions. Next: benchmarks/run.py.

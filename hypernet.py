@@ -49,6 +49,29 @@ def pool(x, pool_id, turns):
     return total / member.sum(1).clamp(min=1)[..., None]
 
 
+class Encoder(nn.Linear):
+    """E_n of Eq. 3: from the guidance f, float[B, U, G], to its embedding e, float[B, U, E].
+
+    The guidance is scaled by sqrt(E)/G, and the weights start larger by G/sqrt(E), so e starts as
+    that of a plain nn.Linear. Without the factor, one Adam step at rate lr would move every e by
+    about 0.8 G lr: with G = 4096 and lr 1e-3 by 3.3, and e starts with a standard deviation of 0.6.
+    With it, the step is 0.8 sqrt(E) lr at every G (docs/readings.md).
+    """
+
+    @property
+    def scale(self):
+        return self.out_features ** 0.5 / self.in_features  # of the guidance
+
+    def reset_parameters(self):
+        bound = self.in_features ** -0.5  # the range of nn.Linear's own values
+        nn.init.uniform_(self.weight, -bound / self.scale, bound / self.scale)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, guidance):
+        # rms: the norm of a mean depends on how alike the tokens are, and should not matter
+        return super().forward(rms(guidance) * self.scale)
+
+
 class HyperNetwork(nn.Module):
     """W_1, B_1, W_2 of Eq. 4.
 
@@ -89,36 +112,27 @@ class Expert(nn.Module):
     """An adapter whose weights are generated for every turn (Eqs. 3-5): E(x) = W_u SwiGLU(W_d x).
 
     SwiGLU in a bottleneck of width R needs a gate and a value, so W_d is 2R wide and W_u has R
-    inputs. W_u is zero at the start: before training, the model *is* LLaVA. The two products add no
-    vector of their own; b^(n) is added to the generated weights.
-
-    The guidance is scaled by sqrt(E)/G, and the weights of E_n start larger by G/sqrt(E), so e
-    starts as that of a plain nn.Linear. Without the factor, one Adam step at rate lr would move
-    every e by about 0.8 G lr: with G = 4096 and lr 1e-3 by 3.3, and e starts with a standard
-    deviation of 0.6. With it, the step is 0.8 sqrt(E) lr at every G (docs/readings.md).
+    inputs. W_u is zero at the start: before training, the model *is* LLaVA. b^(n) is added to the
+    generated weights; the two products have no bias.
     """
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
         super().__init__()
-        self.scale = embed ** 0.5 / guidance_dim                 # of the guidance
-        self.encoder = nn.Linear(guidance_dim, embed)            # E_n of Eq. 3
+        self.encoder = Encoder(guidance_dim, embed)              # E_n of Eq. 3
         self.down = nn.Parameter(torch.empty(2 * rank, inputs))  # b^(n) of Eq. 4, for W_d
         self.up = nn.Parameter(torch.empty(rank, outputs))       # b^(n) of Eq. 4, for W_u
         self.reset_parameters()
 
     def reset_parameters(self):
-        bound = self.encoder.in_features ** -0.5  # the range of nn.Linear's own values
-        nn.init.uniform_(self.encoder.weight, -bound / self.scale, bound / self.scale)
-        nn.init.uniform_(self.encoder.bias, -bound, bound)
+        self.encoder.reset_parameters()
         nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
         nn.init.zeros_(self.up)
 
     def weights(self, guidance, hypernet):
         """W_d float[B, U, 2R, inputs] and W_u, transposed, float[B, U, R, outputs] for guidance
-        float[B, U, G] (H_M in Eq. 5, which prints x for it, too).
+        float[B, U, G] (H_M(x) in Eq. 5, which calls the guidance x, like the input).
         """
-        # rms: the norm of a mean depends on how alike the tokens are, and should not matter
-        e = self.encoder(rms(guidance) * self.scale)                 # (B, U, E)  Eq. 3
+        e = self.encoder(guidance)                                   # (B, U, E)  Eq. 3
         w_d, w_u = hypernet(e)                                       # w^(n)  Eq. 4
         return (self.down + w_d.unflatten(-1, self.down.shape),      # K^(n) = w^(n) + b^(n)  Eq. 4
                 self.up + w_u.unflatten(-1, self.up.shape))

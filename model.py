@@ -8,8 +8,8 @@
 
 All modules are plain `nn.Module`s; train.py handles devices, ranks and sharding. Parameters end in
 the names of the Hugging Face checkpoints (q_proj, gate_proj, ...). `generate` is at the end.
-Read hypernet.py, which explains the letters in the shapes, and projector.py first, then data.py
-and train.py.
+Read before: hypernet.py, which explains the letters in the shapes, and projector.py. Next: data.py,
+train.py.
 """
 import dataclasses
 from dataclasses import dataclass, field
@@ -147,9 +147,9 @@ def attend(q, k, v, mask=None, causal=False, eager=False):
     return scores.view(B, H, T, length).softmax(-1) @ v
 
 
-def split_heads(x, width):
-    """float[B, T, H * K] -> float[B, H, T, K] with K = width."""
-    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+def split_heads(x, head_dim):
+    """float[B, T, H * K] -> float[B, H, T, K] with K = head_dim."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def merge_heads(x):
@@ -262,13 +262,13 @@ class RMSNorm(nn.Module):
         return x * (size.square() + self.eps).rsqrt() * self.weight
 
 
-def rotary(positions, width, theta):
-    """cos and sin, float32[B, 1, T, K], of the rotary angles at int64[B, T] positions; K = width.
+def rotary(positions, head_dim, theta):
+    """cos and sin, float32[B, 1, T, K], of the angles at positions int64[B, T]; K = head_dim.
 
     In the first half the sine has the opposite sign: see `rotate`.
     """
-    exponent = -torch.arange(0, width, 2, device=positions.device).float() / width  # (K/2,)
-    angle = positions[:, None, :, None] * theta ** exponent                         # (B, 1, T, K/2)
+    exponent = -torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (K/2,)
+    angle = positions[:, None, :, None] * theta ** exponent  # (B, 1, T, K/2)
     return torch.cat([angle, angle], dim=-1).cos(), torch.cat([-angle, angle], dim=-1).sin()
 
 
@@ -485,8 +485,8 @@ class Llama(nn.Module):
         return cache.advance(T, batch.lengths)
 
     def forward(self, x, batch, cache=None):
-        width = self.cfg.width // self.cfg.heads
-        angles = rotary(self.next_positions(batch, cache), width, self.cfg.theta)
+        head_dim = self.cfg.width // self.cfg.heads
+        angles = rotary(self.next_positions(batch, cache), head_dim, self.cfg.theta)
         cos, sin = (values.to(x.dtype) for values in angles)
         recipe = None
         for n, block in enumerate(self.layers):
@@ -581,8 +581,8 @@ def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, gen
 
     batch    the prompts; with a cache, what is new in the next turn
     cache    of the same rows after `end_turn`; None: a first turn
-    vocab    with temperature > 0, ids >= vocab are never sampled (rows of the embedding beyond
-             the tokenizer's vocabulary); None: all may be
+    vocab    ids >= vocab are never chosen (rows of the embedding beyond the tokenizer's
+             vocabulary); None: all may be
     Ends when all rows have ended, or at max_new_tokens. The last token of a row is not run any
     more: `cache` lacks it.
     """
@@ -595,8 +595,8 @@ def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, gen
     logits = model(dataclasses.replace(batch, at=last, lengths=lengths), cache)  # (B, V)
     ended = torch.zeros_like(batch.lengths, dtype=torch.bool)
     for step in range(max_new_tokens):
-        logits = logits[:, :vocab] if temperature else logits  # greedy decoding is not restricted
-        token = sample_token(logits, temperature, top_p, generator).masked_fill(ended, eos)
+        token = sample_token(logits[:, :vocab], temperature, top_p, generator)
+        token = token.masked_fill(ended, eos)
         yield token
         ended |= token == eos
         count = int(ended.sum())  # a GPU waits here, and nowhere else in a step

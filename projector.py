@@ -17,7 +17,7 @@ from hypernet import Expert, HyperNetwork
 
 class VisualExpert(nn.Module):
     """E_V of Eq. 6: an expert guided by the mean over the patches of its own input (f for E_V1,
-    L1(f) for E_V2). To `Expert` a picture is a row with one turn: B = M, T = N, U = 1.
+    L1(f) for E_V2; f of Eq. 6). To `Expert` a picture is a row with one turn: B = M, T = N, U = 1.
 
     x        float[M, N, inputs]
     returns  float[M, N, outputs]
@@ -29,7 +29,7 @@ class VisualExpert(nn.Module):
         self.expert = Expert(inputs, inputs, outputs, embed, rank)
 
     def forward(self, x):
-        guidance = x.float().mean(1, keepdim=True).to(x.dtype)  # (M, 1, inputs)  f of Eq. 3
+        guidance = x.float().mean(1, keepdim=True).to(x.dtype)  # (M, 1, inputs), f of Eq. 3
         return self.expert(x, self.expert.weights(guidance, self.hypernet))
 
 

@@ -31,7 +31,6 @@ from formats.runs import choose_checkpoint
 from inference.prepare import ready_for_answers
 from inference.threads import choose_threads
 from model import end_turn, generate, stream
-from weights import fast_dtype, pick_device
 
 HELP = ("type a question; /image PATH: a new conversation about another picture; "
         "/reset: a new conversation; /quit")
@@ -91,8 +90,8 @@ class Options:
 
 def load(o, name):
     """(Checkpoint, a line about it), on the device and in the dtype of the options."""
-    device = pick_device(o.device)
-    dtype = o.dtype or fast_dtype(device)
+    device = weights.pick_device(o.device)
+    dtype = o.dtype or weights.fast_dtype(device)
     checkpoint = weights.load(name, getattr(torch, dtype), base=o.base)
     if o.merge and not isinstance(checkpoint.model, vlora.VLoRA):
         raise UserError(f"--merge: {name} is not a VLoRA, --merge works only with one")
@@ -148,8 +147,8 @@ def free_positions(sample, before, context):
 class Chat:
     """A conversation about one picture or none.
 
-    A new turn processes only its own tokens; everything earlier, generated weights included, is
-    cached.
+    A new turn processes only its own tokens. Keys, values and the picture's features are cached;
+    earlier tokens keep what the weights of their turn made of them.
 
     ids     all tokens: prompts, and answers as the model gave them (encoding an answer's text again
             could give other ids)

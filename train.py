@@ -14,9 +14,9 @@ from cli import parse, UserError
 
 import os
 if __name__ == "__main__":
-    # Let waiting threads sleep early: a step is then ten times as fast beside another busy process,
-    # and no slower alone (docs/speed.md). GCC's OpenMP, which torch has on Linux, reads this when
-    # torch is imported
+    # Let waiting threads sleep early: beside another busy process a step is then over ten times as
+    # fast, and alone about as fast (docs/speed.md). GCC's OpenMP, which torch has on Linux, reads
+    # this when torch is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import contextlib
@@ -55,15 +55,13 @@ from vlora import GeneratorConfig
 from weights import assemble, load, save, source_entry
 
 # What each stage trains, by prefix of the parameters' names; the rest is frozen (paper §3; VLoRA
-# §4.1). "llm.expert." stands for the experts of all blocks.
+# §4.1). "llm.expert." stands for the experts, or LoRA, of all blocks.
+PROJECTOR = ("projector.", "perceptual.")  # of HyperLLaVA, of VLoRA
 TRAINS = {
-    (0, "full"): ("",),
-    (0, "peft"): ("",),
-    (1, "full"): ("projector.", "perceptual."),
-    (1, "peft"): ("projector.", "perceptual."),
-    (2, "full"): ("projector.", "perceptual.", "llm."),
-    (2, "peft"): ("projector.", "perceptual.",
-                  "llm.hypernet.", "llm.guidance_norm.", "llm.expert."),
+    (0, "full"): ("",), (0, "peft"): ("",),
+    (1, "full"): PROJECTOR, (1, "peft"): PROJECTOR,
+    (2, "full"): (*PROJECTOR, "llm."),
+    (2, "peft"): (*PROJECTOR, "llm.hypernet.", "llm.guidance_norm.", "llm.expert."),
 }
 
 
@@ -198,19 +196,19 @@ def train_step(model, optimisers, batches, step, o, mesh, *, skipped=0, stop=0):
 def evaluate(stage, model, o, mesh):
     """Figures for the log, if there is data for them.
 
-    held_out       loss per supervised token of the held-out data
+    val_loss       loss per supervised token of the validation data
     expert_share   |E_L| / |FFN|, a mean over the blocks with an expert
     answer, truth  the model's answer to the stage's question, and the right one
     """
     row = {}
     # Evaluation has many rare shapes; compiling for each would take minutes.
     with torch.compiler.set_stance("force_eager") if o.compile else contextlib.nullcontext():
-        if stage.held_out:
+        if stage.val_batches:
             with expert_shares(model) as shares:
-                losses = [model.loss(b.to(mesh.device_type)).item() for b in stage.held_out]
-            tokens = sum(b.trained for b in stage.held_out)
+                losses = [model.loss(b.to(mesh.device_type)).item() for b in stage.val_batches]
+            tokens = sum(b.trained for b in stage.val_batches)
             loss, tokens = sum_over_ranks([sum(losses), tokens], mesh)
-            row["held_out"] = loss / tokens
+            row["val_loss"] = loss / tokens
             if shares:
                 row["expert_share"] = sum(shares.values()) / len(shares)
         if stage.question:
@@ -227,7 +225,7 @@ class Stage:
     """A model with loss(batch), data with batch(rows), and what to write at the end."""
     model: nn.Module              # loss(batch) is summed over the supervised tokens
     data: object                  # see training.feed.VLMData
-    held_out: list                # this rank's batches of held-out data; each rank has as many
+    val_batches: list             # this rank's batches of validation data; each rank has as many
     write: Callable               # {name: tensor} -> writes the finished checkpoint
     keeps: tuple = ("",)          # prefixes of the tensors to save
     question: Question | None = None
@@ -266,7 +264,7 @@ def train(stage, o, mesh, place=0):
     start, skipped = start_or_resume(stage, model, optimisers, o, mesh)
     dataset = TrainDataset(stage.data, o)
     loader = raise_on_all_ranks(lambda: make_loader(dataset, start, o))
-    first = began = time.perf_counter()
+    loop_began = step_began = time.perf_counter()
     save_seconds = 0.0
     with open_log(o) as log, progress_bar(start, o, place) as bar, Signals() as signals:
         for step in bar:
@@ -290,7 +288,7 @@ def train(stage, o, mesh, place=0):
 
             # Log
             now = time.perf_counter()
-            times = now - began, waited, (now - first) / (step + 1 - start)
+            times = now - step_began, waited, (now - loop_began) / (step + 1 - start)
             row = log_row(result, step + 1, o.lr * factor, times, o)
             row |= {"skipped_images": skipped} if skipped else {}
             row |= {"save_s": save_seconds} if save_seconds else {}
@@ -305,7 +303,7 @@ def train(stage, o, mesh, place=0):
             save_seconds = 0.0
             if (step + 1) % o.save_every == 0 and not last:
                 save_seconds = save_or_warn(states, step + 1, model, optimisers, o, bar=bar)
-            began = time.perf_counter()
+            step_began = time.perf_counter()
     finish(stage, model, skipped, o)
 
 
@@ -382,13 +380,13 @@ def vlm_stage(o):
         save(stage_folder(o), cfg, tensors, tokenizer, preprocess, o.system, stage=o.stage,
              sources=sources, training=dataclasses.asdict(o))
 
-    held_out = held_out_batches(data[1], o.micro_batch_size, 512) if o.val else []
+    batches = val_batches(data[1], o.micro_batch_size, 512) if o.val else []
     keeps = ("",) if o.stage == 2 else TRAINS[1, o.tune]
-    return Stage(model, data[0], held_out, write, keeps, data[-1].question())
+    return Stage(model, data[0], batches, write, keeps, data[-1].question())
 
 
-def held_out_batches(data, size, most=None):
-    """Batches of `size` of this rank's share of held-out data, its first `most` samples."""
+def val_batches(data, size, most=None):
+    """Batches of `size` of this rank's share of the validation data, its first `most` samples."""
     n = min(len(data), most or len(data))
     return split_across_ranks([range(i, min(i + size, n)) for i in range(0, n, size)], data.batch)
 
@@ -422,7 +420,8 @@ def run():
     if stand_ins or o.stage == 0 or (o.preset == "toy" and "data" not in given):
         raise_on_all_ranks(lambda: toy.make_world(o.out, o.pictures) if rank_0 else None)
         progress.done("world")
-    for stage in [0] * stand_ins + ([1, 2] if o.stage is None else [o.stage]):
+    stages = [1, 2] if o.stage is None else [o.stage]
+    for stage in [0, *stages] if stand_ins else stages:
         runs = unfinished(given, stage)
         parallel = len(runs) > 1 and mesh.device_type == "cpu" and one_process
         if parallel and torch.get_num_threads() > 1:

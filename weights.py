@@ -35,6 +35,7 @@ from formats.name_rules import (BY_ID, clip_rules, llama_rules, ORIGINAL_PROJECT
                                 rename, SKIP)
 from formats.tokenizer import Tokenizer
 from formats.weight_files import check_fit, ends_fingerprint, fingerprint, tensors, write_tensors
+from hypernet import Encoder
 from model import VLM, VLMConfig
 from vlora import GeneratorConfig, VLoRA, VLoRAConfig
 
@@ -316,14 +317,14 @@ def add_experts(cfg, options, label):
 
 
 def rescale_encoders(model):
-    """Convert the encoders of version 1, which read the guidance without `Expert.scale`.
+    """Convert the encoders of version 1, which read the guidance without `Encoder.scale`.
 
     Products with the guidance stay what they were, but for rounding. New encoders have no storage
     yet, so this does not change them.
     """
     for part in model.modules():
-        if hasattr(part, "scale"):
-            part.encoder.weight = nn.Parameter(part.encoder.weight / part.scale)
+        if isinstance(part, Encoder):
+            part.weight = nn.Parameter(part.weight / part.scale)
 
 
 def build_and_fill(cfg, sources, label, *, dtype, cast, seed, experts, lora, added=0,

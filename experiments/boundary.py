@@ -141,7 +141,7 @@ class ToldExpert(Expert):
         self.project.weight.data /= self.gain
 
     def weights(self, guidance, hypernet):
-        e = self.encoder(rms(guidance) * self.scale)
+        e = self.encoder(guidance)
         return self.project(self.gain * F.silu(e)),                             # (B, 1, 2R)
 
     def forward(self, x, weights, use_id=None):

@@ -100,7 +100,7 @@ def train(site, data, lr, form):
             x, guidance, static, teacher, _ = held_out
             with torch.no_grad():
                 shift = expert(x, expert.weights(guidance, net))
-                e = encoder(rms(guidance) * expert.scale)
+                e = encoder(guidance)
             shares[step] = (shift.norm() / static.norm()).item()
     held_out_loss = F.mse_loss(shift, teacher) / teacher.square().mean()
     return {"held-out loss": held_out_loss.item(), "worst loss": max(losses),

@@ -212,7 +212,6 @@ def test_the_encoder_of_a_matrix_expert_starts_as_that_of_an_expert():
         torch.manual_seed(1)
         part.reset_parameters()
     assert torch.equal(matrix.encoder.weight, expert.encoder.weight)
-    assert matrix.scale == expert.scale
 
 
 @pytest.mark.parametrize("source", ["static", "latent", "lora"])

@@ -54,7 +54,7 @@ from data import collate, encode, IGNORE, IMAGE, Preprocess, PromptFormat, Sampl
 from experiments.speed import clock, correct, gpu, inputs, loading, models, shapes, stages
 from experiments.tables import NO_EXPERTS, PEFT, TABLES
 from formats.tokenizer import train_tokenizer
-from hypernet import Expert
+from hypernet import Expert, rms
 from model import LayerCache, VLMConfig
 from tests.helpers import (batch_of, count_flops, dictated, EVERY, LAYOUT, LLAMA, logits_of, noise,
                            segments, static, TOKENIZER, TURNS, VISION, whole_batch)
@@ -1126,8 +1126,10 @@ def test_the_form_linear_learns_as_an_encoder_without_a_scale_does(small_sites, 
     class Plain(Expert):
         def __init__(self, *sizes):
             super().__init__(*sizes)
-            self.encoder.weight.data *= self.scale
-            self.scale = 1
+            encoder, self.encoder = self.encoder, torch.nn.Linear(sizes[0], sizes[3])
+            self.encoder.weight.data = encoder.weight.data * encoder.scale
+            self.encoder.bias.data = encoder.bias.data
+            self.encoder.register_forward_pre_hook(lambda module, x: rms(x[0]))
 
     monkeypatch.setattr(experiments.step_size, "STEPS", (1, 10, 20))
     train = experiments.step_size.train

@@ -250,11 +250,11 @@ def test_the_context_of_data_is_positive():
 
 # plot_log
 
-def write_log(folder, losses, held_out=()):
+def write_log(folder, losses, validation=()):
     folder.mkdir(parents=True)
     rows = [{"step": i, "loss": loss, "lr": 1e-3} for i, loss in enumerate(losses)]
-    for step, loss in held_out:
-        rows[step]["held_out"] = loss
+    for step, loss in validation:
+        rows[step]["val_loss"] = loss
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -324,12 +324,12 @@ def test_losses_of_a_few_steps_are_printed(tmp_path, monkeypatch, capsys):
     plot_log(monkeypatch, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.png")
     assert capsys.readouterr().out.splitlines()[:4] == [
         f"| loss of {tmp_path / 'a'}, {tmp_path / 'b'} "
-        "| step 1 | step 10 | step 100 | last | held-out |", "| --- | --- | --- | --- | --- | --- |",
+        "| step 1 | step 10 | step 100 | last | validation |", "| --- | --- | --- | --- | --- | --- |",
         "| stage1 | 2.000, 3.000 | 1.250, - | -, - | 1.250, 3.000 | 1.300, - |",
         "| stage2 | -, - | -, - | -, - | -, 0.500 | -, - |"]
 
 
-def test_a_run_without_held_out_losses_has_no_third_curve(tmp_path):
+def test_a_run_without_validation_losses_has_no_third_curve(tmp_path):
     write_log(tmp_path / "a" / "stage1", [2.0, 1.0])
     axes, = draw(read_runs([str(tmp_path / "a")])).axes
     assert [line.get_xdata().tolist() for line in axes.lines] == [[0, 1], [0, 1]]

@@ -374,8 +374,8 @@ def run(tmp_path_factory):
 def test_a_stand_in_has_a_loss_over_batches_of_its_data_and_is_written(part, samples, trained, run,
                                                                       tmp_path):
     torch.manual_seed(0)
-    model, data, held_out, write = stage0.stage_0(part, f"{run}/world", str(tmp_path / "x"), "")
-    assert len(data) == len(data.lengths) == len(held_out) == samples
+    model, data, validation, write = stage0.stage_0(part, f"{run}/world", str(tmp_path / "x"), "")
+    assert len(data) == len(data.lengths) == len(validation) == samples
     batch = data.batch([3, 1]).to("cpu")
     assert trained in (None, batch.trained) and len(batch.lengths) == len(batch.records)
     loss = model.loss(batch)

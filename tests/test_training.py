@@ -120,14 +120,14 @@ def test_stage_1_keeps_only_the_projector_and_names_its_sources(run):
     assert torch.equal(loaded.model.llm.embed_tokens.weight, llm["model.embed_tokens.weight"])
 
 
-def test_the_log_has_a_line_a_step_with_the_held_out_loss_now_and_then(run):
+def test_the_log_has_a_line_a_step_with_the_validation_loss_now_and_then(run):
     rows = log_of(run, 1)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(row.keys() >= {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait",
                               "peak_gb", "eta_s"} for row in rows)
     assert all(0 <= row["data_wait"] <= 1 and row["mfu"] is None and row["peak_gb"] > 0.1
                for row in rows) and rows[-1]["eta_s"] == 0
-    assert [("held_out" in row) for row in rows] == [False, True, False, True]
+    assert [("val_loss" in row) for row in rows] == [False, True, False, True]
 
 
 def test_the_log_of_stage_2_tells_the_share_of_the_experts(run, mesh, tmp_path):
@@ -136,7 +136,7 @@ def test_the_log_of_stage_2_tells_the_share_of_the_experts(run, mesh, tmp_path):
     assert len(shares) == 2 and 0 < shares[0] < shares[1]  # W_u starts at zero and grows
 
 
-def test_the_log_answers_a_held_out_question_as_the_checkpoint_will_and_leaves_training_alone(
+def test_the_log_answers_a_validation_question_as_the_checkpoint_will_and_leaves_training_alone(
     run, mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(Question, "LENGTH", 12)
     for name, more in (("seldom", {"val_every": 100}),
@@ -182,7 +182,7 @@ def test_the_answer_ends_where_the_model_ended_it_though_all_ranks_go_on(run, me
     assert found == [[0] * Question.LENGTH]
 
 
-def test_held_out_data_is_dealt_to_the_ranks_in_batches_of_like_number(monkeypatch):
+def test_validation_data_is_dealt_to_the_ranks_in_batches_of_like_number(monkeypatch):
     for cuts, ranks in ((5, 2), (2, 4), (4, 4), (9, 4)):
         shares = []
         for rank in range(ranks):
@@ -1417,7 +1417,7 @@ def test_the_plan_tells_how_many_samples_the_context_cuts(run, mesh, tmp_path, c
     assert "  cut by the context: 1 of 8 samples" in capsys.readouterr().err
 
 
-def test_own_data_in_the_toy_needs_neither_its_world_nor_its_held_out_data(tmp_path, mesh,
+def test_own_data_in_the_toy_needs_neither_its_world_nor_its_validation_data(tmp_path, mesh,
                                                                            monkeypatch):
     for name in ("init", "images"):
         (tmp_path / name).mkdir()
@@ -1489,7 +1489,7 @@ def test_compiled_blocks_train_as_plain_ones(run, mesh, tmp_path, monkeypatch):
     for name, more in (("plain", {}), ("compiled", {"compile": True, "checkpointing": "full"})):
         train.run_stage(stage_2(run, tmp_path / name, steps=3, cache_features=False, val_every=1,
                                 **more), 2, mesh)
-        rows.append([(row["loss"], row["grad_norm"], row["held_out"])
+        rows.append([(row["loss"], row["grad_norm"], row["val_loss"])
                      for row in log_of(tmp_path / name, 2)])
     assert np.allclose(rows[0], rows[1], rtol=1e-4)
     assert rows[0] != rows[1]  # other kernels did it
@@ -1721,7 +1721,7 @@ def test_twelve_kills_at_random_times_in_all_stages_lose_nothing(tmp_path):
     for unit in UNITS:
         logs = [[json.loads(line) for line in open(tmp_path / name / unit / "log.jsonl")]
                 for name in ("quiet", "loud")]
-        rows = [[(r["step"], r["loss"], r["grad_norm"], r.get("held_out")) for r in log]
+        rows = [[(r["step"], r["loss"], r["grad_norm"], r.get("val_loss")) for r in log]
                 for log in logs]
         assert rows[0] == rows[1] and len(rows[0]) == 20
         files = [open(tmp_path / name / unit / "model.safetensors", "rb").read()
@@ -1761,7 +1761,7 @@ def test_a_day_in_miniature(run, tmp_path):
     assert 1 <= loud[-1]["skipped_images"] <= 2  # one of 200 records, 300 samples
     last = lambda rows: sum(row["loss"] for row in rows[-50:]) / 50
     assert last(quiet) < 1 and abs(last(loud) - last(quiet)) < 0.1
-    assert loud[-1]["held_out"] == pytest.approx(quiet[-1]["held_out"], rel=0.1)
+    assert loud[-1]["val_loss"] == pytest.approx(quiet[-1]["val_loss"], rel=0.1)
 
 
 @pytest.mark.slow

@@ -16,12 +16,12 @@ class Options:
 
 
 def losses_at(runs, steps=(1, 10, 100)):
-    """Losses at some steps, at the last step, and the last held-out one: a Markdown table with a
+    """Losses at some steps, at the last step, and the last validation loss: a Markdown table with a
     row for each stage. A cell has a number for each run, "-" where there is none.
 
     runs  as `read_runs` returns them
     """
-    heads = [f"loss of {', '.join(runs)}", *(f"step {n}" for n in steps), "last", "held-out"]
+    heads = [f"loss of {', '.join(runs)}", *(f"step {n}" for n in steps), "last", "validation"]
     lines = [heads, ["---"] * len(heads)]
     for stage in dict.fromkeys(stage for run in runs.values() for stage in run):
         logs = [run.get(stage, ((), ())) for run in runs.values()]

@@ -23,7 +23,7 @@ def make_world(out, pictures):
 
 
 def stage_0(part, world, out, system):
-    """(model, training data, held-out data, write) of the stand-in `part`, "clip" or "llm".
+    """(model, training data, validation data, write) of the stand-in `part`, "clip" or "llm".
 
     world   folder of the world
     out     folder that write({name: tensor}) writes, in the Hugging Face layout

@@ -16,12 +16,12 @@ from cli import UserError
 
 
 def read_log(path):
-    """(points, held_out) of a log.jsonl: [(step, loss), ...] of all steps and of evaluations.
+    """(points, val_losses) of a log.jsonl: [(step, loss), ...] of all steps and of evaluations.
 
     A last line without a newline is left out: the run still writes it, or was killed.
     Raises UserError if another line is damaged.
     """
-    points, held_out = [], []
+    points, val_losses = [], []
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             if not line.endswith("\n"):
@@ -29,11 +29,11 @@ def read_log(path):
             try:
                 row = json.loads(line)
                 points.append((int(row["step"]), float(row["loss"])))
-                if "held_out" in row:
-                    held_out.append((int(row["step"]), float(row["held_out"])))
+                if "val_loss" in row:
+                    val_losses.append((int(row["step"]), float(row["val_loss"])))
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} line {number}: not a line of a training log") from None
-    return tuple([p for p in part if math.isfinite(p[1])] for part in (points, held_out))
+    return tuple([p for p in part if math.isfinite(p[1])] for part in (points, val_losses))
 
 
 def read_runs(folders):
@@ -67,12 +67,12 @@ def draw_panel(axes, stage, runs):
     lines = {}
     for i, (name, run) in enumerate(runs.items()):
         if stage in run:
-            points, held_out = run[stage]
+            points, val_losses = run[stage]
             steps, losses = zip(*points)
             axes.plot(steps, losses, f"C{i}", alpha=0.3, linewidth=0.8)
             lines[name], = axes.plot(steps, smooth(losses), f"C{i}")
-            if held_out:
-                axes.plot(*zip(*held_out), f"C{i}o", markerfacecolor="white")
+            if val_losses:
+                axes.plot(*zip(*val_losses), f"C{i}o", markerfacecolor="white")
     axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else AutoLocator())
@@ -90,7 +90,7 @@ def draw(runs):
     for i, stage in enumerate(stages, 1):
         lines |= draw_panel(figure.add_subplot(rows, columns, i), stage, runs)
     figure.legend(lines.values(), lines, loc="outside upper left",
-                  title="pale: each step; line: smoothed; circles: held-out")
+                  title="pale: each step; line: smoothed; circles: validation")
     return figure
 
 

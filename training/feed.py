@@ -253,7 +253,7 @@ class Pictures:
 
 @dataclass
 class Question:
-    """A held-out question that the log answers now and then."""
+    """A validation question that the log answers now and then."""
     batch: Batch          # the prompt, a batch of one
     tokenizer: Tokenizer
     image: str            # path of the picture

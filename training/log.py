@@ -59,8 +59,8 @@ def log_line(row, o):
     if row["data_wait"] > 0.05:
         parts.append(f"waiting for data {row['data_wait']:.0%}")
     parts.append(f"{row['peak_gb']:.1f} GB")
-    if "held_out" in row:
-        parts.append(f"held-out {row['held_out']:.4f}")
+    if "val_loss" in row:
+        parts.append(f"val loss {row['val_loss']:.4f}")
     if "expert_share" in row:
         parts.append(f"|E_L|/|FFN| {row['expert_share']:.4f}")
     line = "  ".join(parts)
@@ -99,7 +99,7 @@ def write_row(row, log, bar, o):
     """
     if dist.get_rank() == 0:
         print(json.dumps(row), file=log, flush=True)
-        if (row["step"] - 1) % o.log_every == 0 or "held_out" in row or "answer" in row:
+        if (row["step"] - 1) % o.log_every == 0 or "val_loss" in row or "answer" in row:
             bar.write(log_line(row, o), file=sys.stderr)
 
 

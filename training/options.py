@@ -156,7 +156,7 @@ class Options:
                                      # Llama; peft: projector and experts only, at the rates of
                                      # LLaVA's LoRA (2e-4, projector 2e-5) if the preset is LLaVA's
     # data
-    val: str | None = None           # JSON file for the held-out loss, with the same --images
+    val: str | None = None           # JSON file for validation losses, with the same --images
     pictures: int = 16000            # training pictures of the toy, and as many texts for its Llama
     template: Literal["plain", "v1"] = "v1"  # plain: picture, caption; v1: Vicuna's conversations
     system: str = SYSTEM             # text before the first turn of v1
@@ -210,7 +210,7 @@ class Options:
     overwrite: bool = False          # train a finished stage again
     seed: int = 0                    # for new weights and the order of the data
     log_every: int = 1               # steps between printed lines; log.jsonl has every step
-    val_every: int = 100             # steps between held-out losses, each with a sample answer
+    val_every: int = 100             # steps between validation losses, each with a sample answer
     save_every: int = 1000           # steps between saved states
     keep: int = 1                    # saved states to keep, the newest ones
     allow_random_llm: bool = False   # let stage 1 start with an untrained Llama, to try things out
