@@ -3,6 +3,7 @@
 A line for each row: how much better it answers than its table's reference, with both intervals of
 95 %. It reads the table_N.json that ablate.py wrote.
 """
+import math
 import os
 from dataclasses import dataclass
 
@@ -45,7 +46,8 @@ def lines_of(tables):
 
 
 def draw_panel(axes, lines):
-    """A forest plot of `lines_of`: thick is the interval over questions, thin that over seeds."""
+    """A forest plot of `lines_of`: thick is the interval over questions, thin that over seeds. A
+    point is filled if the difference is larger than the root of the sum of their squares."""
     for y, (label, gain, over_questions, over_seeds) in enumerate(lines):
         if gain is None:
             axes.text(0, y, label, transform=axes.get_yaxis_transform(), va="center", weight="bold",
@@ -54,14 +56,15 @@ def draw_panel(axes, lines):
         axes.plot([gain - over_questions, gain + over_questions], [y, y], "C0", lw=5, alpha=0.5)
         if over_seeds is not None:
             axes.plot([gain - over_seeds, gain + over_seeds], [y, y], "k", lw=1.2)
-        axes.plot(gain, y, "ko", markersize=4)
+        enough = abs(gain) > math.hypot(over_questions, over_seeds or 0)
+        axes.plot(gain, y, "ko", markersize=5, markerfacecolor="k" if enough else "w")
     axes.axvline(0, color="gray", lw=0.8)
     axes.set_yticks(range(len(lines)), [line[0] if line[1] is not None else "" for line in lines],
                     fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlabel("points of exact match more than the reference; thick: 95 % over questions, "
-                    "thin: over seeds", fontsize=8)
+                    "thin: over seeds; filled: enough for a claim", fontsize=8)
 
 
 def draw(folder):

@@ -305,15 +305,17 @@ def test_the_picture_of_all_tables_has_a_line_for_each_row_but_the_reference(tmp
     with pytest.raises(UserError, match="no table_N.json"):
         experiments.forest.draw(str(tmp_path))
     table_file(tmp_path, "3", [(-1.0, 0.5, 2.0), (1.0, 0.5, 2.0), (0.0, 0.5, None), (0, 0, 0)])
-    gains = [(-20.0, 1.0, 3.0), (9.0, 1.0, 3.0), (0, 0, 0), (-5.0, 1.0, 3.0)]
+    gains = [(-20.0, 1.0, 3.0), (9.0, 9.0, 1.0), (0, 0, 0), (-5.0, 3.0, 3.0)]
     table_file(tmp_path, "vlora4", gains)
     small, large = experiments.forest.draw(str(tmp_path)).axes
-    for axes, rows, gains in ((small, TABLES["3"].rows[:3], [-1, 1, 0]),
-                              (large, [TABLES["vlora4"].rows[i] for i in (0, 1, 3)], [-20, 9, -5])):
+    for axes, rows, gains, faces in (
+            (small, TABLES["3"].rows[:3], [-1, 1, 0], "www"),
+            (large, [TABLES["vlora4"].rows[i] for i in (0, 1, 3)], [-20, 9, -5], "kwk")):
         labels = [text.get_text() for text in axes.get_yticklabels()]
         assert labels == ["", *(row.name for row in rows)]
-        marks = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
-        assert marks == gains
+        marks = [line for line in axes.lines if line.get_marker() == "o"]
+        assert [mark.get_xdata()[0] for mark in marks] == gains
+        assert "".join(mark.get_markerfacecolor() for mark in marks) == faces
     spans = [tuple(line.get_xdata()) for line in small.lines if line.get_marker() != "o"]
     assert spans == [(-1.5, -0.5), (-3, 1), (0.5, 1.5), (-1, 3), (-0.5, 0.5), (0, 0)]
     assert small.texts[0].get_text().endswith("against posterior half (4 seeds, 600 and 150 steps)")
