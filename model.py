@@ -592,18 +592,17 @@ def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, gen
     cache.reserve(T + max_new_tokens)
     last = torch.arange(B, device=batch.ids.device) * T + batch.lengths - 1
     lengths = None if batch.lengths.min() == T else batch.lengths
-    logits = model(dataclasses.replace(batch, at=last, lengths=lengths), cache)  # (B, V)
+    logits = model(dataclasses.replace(batch, at=last, lengths=lengths), cache)[:, :vocab]
     ended = torch.zeros_like(batch.lengths, dtype=torch.bool)
     for step in range(max_new_tokens):
-        token = sample_token(logits[:, :vocab], temperature, top_p, generator)
-        token = token.masked_fill(ended, eos)
+        token = sample_token(logits, temperature, top_p, generator).masked_fill(ended, eos)
         yield token
         ended |= token == eos
         count = int(ended.sum())  # a GPU waits here, and nowhere else in a step
         if count == B or step == max_new_tokens - 1:
             return
         lengths = (~ended).long() if count else None
-        logits = model.step(Batch(token[:, None], lengths), cache)[:, 0]
+        logits = model.step(Batch(token[:, None], lengths), cache)[:, 0, :vocab]
 
 
 def generate(model, batch, max_new_tokens, eos, **sampling):

@@ -3,7 +3,6 @@
 A line for each row: how much better it answers than its table's reference, with both intervals of
 95 %. It reads the table_N.json that ablate.py wrote.
 """
-import math
 import os
 from dataclasses import dataclass
 
@@ -56,7 +55,7 @@ def draw_panel(axes, lines):
         axes.plot([gain - over_questions, gain + over_questions], [y, y], "C0", lw=5, alpha=0.5)
         if over_seeds is not None:
             axes.plot([gain - over_seeds, gain + over_seeds], [y, y], "k", lw=1.2)
-        enough = abs(gain) > math.hypot(over_questions, over_seeds or 0)
+        enough = gain ** 2 > over_questions ** 2 + (over_seeds or 0) ** 2
         axes.plot(gain, y, "ko", markersize=5, markerfacecolor="k" if enough else "w")
     axes.axvline(0, color="gray", lw=0.8)
     axes.set_yticks(range(len(lines)), [line[0] if line[1] is not None else "" for line in lines],
