@@ -581,8 +581,8 @@ def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, gen
 
     batch    the prompts; with a cache, what is new in the next turn
     cache    of the same rows after `end_turn`; None: a first turn
-    vocab    ids >= vocab are never chosen (rows of the embedding beyond the tokenizer's
-             vocabulary); None: all may be
+    vocab    with temperature > 0, ids >= vocab are never sampled (rows of the embedding beyond
+             the tokenizer's vocabulary); None: all may be
     Ends when all rows have ended, or at max_new_tokens. The last token of a row is not run any
     more: `cache` lacks it.
     """
@@ -592,9 +592,10 @@ def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, gen
     cache.reserve(T + max_new_tokens)
     last = torch.arange(B, device=batch.ids.device) * T + batch.lengths - 1
     lengths = None if batch.lengths.min() == T else batch.lengths
-    logits = model(dataclasses.replace(batch, at=last, lengths=lengths), cache)[:, :vocab]
+    logits = model(dataclasses.replace(batch, at=last, lengths=lengths), cache)  # (B, V)
     ended = torch.zeros_like(batch.lengths, dtype=torch.bool)
     for step in range(max_new_tokens):
+        logits = logits[:, :vocab] if temperature else logits  # greedy: id for id as transformers
         token = sample_token(logits, temperature, top_p, generator).masked_fill(ended, eos)
         yield token
         ended |= token == eos
@@ -602,7 +603,7 @@ def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, gen
         if count == B or step == max_new_tokens - 1:
             return
         lengths = (~ended).long() if count else None
-        logits = model.step(Batch(token[:, None], lengths), cache)[:, 0, :vocab]
+        logits = model.step(Batch(token[:, None], lengths), cache)[:, 0]
 
 
 def generate(model, batch, max_new_tokens, eos, **sampling):

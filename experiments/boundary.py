@@ -141,8 +141,7 @@ class ToldExpert(Expert):
         self.project.weight.data /= self.gain
 
     def weights(self, guidance, hypernet):
-        e = self.encoder(guidance)
-        return self.project(self.gain * F.silu(e)),                             # (B, 1, 2R)
+        return self.project(self.gain * F.silu(self.encoder(guidance))),        # (B, 1, 2R)
 
     def forward(self, x, weights, use_id=None):
         gate, value = (x @ self.down.mT + weights[0]).chunk(2, dim=-1)          # (B, T, R)
