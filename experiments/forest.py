@@ -39,7 +39,7 @@ def lines_of(tables):
         gains = [(row["name"], *next(iter(row["difference"].values()))) for row in table["rows"]]
         reference = next(label for label, *gain in gains if not any(gain))
         title = (f"{TABLES[name].title}, against {reference} ({options['seeds']} seeds, "
-                 f"{options['align']} and {options['steps']} steps)")
+                 f"{options['align']} and {options['steps'] * TABLES[name].rows[0].times} steps)")
         lines += [(title, None, None, None), *(line for line in gains if any(line[1:]))]
     return lines
 

@@ -320,6 +320,9 @@ def test_the_picture_of_all_tables_has_a_line_for_each_row_but_the_reference(tmp
     assert spans == [(-1.5, -0.5), (-3, 1), (0.5, 1.5), (-1, 3), (-0.5, 0.5), (0, 0)]
     assert small.texts[0].get_text().endswith("against posterior half (4 seeds, 600 and 150 steps)")
     assert sorted(sum(experiments.forest.PANELS, ())) == sorted(TABLES)
+    table_file(tmp_path, "vlora6", [(0, 0, 0), (-20.0, 1.0, 3.0)])
+    title, *_ = experiments.forest.draw(str(tmp_path)).axes[1].texts
+    assert title.get_text().endswith("600 and 900 steps)")
 
 
 def test_a_probe_reads_what_is_there_and_no_more():
