@@ -65,8 +65,10 @@ class StaticExpert(Expert):
     """
 
     def __init__(self, guidance_dim, inputs, outputs, embed, rank):
-        super().__init__(guidance_dim, inputs, outputs, embed, rank)
-        del self.encoder
+        nn.Module.__init__(self)
+        self.down = nn.Parameter(torch.empty(2 * rank, inputs))
+        self.up = nn.Parameter(torch.empty(rank, outputs))
+        self.reset_parameters()
 
     def reset_parameters(self):
         nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
@@ -89,7 +91,8 @@ class LatentExpert(StaticExpert):
         self.reset_parameters()
 
     def reset_parameters(self):
-        nn.init.normal_(self.encoder.weight)  # as in hyperformer
+        if hasattr(self, "encoder"):  # not yet in StaticExpert.__init__
+            nn.init.normal_(self.encoder.weight)  # as in hyperformer
         super().reset_parameters()
 
     def weights(self, guidance, hypernet):

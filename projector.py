@@ -16,8 +16,8 @@ from hypernet import Expert, HyperNetwork
 
 
 class VisualExpert(nn.Module):
-    """E_V of Eq. 6: an expert guided by the mean over the patches of its own input (f for E_V1,
-    L1(f) for E_V2; f of Eq. 6). To `Expert` a picture is a row with one turn: B = M, T = N, U = 1.
+    """E_V of Eq. 6: an expert guided by the mean over the patches of its own input (in Eq. 6:
+    f for E_V1, L1(f) for E_V2). To `Expert` a picture is a row with one turn: B = M, T = N, U = 1.
 
     x        float[M, N, inputs]
     returns  float[M, N, outputs]

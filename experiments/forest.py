@@ -55,7 +55,7 @@ def draw_panel(axes, lines):
         axes.plot([gain - over_questions, gain + over_questions], [y, y], "C0", lw=5, alpha=0.5)
         if over_seeds is not None:
             axes.plot([gain - over_seeds, gain + over_seeds], [y, y], "k", lw=1.2)
-        enough = gain ** 2 > over_questions ** 2 + (over_seeds or 0) ** 2
+        enough = over_seeds is not None and gain ** 2 > over_questions ** 2 + over_seeds ** 2
         axes.plot(gain, y, "ko", markersize=5, markerfacecolor="k" if enough else "w")
     axes.axvline(0, color="gray", lw=0.8)
     axes.set_yticks(range(len(lines)), [line[0] if line[1] is not None else "" for line in lines],

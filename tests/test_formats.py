@@ -1463,11 +1463,11 @@ def test_experts_added_to_a_llava_leave_its_logits_as_they_were_bit_for_bit(smal
     stage = train.vlm_stage(training.options.complete(given, 2))
     static = weights.load(str(small.folder("today"))).model
     batch = stage.data.batch(range(4))
-    batch = stage.val_batches[0]
+    validation = stage.val_batches[0]
     with torch.no_grad():
         assert torch.equal(stage.model(batch), static(batch))
         assert len(list(stage.model.parameters())) > len(list(static.parameters()))
-        assert stage.model.loss(batch) == static.loss(batch)
+        assert stage.model.loss(validation) == static.loss(validation)
 
 
 @pytest.mark.parametrize("named", ["mm_projector.bin", ""])

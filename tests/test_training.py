@@ -1418,7 +1418,7 @@ def test_the_plan_tells_how_many_samples_the_context_cuts(run, mesh, tmp_path, c
 
 
 def test_own_data_in_the_toy_needs_neither_its_world_nor_its_validation_data(tmp_path, mesh,
-                                                                           monkeypatch):
+                                                                             monkeypatch):
     for name in ("init", "images"):
         (tmp_path / name).mkdir()
     (tmp_path / "init" / "config.json").write_text("{}")
