@@ -14,7 +14,7 @@ from formats.json_files import read_json
 
 # Tables whose differences share an axis: small ones, large ones
 PANELS = (("2", "3", "5", "6", "fig3", "fig4", "experts", "long"),
-          ("dialect", "vlora", "vlora6", "vlora3", "vlora4", "vlora5"))
+          ("dialect", "vlora", "vlora6", "vlora24", "vlora_rates", "vlora3", "vlora4", "vlora5"))
 
 
 @dataclass
@@ -38,8 +38,9 @@ def lines_of(tables):
         options = table["options"]
         gains = [(row["name"], *next(iter(row["difference"].values()))) for row in table["rows"]]
         reference = next(label for label, *gain in gains if not any(gain))
+        steps = sorted({options["steps"] * row.times for row in TABLES[name].rows})
         title = (f"{TABLES[name].title}, against {reference} ({options['seeds']} seeds, "
-                 f"{options['align']} and {options['steps'] * TABLES[name].rows[0].times} steps)")
+                 f"{options['align']} and {' or '.join(map(str, steps))} steps)")
         lines += [(title, None, None, None), *(line for line in gains if any(line[1:]))]
     return lines
 

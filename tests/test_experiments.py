@@ -116,7 +116,8 @@ def test_rows_of_a_table_differ(table):
     """In what they make, not in how it is said: an option that names a default would train the same
     row twice.
     """
-    made = [(config(row.options), row.options.get("tune"), row.times) for row in TABLES[table].rows]
+    made = [(config(row.options), *map(row.options.get, ("tune", "lr", "muon_lr")), row.times)
+            for row in TABLES[table].rows]
     alike = sum(made[i] == made[j] for i in range(len(made)) for j in range(i))
     assert alike == (table == "fig4")  # where both curves meet
 
@@ -320,9 +321,11 @@ def test_the_picture_of_all_tables_has_a_line_for_each_row_but_the_reference(tmp
     assert spans == [(-1.5, -0.5), (-3, 1), (0.5, 1.5), (-1, 3), (-0.5, 0.5), (0, 0)]
     assert small.texts[0].get_text().endswith("against posterior half (4 seeds, 600 and 150 steps)")
     assert sorted(sum(experiments.forest.PANELS, ())) == sorted(TABLES)
-    table_file(tmp_path, "vlora6", [(0, 0, 0), (-20.0, 1.0, 3.0)])
-    title, *_ = experiments.forest.draw(str(tmp_path)).axes[1].texts
-    assert title.get_text().endswith("600 and 900 steps)")
+    for name, steps in ("vlora6", "900"), ("vlora24", "900 or 3600"):
+        (tmp_path / name).mkdir()
+        table_file(tmp_path / name, name, [(0, 0, 0), (-20.0, 1.0, 3.0)])
+        title, = experiments.forest.draw(str(tmp_path / name)).axes[0].texts
+        assert title.get_text().endswith(f"600 and {steps} steps)")
 
 
 def test_a_probe_reads_what_is_there_and_no_more():
