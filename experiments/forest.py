@@ -14,7 +14,7 @@ from formats.json_files import read_json
 
 # Tables whose differences share an axis: small ones, large ones
 PANELS = (("2", "3", "5", "6", "fig3", "fig4", "experts", "long"),
-          ("dialect", "vlora", "vlora6", "vlora24", "vlora_rates", "vlora3", "vlora4", "vlora5"))
+          ("dialect", "vlora", "vlora6", "vlora12", "vlora_rates", "vlora3", "vlora4", "vlora5"))
 
 
 @dataclass

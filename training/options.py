@@ -90,11 +90,12 @@ VLORA = {
     2: dict(lr=2e-5,      # the script's; §4.1 has 5e-5. The batch is 128 in both
             workers=32),  # --dataloader_num_workers
 }
-VLORA_TOY = dict(lr=1e-3,           # at 3e-3 the loss of stage 1 jumps
+VLORA_TOY = dict(lr=5e-4,           # higher ones learn more slowly, see docs/vlora.md
                  vlora_every=1, vlora_rank=16, vlora_embed=128, vlora_depth=2, vlora_heads=4)
 
 VLORA_PRESETS = {
-    "toy": {1: dict(VLORA_TOY, steps=300), 2: dict(VLORA_TOY, steps=1000)},  # it learns more slowly
+    "toy": {1: dict(VLORA_TOY, steps=300), 2: dict(VLORA_TOY, muon_lr=3.5e-3,
+                                                        steps=1000)},  # it learns more slowly
     "7b": VLORA, "13b": VLORA, "1b": VLORA | {1: VLORA[1] | dict(micro_batch_size=16)}}
 
 
