@@ -56,8 +56,8 @@ def pick_device(wanted=None):
 
 
 def fast_dtype(device):
-    """"bfloat16" where it is fast: on GPUs, and on CPUs whose bf16 products are faster than those of
-    fp32. Elsewhere "float32": Intel's AVX512-BF16 without AMX is slower than its fp32.
+    """"bfloat16" where it is fast: on GPUs and on CPUs with fast bf16 products. Else "float32":
+    on an Intel without AMX, avx512_bf16 is slower than fp32.
     """
     cpu = torch.cpu.get_capabilities()
     avx = cpu.get("avx512_bf16") and "Intel" not in cpu["cpu_name"]

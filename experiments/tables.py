@@ -76,14 +76,10 @@ TABLES = {
     "vlora12": Table("pictures as tokens or as weights, VLoRA with twice the steps", (
         Row("LLaVA", NO_EXPERTS, times=6), Row("VLoRA", vlora(), times=12)), reference=0, columns=()),
     # with --validate --seeds 1
-    "vlora_rates": Table("VLoRA: the rates of AdamW and Muon in stage 2", (
-        Row("5e-4, 3.5e-3", vlora(), times=2),
-        Row("2.5e-4, 7e-3", vlora(lr=2.5e-4, muon_lr=7e-3), times=2),
-        Row("5e-4, 7e-3", vlora(muon_lr=7e-3), times=2),
-        Row("1e-3, 7e-3", vlora(lr=1e-3, muon_lr=7e-3), times=2),
-        Row("2e-3, 7e-3", vlora(lr=2e-3, muon_lr=7e-3), times=2),
-        Row("1e-3, 3.5e-3", vlora(lr=1e-3), times=2),
-        Row("1e-3, 14e-3", vlora(lr=1e-3, muon_lr=14e-3), times=2)), reference=0, columns=()),
+    "vlora_rates": Table("VLoRA: the rates of AdamW and Muon in stage 2", tuple(
+        Row(f"{lr}, {muon_lr}", vlora(lr=lr, muon_lr=muon_lr), times=2) for lr, muon_lr in (
+            (1e-3, 7e-3), (5e-4, 7e-3), (2.5e-4, 7e-3), (2e-3, 7e-3), (1e-3, 3.5e-3), (1e-3, 14e-3), (5e-4, 3.5e-3))),
+        reference=0, columns=()),
     "dialect": Table("a map that the question names", (
         Row("Adapter", PEFT | {"weight_source": "static"}),
         Row("Adapter, equal parameters", PEFT | {"weight_source": "static", "expert_rank": 150}),

@@ -94,8 +94,8 @@ VLORA_TOY = dict(lr=5e-4,           # higher ones learn more slowly, see docs/vl
                  vlora_every=1, vlora_rank=16, vlora_embed=128, vlora_depth=2, vlora_heads=4)
 
 VLORA_PRESETS = {
-    "toy": {1: dict(VLORA_TOY, steps=300), 2: dict(VLORA_TOY, muon_lr=3.5e-3,
-                                                        steps=1000)},  # it learns more slowly
+    "toy": {1: dict(VLORA_TOY, steps=300),
+            2: dict(VLORA_TOY, muon_lr=3.5e-3, steps=1000)},  # it learns more slowly
     "7b": VLORA, "13b": VLORA, "1b": VLORA | {1: VLORA[1] | dict(micro_batch_size=16)}}
 
 
