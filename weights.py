@@ -59,9 +59,11 @@ def fast_dtype(device):
     """"bfloat16" where it is fast: on GPUs and on CPUs with fast bf16 products. Else "float32":
     on an Intel without AMX, avx512_bf16 is slower than fp32.
     """
+    if device != "cpu":
+        return "bfloat16"
     cpu = torch.cpu.get_capabilities()
     avx = cpu.get("avx512_bf16") and "Intel" not in cpu["cpu_name"]
-    return "bfloat16" if device != "cpu" or avx or cpu.get("amx_bf16") else "float32"
+    return "bfloat16" if avx or cpu.get("amx_bf16") else "float32"
 
 
 # ---- Configs and models

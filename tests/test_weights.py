@@ -859,3 +859,17 @@ def test_transformers_opens_the_llama_that_we_write(tmp_path, tokenizer, cfg):
     assert close(llama_logits(ours, ids), theirs(ids).logits)
     assert theirs.config.eos_token_id == 2 and formats.configs.llama_config(
         str(tmp_path / "x")) == cfg
+
+
+@pytest.mark.parametrize("name, flags, dtype", [
+    ("AMD EPYC", ("avx512_bf16",), "bfloat16"),
+    ("Intel Xeon", ("avx512_bf16",), "float32"),  # half as fast as fp32 on an Emerald Rapids
+    ("Intel Xeon", ("avx512_bf16", "amx_bf16"), "bfloat16"),
+    ("AMD EPYC", (), "float32"),
+    (None, (), "float32"),                        # an ARM: other names
+])
+def test_a_cpu_computes_in_bf16_only_if_it_is_fast_at_it(monkeypatch, name, flags, dtype):
+    known = {"avx512_bf16": False, "amx_bf16": False, "cpu_name": name} if name else {"neon": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known | dict.fromkeys(flags, True))
+    assert weights.fast_dtype("cpu") == dtype
+    assert weights.fast_dtype("cuda") == "bfloat16"
