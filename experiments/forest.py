@@ -13,8 +13,8 @@ from experiments.tables import TABLES
 from formats.json_files import read_json
 
 # Tables whose differences share an axis: small ones, large ones
-PANELS = (("2", "3", "5", "6", "fig3", "fig4", "experts", "long"),
-          ("dialect", "vlora", "vlora6", "vlora12", "vlora_rates", "vlora3", "vlora4", "vlora5"))
+SMALL = ("2", "3", "5", "6", "fig3", "fig4", "experts", "long")
+PANELS = SMALL, tuple(name for name in TABLES if name not in SMALL)
 
 
 @dataclass

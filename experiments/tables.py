@@ -75,6 +75,9 @@ TABLES = {
         Row("LLaVA", NO_EXPERTS, times=6), Row("VLoRA", vlora(), times=6)), reference=0, columns=()),
     "vlora12": Table("pictures as tokens or as weights, VLoRA with twice the steps", (
         Row("LLaVA", NO_EXPERTS, times=6), Row("VLoRA", vlora(), times=12)), reference=0, columns=()),
+    # with --pictures 64000 --seeds 3, so that no picture is seen more than twice: VLoRA overfits on 16,000
+    "vlora24": Table("pictures as tokens or as weights, VLoRA with four times the steps and pictures", (
+        Row("LLaVA", NO_EXPERTS, times=6), Row("VLoRA", vlora(), times=24)), reference=0, columns=()),
     # with --validate --seeds 1
     "vlora_rates": Table("VLoRA: the rates of AdamW and Muon in stage 2", tuple(
         Row(f"{lr}, {muon_lr}", vlora(lr=lr, muon_lr=muon_lr), times=2) for lr, muon_lr in (
