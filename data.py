@@ -387,8 +387,9 @@ def collate(samples, visual, blank=None, pad=0, multiple=1):
     visual    list of float[3, S, S] pixels or float[N, C] features
     blank     shape of one of them: a batch without pictures gets a dummy of zeros that no position
               uses, so that all ranks run the same parts of a sharded model; None: it gets none
-    multiple  T is padded to a multiple of it, and P to a multiple of four times it, with target
-              IGNORE. Fewer shapes cost less than the padding: kernels are chosen for each shape
+    multiple  T is padded to a multiple of it, and P to a multiple of 4 x `multiple`, with target
+              IGNORE. Kernels are chosen anew for each shape: fewer shapes save more than the
+              padding costs
     """
     expected = sum(s.image is not None for s in samples)
     assert len(visual) == expected, f"{len(visual)} pictures for {expected} samples with one"

@@ -53,9 +53,9 @@ class Encoder(nn.Linear):
     """E_n of Eq. 3: from the guidance f, float[B, U, G], to its embedding e, float[B, U, E].
 
     The guidance is scaled by sqrt(E)/G, and the weights start larger by G/sqrt(E), so e starts as
-    that of a plain nn.Linear. Without the factor, one Adam step at rate lr would move every e by
-    about 0.8 G lr: with G = 4096 and lr 1e-3 by 3.3, and e starts with a standard deviation of 0.6.
-    With it, the step is 0.8 sqrt(E) lr at every G (docs/readings.md).
+    that of a plain nn.Linear. Without the factor, one Adam step at rate lr would move every number
+    of e by about 0.8 G lr: with G = 4096 and lr 1e-3 by 3.3, and e starts with a standard deviation
+    of 0.6. With it, the step is 0.8 sqrt(E) lr at every G (docs/readings.md).
     """
 
     @property
@@ -77,9 +77,9 @@ class HyperNetwork(nn.Module):
 
     It computes w = (W_1 e + B_1) W_2, with a SiLU between the layers.
 
-    As printed, Eq. 4 is linear in e, so W_1 would fold into W_2. The text calls it a two-layer MLP,
-    so we add the non-linearity that an MLP has. B_2 is left out: the bias b^(n) of each expert
-    already plays its part.
+    As printed, Eq. 4 is linear in e, so W_1 would fold into W_2. The text speaks of "two MLP
+    layers", so we add the non-linearity that an MLP has. B_2 is left out: the bias b^(n) of each
+    expert already plays its part.
 
     The factor 1/sqrt(E) keeps training stable. Without it, one Adam step at rate lr changes a
     generated weight by up to lr times the sum of the hidden layer's absolute values, which grows
@@ -133,9 +133,9 @@ class Expert(nn.Module):
         float[B, U, G] (H_M(x) in Eq. 5, which calls the guidance x, like the input).
         """
         e = self.encoder(guidance)                                   # (B, U, E)  Eq. 3
-        w_d, w_u = hypernet(e)                                       # w^(n)  Eq. 4
-        return (self.down + w_d.unflatten(-1, self.down.shape),      # K^(n) = w^(n) + b^(n)  Eq. 4
-                self.up + w_u.unflatten(-1, self.up.shape))
+        down, up = hypernet(e)                                       # w^(n)  Eq. 4
+        return (self.down + down.unflatten(-1, self.down.shape),     # K^(n) = w^(n) + b^(n)  Eq. 4
+                self.up + up.unflatten(-1, self.up.shape))
 
     def forward(self, x, weights, use_id=None):
         """The shift that each token gets from the weights of its turn (Eq. 5).
@@ -145,12 +145,12 @@ class Expert(nn.Module):
         use_id   int64[B, T], -1 .. U - 1; None: there is one turn, and all tokens use it
         returns  float[B, T, outputs]; exactly zero where use_id is -1
         """
-        down, up = weights
-        B, T, U, R = *x.shape[:2], *up.shape[1:3]
+        w_d, w_u = weights
         # Apply every turn's W_d to every token and set the results of other turns to zero. The last
         # product sums over turns, so that only the token's own turn is left.
-        gate, value = (x @ down.flatten(1, 2).mT).view(B, T, U, 2 * R).chunk(2, dim=-1)
-        hidden = F.silu(gate) * value                # (B, T, U, R)  SwiGLU(W_d x)
+        both = (x @ w_d.flatten(1, 2).mT).unflatten(-1, w_d.shape[1:3])  # (B, T, U, 2R)  W_d x
+        gate, value = both.chunk(2, dim=-1)
+        hidden = F.silu(gate) * value                 # (B, T, U, R)  SwiGLU(W_d x)
         if use_id is not None:
-            hidden = hidden.masked_fill(~turn_mask(use_id, U)[..., None], 0)
-        return hidden.flatten(2) @ up.flatten(1, 2)  # (B, T, outputs)  Eq. 5
+            hidden = hidden.masked_fill(~turn_mask(use_id, w_u.shape[1])[..., None], 0)
+        return hidden.flatten(2) @ w_u.flatten(1, 2)  # (B, T, outputs)  Eq. 5

@@ -121,9 +121,9 @@ class Batch:
 
     def to(self, device):
         """The same batch with its tensors on `device`."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{name: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
-                        for name, x in fields.items()})
+        moved = {name: x.to(device, non_blocking=True) for name, x in vars(self).items()
+                 if isinstance(x, torch.Tensor)}
+        return dataclasses.replace(self, **moved)
 
 
 def attend(q, k, v, mask=None, causal=False, eager=False):
@@ -320,8 +320,9 @@ class Block(nn.Module):
     where h = x + Attn(RMS(x)) and y = RMS(h).
 
     Eq. 7 prints the *normalised* features as the residual (Figure 2b draws both), which would break
-    a pretrained Llama at step 0; here the residual stays h. The expert reads what the FFN reads,
-    adds beside it, and has no residual of its own.
+    a pretrained Llama at step 0; here the residual stays h. Its FFN(SwiGLU(x)) is Llama's MLP,
+    which has the SwiGLU inside. The expert reads what the FFN reads, adds beside it, and has no
+    residual of its own.
 
     recipe       what the weights of new turns are made from: (guidance float[B, U, D],
                  use_id int64[B, T], hypernet); None: use the generated weights in `layer_cache`
@@ -379,7 +380,9 @@ class LayerCache:
         """
         last = use_id.amax(1)                             # (B,)  -1: the row uses no expert
         rows = torch.arange(len(last), device=last.device)
-        *others, last_matrix = (  # W_d and W_u; an adapter of baselines.py may have one matrix
+        # W_d and W_u. An adapter of baselines.py may have one matrix, or one set for all rows and
+        # turns: hence expand and clamp
+        *others, last_matrix = (
             w.expand(len(last), *w.shape[1:])[rows, last.clamp(0, w.shape[1] - 1)][:, None]
             for w in weights)
         self.weights = *others, last_matrix.masked_fill((last < 0)[:, None, None, None], 0)
@@ -397,8 +400,8 @@ class Cache:
     `reserve` makes room before a turn. Positions past a row's length contain stale values (padding
     of a shorter prompt), masked until overwritten; so `rewind` takes tokens back.
 
-    start  the position at which all rows stand; None: rows differ. A pass of rows that stand at the
-           same position needs no index and, if it is the first or has one token, no mask
+    start  the position at which all rows stand; None: they may differ. A pass of rows that stand at
+           the same position needs no index and, if it is the first or has one token, no mask
     end    all tokens stand in the first `end` slots
     """
 
@@ -435,6 +438,7 @@ class Cache:
         are no padding (None: all).
         """
         start, device = self.start, self.lengths.device
+        # T contains padding, so end + T may be more than there is room for
         self.end = min(self.end + T, self.layers[0].keys.shape[2])
         positions = self.lengths[:, None] + torch.arange(T, device=device)
         mask = None
@@ -459,15 +463,15 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg, self.guidance_after = cfg.llm, cfg.guidance_after
         D, E, R, eps = cfg.llm.width, cfg.expert_embed, cfg.expert_rank, cfg.llm.eps
-        sites = cfg.expert_blocks()
+        expert_blocks = cfg.expert_blocks()
         self.embed_tokens = nn.Embedding(cfg.llm.vocab, D)
         self.layers = nn.ModuleList(
-            Block(cfg.llm, Expert(D, D, D, E, R) if n in sites else None)
+            Block(cfg.llm, Expert(D, D, D, E, R) if n in expert_blocks else None)
             for n in range(cfg.llm.depth))
         self.norm = RMSNorm(D, eps)
         self.lm_head = None if cfg.llm.tied else nn.Linear(D, cfg.llm.vocab, bias=False)
-        self.guidance_norm = RMSNorm(D, eps) if sites else None
-        self.hypernet = HyperNetwork(D, D, E, R) if sites else None
+        self.guidance_norm = RMSNorm(D, eps) if expert_blocks else None
+        self.hypernet = HyperNetwork(D, D, E, R) if expert_blocks else None
 
     def guidance(self, x, batch):
         """What the experts of new turns need, see Block; None in a model without experts."""
@@ -522,6 +526,7 @@ class VLM(nn.Module):
             return x
         tokens = self.projector(self.features(batch.visual)).flatten(0, 1)  # (M N, D)
         tokens = tokens[:len(batch.image_at)].to(x.dtype)  # a dummy picture has no positions
+        # Eq. 1: V beside T, here at the places of <image>
         return x.flatten(0, 1).index_copy(0, batch.image_at, tokens).view_as(x)
 
     def forward(self, batch, cache=None):
@@ -591,18 +596,19 @@ def stream(model, batch, max_new_tokens, eos, *, temperature=0.0, top_p=1.0, gen
     cache = cache or model.new_cache(B, weight.device, weight.dtype)
     cache.reserve(T + max_new_tokens)
     last = torch.arange(B, device=batch.ids.device) * T + batch.lengths - 1
+    # None: no padding, so the steps below need no index and no mask
     lengths = None if batch.lengths.min() == T else batch.lengths
     logits = model(dataclasses.replace(batch, at=last, lengths=lengths), cache)  # (B, V)
     ended = torch.zeros_like(batch.lengths, dtype=torch.bool)
     for step in range(max_new_tokens):
-        logits = logits[:, :vocab] if temperature else logits  # greedy: id for id as transformers
+        logits = logits[:, :vocab] if temperature else logits  # greedy: any id, as in transformers
         token = sample_token(logits, temperature, top_p, generator).masked_fill(ended, eos)
         yield token
         ended |= token == eos
         count = int(ended.sum())  # a GPU waits here, and nowhere else in a step
         if count == B or step == max_new_tokens - 1:
             return
-        lengths = (~ended).long() if count else None
+        lengths = (~ended).long() if count else None  # 0: the row has ended
         logits = model.step(Batch(token[:, None], lengths), cache)[:, 0]
 
 

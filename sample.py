@@ -211,8 +211,9 @@ class Chat:
             yield make_batch([sample], self.visual() if sample.image else [], self.model)
             return
         batch = make_batch([dataclasses.replace(sample, image=None)], [], self.model)
+        first = torch.zeros_like(batch.picture)
         with torch.no_grad():
-            deltas = self.model.perceptual(torch.stack(self.visual()), torch.zeros_like(batch.tag))
+            deltas = self.model.image_weights(torch.stack(self.visual()), first)
         with vlora.merged(self.model.llm.layers, deltas) as unmerged:
             if self.cache.deltas is None:
                 self.cache.deltas, self.cache.tag = unmerged, batch.tag
@@ -237,6 +238,7 @@ class Chat:
             for token in stream(self.model, batch, min(o.max_new_tokens, free), self.tokenizer.eos,
                                 temperature=o.temperature, top_p=o.top_p, generator=self.generator,
                                 cache=self.cache, vocab=self.tokenizer.vocab):
+                # a new list: Ctrl-C must not change self.ids without self.cached
                 ids = ids + [token.item()]
                 self.ids, self.cached = ids, len(ids) - 1
                 yield text.add(ids[-1])

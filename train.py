@@ -7,7 +7,7 @@
 In reading order: what trains when, the optimiser, the schedule, a step, the loop, the stages. The
 rest of a long run is in training/: options, ranks, sharding, saved state, order of the data, memory
 plan. A stage's folder holds log.jsonl, state/ while it runs, and the checkpoint when it is
-finished.
+finished. Next: sample.py.
 """
 # cli before torch: from then on, Ctrl-C ends the slow imports with one line
 from cli import parse, UserError
@@ -197,7 +197,7 @@ def evaluate(stage, model, o, mesh):
     """Figures for the log, if there is data for them.
 
     val_loss       loss per supervised token of the validation data
-    expert_share   |E_L| / |FFN|, a mean over the blocks with an expert
+    expert_share   |E_L| / |FFN|, a mean over the blocks with an expert; of rank 0's batches
     answer, truth  the model's answer to the stage's question, and the right one
     """
     row = {}
@@ -244,7 +244,8 @@ def setup_model(model, o, mesh):
 
 
 def start_or_resume(stage, model, optimisers, o, mesh):
-    """(first step, number of skipped pictures so far): of the newest saved state, or zero.
+    """(first step, number of skipped pictures so far): of the newest saved state, or
+    zero. Only rank 0, which writes the log, knows how many were skipped; the others get 0.
     """
     start = load_newest(o, model, optimisers)
     if o.stage == 1 and not start and not o.allow_random_llm:
@@ -282,7 +283,7 @@ def train(stage, o, mesh, place=0):
             # Forward, backward, clip, step
             result = train_step(model, optimisers, batches, step, o, mesh,
                                 skipped=len(messages), stop=signals.got)
-            if result.stop or result.missing:
+            if result.stop or result.missing:  # the program ends here
                 save_and_end(states, step, model, optimisers, o, stop=result.stop, batches=batches)
             skipped += int(result.skipped)
 
@@ -363,7 +364,8 @@ def build_model(o):
 def vlm_stage(o):
     """Stage 1 (alignment) or 2 (instruction tuning) of a VLM on LLaVA's data."""
     model, tokenizer, preprocess, sources = build_model(o)
-    cfg, preprocess = model.cfg, dataclasses.replace(
+    cfg = model.cfg
+    preprocess = dataclasses.replace(
         preprocess, aspect=o.aspect, background=o.background or preprocess.background)
     context = o.context or min(2048, cfg.llm.context)
     layout = PromptFormat(o.template, o.system, cfg.image_tokens, context, o.guidance_pool)
@@ -374,20 +376,21 @@ def vlm_stage(o):
     if o.cache_features:
         blank = (cfg.vision.tokens, cfg.vision.width)
         load_picture.cache(sorted({path for f in files for path in f.pictures()}), model, o)
+    # of --data, then of --val, if there is one
     data = [VLMData(f, load_picture, blank, o.skip_bad_images) for f in files]
 
     def write(tensors):
         save(stage_folder(o), cfg, tensors, tokenizer, preprocess, o.system, stage=o.stage,
              sources=sources, training=dataclasses.asdict(o))
 
-    batches = val_batches(data[1], o.micro_batch_size, 512) if o.val else []
+    batches = val_batches(data[1], o.micro_batch_size) if o.val else []
     keeps = ("",) if o.stage == 2 else TRAINS[1, o.tune]
     return Stage(model, data[0], batches, write, keeps, data[-1].question())
 
 
-def val_batches(data, size, most=None):
-    """Batches of `size` of this rank's share of the validation data, its first `most` samples."""
-    n = min(len(data), most or len(data))
+def val_batches(data, size):
+    """Batches of `size` of this rank's share of the first 512 samples of validation data."""
+    n = min(len(data), 512)
     return split_across_ranks([range(i, min(i + size, n)) for i in range(0, n, size)], data.batch)
 
 

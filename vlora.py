@@ -182,12 +182,12 @@ class PerceptualWeights(nn.Module):
         super().__init__()
         self.sites, self.rank = cfg.sites, cfg.rank
         self.depth, self.blocks = llm.depth, cfg.blocks(llm)
-        Q, kinds = len(self.blocks), len(cfg.sites)
+        Q = len(self.blocks)
         self.visual_proj = nn.Linear(vision.width, cfg.embed)
         self.pos_embed = nn.Parameter(torch.empty(1, vision.tokens, cfg.embed))
         self.gen = nn.ModuleList(Generator(cfg, Q, llm.width) for _ in cfg.sites)
-        # W_s, site by site, each D x R
-        self.Bs = nn.Parameter(torch.empty(1, kinds * Q, llm.width * cfg.rank))
+        # W_s transposed, site by site, each D x R; the name is the published checkpoint's
+        self.Bs = nn.Parameter(torch.empty(1, len(cfg.sites) * Q, llm.width * cfg.rank))
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -224,8 +224,8 @@ class PerceptualWeights(nn.Module):
         return deltas
 
 
-class DeltaLinear(nn.Linear):
-    """q_proj, k_proj, v_proj or o_proj with a picture's change: x W + (x W_v) W_s (Eq. 6).
+class Delta:
+    """Adds a picture's change to the output of the module that it is mixed into.
 
     delta  (W_v float[B, D, R], W_s float[R, D]) of the pass in progress, set by VLoRA; None: no
            picture. ΔW itself is never formed.
@@ -237,17 +237,16 @@ class DeltaLinear(nn.Linear):
         return y if self.delta is None else add_delta(y, x, *self.delta)
 
 
-class DeltaMLP(MLP):
+class DeltaLinear(Delta, nn.Linear):
+    """q_proj, k_proj, v_proj or o_proj with a picture's change: x W + (x W_v) W_s (Eq. 6)."""
+
+
+class DeltaMLP(Delta, MLP):
     """The FFN with a picture's change around it.
 
     The paper's FFN has two matrices, each with a ΔW. A Llama's has three, none of them square; the
     code leads one linear bypass around the whole FFN, and so does this.
     """
-    delta = None
-
-    def forward(self, x):
-        y = super().forward(x)
-        return y if self.delta is None else add_delta(y, x, *self.delta)
 
 
 def add_delta(y, x, down, up):
