@@ -71,12 +71,12 @@ TABLES = {
     "vlora": Table("pictures as tokens or as weights", (
         Row("LLaVA", NO_EXPERTS, (64.6, 1470.0, 67.7, 27.4, 33.8, 25.3)),  # aligned, as VLoRA is, on CapsFusion
         Row("VLoRA", vlora(), (63.4, 1311.3, 66.4, 26.4, 36.0, 28.6))), reference=0, columns=VLORA),
-    "vlora6": Table("pictures as tokens or as weights, six times the steps", (
+    "vlora6": Table("tokens or weights, six times the steps", (
         Row("LLaVA", NO_EXPERTS, times=6), Row("VLoRA", vlora(), times=6)), reference=0, columns=()),
-    "vlora12": Table("pictures as tokens or as weights, VLoRA with twice the steps", (
+    "vlora12": Table("tokens or weights, VLoRA twice the steps", (
         Row("LLaVA", NO_EXPERTS, times=6), Row("VLoRA", vlora(), times=12)), reference=0, columns=()),
     # with --pictures 64000 --seeds 3, so that no picture is seen more than twice: VLoRA overfits on 16,000
-    "vlora24": Table("pictures as tokens or as weights, VLoRA with four times the steps and pictures", (
+    "vlora24": Table("tokens or weights, VLoRA four times the steps and pictures", (
         Row("LLaVA", NO_EXPERTS, times=6), Row("VLoRA", vlora(), times=24)), reference=0, columns=()),
     # with --validate --seeds 1
     "vlora_rates": Table("VLoRA: the rates of AdamW and Muon in stage 2", tuple(
