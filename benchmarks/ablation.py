@@ -14,7 +14,8 @@ from vlora import Generator, PerceptualWeights
 
 @contextlib.contextmanager
 def experts_off(model):
-    """Within this context every generated shift is exactly zero: all up-projections are zero.
+    """Within this context every generated shift is exactly zero: all up-projections are zero. Of a
+    part, such as model.llm, only those in that part.
 
     VLoRA receives pictures only through generated weights, so it sees no picture then.
     """

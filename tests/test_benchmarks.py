@@ -57,6 +57,16 @@ def test_without_experts_the_logits_are_exactly_llavas_and_afterwards_all_is_as_
     assert not close(before, logits_of(static(model), batch), 1e-2)
 
 
+@torch.no_grad()
+def test_experts_of_one_part_can_be_off_alone():
+    model, batch = trained(visual_expert="both", language_expert="all"), whole_batch()
+    embedded, plain = model.embed(batch), static(model)
+    assert not torch.equal(plain.embed(batch), embedded)
+    with benchmarks.ablation.experts_off(model.llm):
+        assert torch.equal(model.embed(batch), embedded)
+        assert torch.equal(model.llm(embedded, batch), plain.llm(embedded, batch))
+
+
 @places
 @torch.no_grad()
 def test_with_swapped_experts_a_row_runs_with_the_weights_made_for_another(visual, language):
