@@ -148,8 +148,7 @@ class Expert(nn.Module):
         w_d, w_u = weights
         # Apply every turn's W_d to every token and set the results of other turns to zero. The last
         # product sums over turns, so that only the token's own turn is left.
-        both = (x @ w_d.flatten(1, 2).mT).unflatten(-1, w_d.shape[1:3])  # (B, T, U, 2R)  W_d x
-        gate, value = both.chunk(2, dim=-1)
+        gate, value = (x @ w_d.flatten(1, 2).mT).unflatten(-1, w_d.shape[1:3]).chunk(2, dim=-1)
         hidden = F.silu(gate) * value                 # (B, T, U, R)  SwiGLU(W_d x)
         if use_id is not None:
             hidden = hidden.masked_fill(~turn_mask(use_id, w_u.shape[1])[..., None], 0)

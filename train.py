@@ -244,8 +244,8 @@ def setup_model(model, o, mesh):
 
 
 def start_or_resume(stage, model, optimisers, o, mesh):
-    """(first step, number of skipped pictures so far): of the newest saved state, or
-    zero. Only rank 0, which writes the log, knows how many were skipped; the others get 0.
+    """(first step, number of skipped pictures so far): of the newest saved state, or zero. Only
+    rank 0, which writes the log, knows how many were skipped; the others get 0.
     """
     start = load_newest(o, model, optimisers)
     if o.stage == 1 and not start and not o.allow_random_llm:

@@ -75,7 +75,7 @@ TABLES = {
         Row("LLaVA", NO_EXPERTS, times=6), Row("VLoRA", vlora(), times=6)), reference=0, columns=()),
     "vlora12": Table("tokens or weights, VLoRA twice the steps", (
         Row("LLaVA", NO_EXPERTS, times=6), Row("VLoRA", vlora(), times=12)), reference=0, columns=()),
-    # with --pictures 64000 --seeds 3, so that no picture is seen more than twice: VLoRA begins to memorise 16,000
+    # with --pictures 64000 --seeds 3: no picture is seen more than twice
     "vlora24": Table("tokens or weights, VLoRA four times the steps", (
         Row("LLaVA", NO_EXPERTS, times=6), Row("VLoRA", vlora(), times=24)), reference=0, columns=()),
     # with --validate --seeds 1

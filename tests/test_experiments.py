@@ -320,7 +320,7 @@ def test_the_picture_of_all_tables_has_a_line_for_each_row_but_the_reference(tmp
     spans = [tuple(line.get_xdata()) for line in small.lines if line.get_marker() != "o"]
     assert spans == [(-1.5, -0.5), (-3, 1), (0.5, 1.5), (-1, 3), (-0.5, 0.5), (0, 0)]
     assert small.texts[0].get_text().endswith("against posterior half (4 seeds, 600 and 150 steps)")
-    assert sorted(sum(experiments.forest.PANELS, ())) == sorted(TABLES)  # SMALL has no misspelt name
+    assert sorted(sum(experiments.forest.PANELS, ())) == sorted(TABLES)  # no misspelt one in SMALL
     for name, steps in ("vlora6", "900"), ("vlora12", "900 or 1800"), ("vlora24", "900 or 3600"):
         (tmp_path / name).mkdir()
         table_file(tmp_path / name, name, [(0, 0, 0), (-20.0, 1.0, 3.0)])
