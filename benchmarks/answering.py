@@ -78,14 +78,21 @@ def likeliest(checkpoint, samples, visual, letters):
 
 
 def reply(checkpoint, questions, choose, tokens):
-    """[(answer, whether it was cut), ...] of questions that are answered together."""
+    """[(answer, whether it was cut), ...] of questions that are answered together.
+
+    choose  "likelihood": for questions with letters, which come first, the likeliest is taken
+    """
+    n = sum(bool(q.letters) for q in questions) if choose == "likelihood" else 0
+    if 0 < n < len(questions):
+        return [row for some in (questions[:n], questions[n:])
+                for row in reply(checkpoint, some, choose, tokens)]
     samples = [encode(q, checkpoint) for q in questions]
     context = checkpoint.model.cfg.llm.context
     limits = [min(tokens, free_positions(s, 0, context)) for s in samples]
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes in several threads at once
         pictured = [q for q in questions if q.image is not None]
         visual = list(pool.map(functools.partial(look, checkpoint=checkpoint), pictured))
-    if choose == "likelihood" and all(q.letters for q in questions):
+    if n:
         chosen = likeliest(checkpoint, samples, visual, [q.letters for q in questions])
         return [(letter, False) for letter in chosen]
     rows = answer(checkpoint, samples, visual, max(limits))
@@ -94,11 +101,14 @@ def reply(checkpoint, questions, choose, tokens):
 
 
 def check(questions, repeats, pictures):
-    """UserError that names an id that occurs twice, or counts the pictures that are not there.
+    """UserError if there are no questions, that names an id that occurs twice, or that counts the
+    pictures that are not there.
 
     repeats  an id may occur with several prompts; pictures: whether they are needed
     """
     seen = {}
+    if not questions:
+        raise UserError("the question file holds no question of the task")
     for q in questions:
         key = (q.id, q.prompt) if repeats else q.id
         if key in seen:
@@ -116,7 +126,10 @@ def share(questions, batch_size, rank, ranks):
 
     The longest come first: one that does not fit ends the run at once, not after hours.
     """
-    order = sorted(questions, key=lambda q: (not q.letters, -len(q.text)))
+    def key(q):
+        return not q.letters, -len(q.text) - sum(len(told) for turn in q.turns for told in turn)
+
+    order = sorted(questions, key=key)
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return [q for batch in batches[rank::ranks] for q in batch]
 

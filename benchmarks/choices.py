@@ -8,7 +8,7 @@ import os
 import re
 from string import ascii_uppercase
 
-from benchmarks.questions import entry
+from benchmarks.questions import entry, records
 from benchmarks.report import mean_score, unanswered
 from cli import UserError
 from formats.json_files import read_json_object
@@ -48,7 +48,7 @@ def score_scienceqa(questions, texts, root, strict):
     everything, pictured = [], []
     for id in ids:
         q, text = answers.get(id, (None, "FAILED"))
-        problem = entry(problems, id, path, splits)
+        problem = entry(problems, id, path, splits, "choices", "answer")
         letters = "ABCDE"[:len(problem["choices"])]
         letter = kind_letter(text, letters) if strict else scienceqa_letter(text)
         right = letter is not None and letters.find(letter) == problem["answer"]
@@ -67,7 +67,7 @@ def score_scienceqa(questions, texts, root, strict):
 def score_seed(questions, texts, root, strict):
     """Accuracy on all questions, pictures and videos; an answer must equal the letter."""
     path = os.path.join(root, "seed_bench/SEED-Bench.json")
-    rows = read_json_object(path, "questions")
+    rows = records(path, "questions", "question_id", "question_type_id", "data_type", "answer")
     names = {number: name for name, number in read_json_object(path, "question_type").items()}
     answers = {str(q.id): text for q, text in zip(questions, texts)}
     values, kinds = [], collections.defaultdict(list)

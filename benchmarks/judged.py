@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from benchmarks.questions import entry
+from benchmarks.questions import checked, entry
 from benchmarks.report import Score
 from cli import UserError
 from formats.json_files import read_bytes, read_json_lines, read_json_object
@@ -45,15 +45,17 @@ def ask_llava_bench(questions, texts, root):
     folder = os.path.join(root, "llava-bench-in-the-wild")
     rules = read_json_object(os.path.join(folder, "rule.json"))
     context = os.path.join(folder, "context.jsonl")
-    captions = {row["image"]: row["caption"] for _, row in read_json_lines(context)}
+    captions = {checked(row, label, "image", "caption")["image"]: row["caption"]
+                for label, row in read_json_lines(context)}
     path = os.path.join(folder, "answers_gpt4.jsonl")
-    references = [row["text"] for _, row in read_json_lines(path)]
+    references = [checked(row, label, "text")["text"] for label, row in read_json_lines(path)]
     if len(references) != len(questions):
         raise UserError(f"{path}: expected {len(questions)} answers, one a line for each question")
     requests = []
     for q, reference, text in zip(questions, references, texts):
         caption = entry(captions, q.row["image"], context, q.label)
-        rule = entry(rules, f"llava_bench_{q.row['category']}", "rule.json", q.label)
+        rule = entry(rules, f"llava_bench_{q.row['category']}", "rule.json", q.label,
+                     "role", "prompt")
         caption, role = caption if isinstance(caption, str) else "\n".join(caption), rule["role"]
         blocks = (f"[Context]\n{caption}", f"[Question]\n{q.row['text']}",
                   f"[{role} 1]\n{reference}", f"[End of {role} 1]",
@@ -112,7 +114,7 @@ def ask_mm_vet(questions, texts, root):
     path = os.path.join(folder, "mm-vet.json")
     truth, requests = read_json_object(path), []
     for q, text in zip(questions, texts):
-        row = entry(truth, f"v1_{q.id}", path, q.label)
+        row = entry(truth, f"v1_{q.id}", path, q.label, "question", "answer")
         answer = row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         content = prompt + "\n" + " | ".join([row["question"], answer, text, ""])
         requests.append({"question_id": f"v1_{q.id}", "model": "gpt-4-0613", "temperature": 0.0,
@@ -139,7 +141,7 @@ def score_mm_vet(questions, judgements, root, strict):
     values, kinds = [], collections.defaultdict(list)
     for id, runs in grades.items():
         values.append(sum(runs) / len(runs))
-        abilities = set(entry(truth, f"v1_{id}", path, judgements)["capability"])
+        abilities = set(entry(truth, f"v1_{id}", path, judgements, "capability")["capability"])
         for kind in {*abilities, "set: " + "+".join(sorted(abilities))}:
             kinds[kind].append(values[-1])
     return Score([np.array(values)[:, None]], lambda means: 100 * means[0][0],

@@ -19,7 +19,7 @@ from string import ascii_uppercase
 
 from cli import UserError
 from data import TAG, image_path, record_name, turns_of_record
-from formats.json_files import read_json, read_json_lines, read_json_list
+from formats.json_files import read_json, read_json_lines, read_json_list, read_json_object
 
 WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -42,11 +42,26 @@ class Question:
     turns: list = field(default_factory=list)  # [(question, answer), ...] before it
 
 
-def entry(table, key, path, label):
-    """table[key]; UserError if `path`, which the table was read from, has none for a question."""
+def checked(row, label, *fields):
+    """`row`; UserError unless it is a JSON object with these fields."""
+    for name in fields:
+        if not isinstance(row, dict) or name not in row:
+            raise UserError(f"{label}: lacks {name!r}: is it the right file?")
+    return row
+
+
+def entry(table, key, path, label, *fields):
+    """table[key], checked; UserError if `path`, which the table was read from, has none for a
+    question."""
     if key not in table:
         raise UserError(f"{label}: {path} has nothing about {key}")
-    return table[key]
+    return checked(table[key], f"{path}: {key}", *fields)
+
+
+def records(path, key, *fields):
+    """The list below `key` of a JSON file, each record checked."""
+    return [checked(row, f"{path}: record {i} of {key!r}", *fields)
+            for i, row in enumerate(read_json_object(path, key))]
 
 
 def tagged(text, image):
@@ -174,13 +189,12 @@ def read_tsv(task, root):
 
 def read_val(task, root):
     """VQAv2's official question file, or VizWiz' annotations, whose `row` holds its 10 answers."""
-    path, questions = os.path.join(root, task.questions), []
+    path, questions, (key, name) = os.path.join(root, task.questions), [], task.picture
     rows = read_json(path)
-    for i, row in enumerate(rows["questions"] if isinstance(rows, dict) else rows):
-        label, lacking = f"{path} record {i}", {"question", task.picture[0]} - row.keys()
-        if lacking:
-            raise UserError(f"{label}: lacks {min(lacking)}; not a question of {task.title}")
-        key, name = task.picture
+    rows = rows if isinstance(rows, list) else checked(rows, path, "questions")["questions"]
+    for i, row in enumerate(rows):
+        label = f"{path} record {i}"
+        checked(row, label, "question", key)
         image = image_path(os.path.join(root, task.images), name.format(row[key]), label)
         text = row["question"] + task.suffix
         questions.append(Question(row.get("question_id", i), text, tagged(text, image), image,

@@ -42,6 +42,8 @@ def percent(means):
 
 def mean_score(values, kinds=None, notes=()):
     """The Score of a mean over questions, in per cent; kinds: {name: values} for the details."""
+    if len(values) == 0:
+        raise UserError("no question has an answer")
     details = {kind: 100 * float(np.mean(some)) for kind, some in sorted((kinds or {}).items())}
     return Score([np.array(values, float)[:, None]], percent, details, list(notes))
 

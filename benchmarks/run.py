@@ -87,33 +87,42 @@ def results_folder(o):
     return os.path.join(beside, "eval")
 
 
-def judgements_or_texts(name, task, questions, texts, o, out):
+def stem_of(name, o):
+    """How the names of a task's files begin: with --answers, also with the name of that file, since
+    one folder may hold the answers of several models."""
+    given = os.path.splitext(os.path.basename(o.answers or name))[0]
+    return name if given == name else f"{name}.{given}"
+
+
+def judgements_or_texts(task, questions, texts, path, stem, root):
     """What is scored: the answers, or the path of the judgements; None if these are not there.
 
-    Writes the judge's requests, and the file for the server.
+    Writes the judge's requests, and the file for the server. path: of the answers
     """
-    stem = os.path.join(out, name)
     if task.submit:
         make, ending = task.submit
         write = write_xlsx if ending == "xlsx" else write_json
-        write(f"{stem}.submission.{ending}", make(questions, texts, o.root))
+        write(f"{stem}.submission.{ending}", make(questions, texts, root))
     if not task.ask:
         return texts
     unanswered(questions, texts)
     judgements = f"{stem}.judgements.jsonl"
     if os.path.exists(judgements):
-        if o.answers is None and os.path.getmtime(judgements) < os.path.getmtime(f"{stem}.jsonl"):
-            raise UserError(f"{judgements} is older than the answers in {stem}.jsonl: remove it, "
-                            "and send the new requests to the judge")
+        if os.path.getmtime(judgements) < os.path.getmtime(path):
+            raise UserError(f"{judgements} is older than the answers in {path}: remove it, and "
+                            "send the new requests to the judge")
         return judgements
     with open(f"{stem}.requests.jsonl", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(request) + "\n" for request in task.ask(questions, texts, o.root))
+        f.writelines(json.dumps(request) + "\n" for request in task.ask(questions, texts, root))
     return None
 
 
 def content_of(questions):
-    """A hash of what is asked: ids, prompts, turns before them and paths of pictures."""
-    asked = [(q.id, q.prompt, q.turns, q.image) for q in questions]
+    """A hash of what is asked: ids, prompts, turns before them, names of pictures (or their bytes).
+    """
+    asked = [(q.id, q.prompt, q.turns,
+              os.path.basename(q.image) if isinstance(q.image, str) else q.image)
+             for q in questions]
     return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
 
 
@@ -135,7 +144,8 @@ def run_task(name, o, out, settings, load_once):
 def score_task(name, task, questions, path, o, out):
     """The scores of a file of answers, as kept in scores.json."""
     texts = read_answers(path, questions)
-    what = judgements_or_texts(name, task, questions, texts, o, out)
+    stem = os.path.join(out, stem_of(name, o))
+    what = judgements_or_texts(task, questions, texts, path, stem, o.root)
     result = {"score": None, "n": len(questions), "metric": task.metric}
     if what is None or task.score is None:
         return result
@@ -159,9 +169,9 @@ def commit():
 
 def keep(out, results, settings, o):
     """Write scores.json and return its path; the scores of other tasks stay if they are of the same
-    weights. With --answers it is scores.TASK.json, of that task only.
+    weights. With --answers it is a file of its own.
     """
-    path = os.path.join(out, f"scores.{o.task}.json" if o.answers else "scores.json")
+    path = os.path.join(out, f"scores.{stem_of(o.task, o)}.json" if o.answers else "scores.json")
     before = read_json_object(path) if os.path.exists(path) and not o.answers else {}
     same = all(before.get(name) == settings[name] for name in ("fingerprint", "base"))
     made = {"commit": commit(), "options": asdict(o)}
@@ -173,7 +183,7 @@ def keep(out, results, settings, o):
     return path
 
 
-def show(results, out):
+def show(results, out, o):
     """The table of scores beside the published ones, then what is left to do."""
     lines = [f"{'':20s}{'':15s}{'ours':>8s}  {'95 % interval':15s}{'n':>7s}{'LLaVA-1.5':>11s}"
              f"{'HyperLLaVA':>11s}{'VLoRA':>8s}"]
@@ -190,11 +200,12 @@ def show(results, out):
         if "strict" in one:
             lines.append(f"{'  strict':35s}{number(one['strict']['score']):>8s}")
     for name, one in results.items():
+        stem = stem_of(name, o)
         if one["score"] is None and TASKS[name].ask:
-            lines.append(f"{name}: send {name}.requests.jsonl in {out} to the judge, save what it "
-                         f"says as {name}.judgements.jsonl, and run this again")
+            lines.append(f"{name}: send {stem}.requests.jsonl in {out} to the judge, save what it "
+                         f"says as {stem}.judgements.jsonl, and run this again")
         elif one["score"] is None:
-            lines.append(f"{name}: submit {name}.submission.json in {out} ({TASKS[name].source})")
+            lines.append(f"{name}: submit {stem}.submission.json in {out} ({TASKS[name].source})")
     return "\n".join(lines)
 
 
@@ -254,8 +265,9 @@ def evaluate(o):
             if o.task != "all":
                 raise
             failed.append(f"{name}: {error}")
+        if dist.get_rank() == 0:
+            path = keep(out, results, settings, o)  # what comes after may fail
     if dist.get_rank() == 0:
-        path = keep(out, results, settings, o)
-        print(show(results, out), f"\nscores      {path}", sep="\n")
+        print(show(results, out, o), f"\nscores      {path}", sep="\n")
     if failed:
         raise DistributedUserError(f"{len(failed)} tasks failed. {'; '.join(failed)}")

@@ -108,14 +108,15 @@ def exact(questions, answers):
 
 
 def majority(questions, reference):
-    """For each question, the commonest answer to its template among the questions `reference`.
+    """For each question, the commonest answer to its template among the questions `reference`, ""
+    if they do not have it.
 
     This is the best that can be done without seeing the picture.
     """
     answers = collections.defaultdict(collections.Counter)
     for q in reference:
         answers[q.template][q.answer] += 1
-    return [answers[q.template].most_common(1)[0][0] for q in questions]
+    return [max(counts := answers[q.template], key=counts.get, default="") for q in questions]
 
 
 def exchanged(questions):

@@ -4,10 +4,11 @@ A prediction is right as far as annotators agree with it, after both were normal
 those of the official scorers, with their slips: docs/benchmarks.md lists them. Next: yes_no.py.
 """
 import collections
+import functools
 import os
 import re
 
-from benchmarks.questions import entry
+from benchmarks.questions import entry, records
 from benchmarks.report import mean_score, unanswered
 from cli import UserError
 from formats.json_files import read_json_lines, read_json_object
@@ -81,8 +82,8 @@ def score_vqa(questions, texts, root, strict):
     path = os.path.join(root, "vqav2/v2_mscoco_val2014_annotations.json")
     answers = {q.id: q.row for q in questions if "answers" in q.row}
     if not answers:
-        rows = read_json_object(path, "annotations")
-        answers = {row["question_id"]: row for row in rows}
+        answers = {row["question_id"]: row
+                   for row in records(path, "annotations", "question_id", "answers")}
     values, kinds = [], collections.defaultdict(list)
     for q, text in zip(questions, texts):
         row = entry(answers, q.id, path, q.label)
@@ -104,7 +105,7 @@ def score_textvqa(questions, texts, root, strict):
     """Joined by picture and question, as the official script does. Only what is answered counts."""
     path = os.path.join(root, "textvqa/TextVQA_0.5.1_val.json")
     answers = {(row["image_id"], row["question"].lower()): row["answers"]
-               for row in read_json_object(path, "data")}
+               for row in records(path, "data", "image_id", "question", "answers")}
     values = []
     for q, text in zip(questions, texts):
         given = entry(answers, (q.id, textvqa_question(q.prompt)), path, q.label)
@@ -122,7 +123,8 @@ def score_gqa(questions, texts, root, strict):
         path = os.path.join(folder, "testdev_balanced_questions.json")
     truth, values, kinds = read_json_object(path), [], collections.defaultdict(list)
     for q, text in zip(questions, texts):
-        row, text = entry(truth, q.id, path, q.label), text.rstrip(".").lower()
+        row = entry(truth, q.id, path, q.label, "answer", "types", "isBalanced")
+        text = text.rstrip(".").lower()
         right = evalai(text) == evalai(row["answer"]) if strict else text == row["answer"]
         values.append(float(right))
         structure = row["types"]["structural"]
@@ -137,9 +139,11 @@ def score_gqa(questions, texts, root, strict):
 
 
 def score_own(questions, texts, root, strict):
-    """Exact match; ignoring case; and that by the first word of the question."""
+    """Exact match, strictly of normalised texts; ignoring case; and that by the question's first
+    word."""
     unanswered(questions, texts)
-    exact = [float(text == q.row["answer"].strip()) for q, text in zip(questions, texts)]
+    normal = functools.partial(evalai, strict=True) if strict else str.strip
+    exact = [float(normal(text) == normal(q.row["answer"])) for q, text in zip(questions, texts)]
     kinds = collections.defaultdict(list)
     for q, text in zip(questions, texts):
         right = text.lower() == q.row["answer"].strip().lower()
@@ -154,7 +158,8 @@ def score_own(questions, texts, root, strict):
 
 def submit_vqav2(questions, texts, root):
     """The answers to all ids of test2015: an empty one where the question was not asked."""
-    found = {q.id: evalai(text) for q, text in zip(questions, texts) if text is not None}
+    unanswered(questions, texts)
+    found = {q.id: evalai(text) for q, text in zip(questions, texts)}
     rows = read_json_lines(os.path.join(root, "vqav2/llava_vqav2_mscoco_test2015.jsonl"))
     return [{"question_id": row["question_id"], "answer": found.get(row["question_id"], "")}
             for _, row in rows]

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from benchmarks.questions import WORD
+from benchmarks.questions import checked, WORD
 from benchmarks.report import Score, unanswered
 from benchmarks.vqa import split_marks
 from cli import UserError
@@ -49,8 +49,9 @@ def pope_labels(questions, labels, name, by_id):
     The ids of LLaVA's file are those of POPE's plus 0, 10,000,000 or 20,000,000.
     """
     if not by_id:
-        return [row.get("label") for _, row in labels]
-    rows = {row["question_id"]: row for _, row in labels}
+        return [checked(row, label, "label")["label"] for label, row in labels]
+    rows = {checked(row, label, "question_id", "image", "label")["question_id"]: row
+            for label, row in labels}
     found = [rows.get(int(q.id) % 10**7, {}) for q in questions]
     for q, row in zip(questions, found):
         if row.get("image") != q.row["image"]:
@@ -66,8 +67,9 @@ def score_pope(questions, texts, root, strict):
         name = os.path.join(root, f"pope/coco/coco_pope_{split}.json")
         some = [(q, t) for q, t in zip(questions, texts) if q.row["category"] == split]
         labels = pope_labels([q for q, _ in some], read_json_lines(name), name, strict)
-        if not some:
-            raise UserError(f"the question file of POPE has no questions of the split {split}")
+        if not some or not labels:
+            raise UserError(f"POPE's split {split} has {len(some)} questions, and {len(labels)} "
+                            f"labels in {name}")
         if len(labels) != len(some):
             notes.append(f"{split}: {len(some)} questions, but {len(labels)} labels in {name}; "
                          "they are paired by order, so the rest of the longer file is left out")
@@ -124,18 +126,20 @@ def mme_label(question, truth):
 def score_mme(questions, texts, root, strict):
     """The sum over the subtasks of perception of 100 accuracy + 100 accuracy+, 2,000 at most.
 
-    Two questions of a subtask that follow each other are about one picture; accuracy+ counts the
-    pictures with both right.
+    Each picture has two questions; accuracy+ counts the pictures with both right.
     """
     unanswered(questions, texts)
-    truth, right = mme_truth(root), collections.defaultdict(list)
+    truth, right = mme_truth(root), collections.defaultdict(lambda: collections.defaultdict(list))
     for q, text in zip(questions, texts):
         # The tool fails on a line break or a tab in an answer: it tells users to delete them
         said = first_word(text) if strict else mme_answer(re.sub(r"[\r\n\t]", " ", text))
-        right[q.id.split("/")[0]].append(said == mme_label(q, truth))
+        right[q.id.split("/")[0]][q.id].append(said == mme_label(q, truth))
     pairs, details, notes = {}, {}, []
-    for name, values in right.items():
-        two = np.reshape(values[:len(values) // 2 * 2], (-1, 2)).astype(float)
+    for name, pictures in right.items():
+        for id, answers in pictures.items():
+            if len(answers) != 2:
+                raise UserError(f"the question file of MME has {len(answers)} of two about {id}")
+        two = np.array([*pictures.values()], float)
         pairs[name] = np.stack([two.mean(1), two.prod(1)], axis=1)
         accuracy, plus = 100 * pairs[name].mean(0)
         details |= {f"{name}: score": accuracy + plus, f"{name}: accuracy": accuracy,

@@ -11,17 +11,22 @@ import json
 import os
 import sys
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from cli import UserError
 from formats.json_files import read_json_lines, read_json_object, write_json
 
 REMEDY = "name another --out, or remove it"
+OTHER = {"base": "of another --base", "questions": "to other questions"}  # hashes: not shown
 
 
 def read_questions(path):
-    """[(label, question), ...] of a JSON Lines file; UserError if a line cannot be used."""
+    """[(label, question), ...] of a JSON Lines file; UserError if it is empty, or a line cannot be
+    used."""
     rows = read_json_lines(path)
+    if not rows:
+        raise UserError(f'{path}: no questions, expected lines like {{"prompt": text, ...}}')
     for label, row in rows:
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
@@ -67,8 +72,8 @@ def check_settings(out, note, settings):
         raise UserError(f"{out} holds answers of other weights ({noted.get('model')}): {REMEDY}")
     for name in settings.keys() - {"model"}:
         if noted.get(name) != settings[name]:
-            raise UserError(f"{out} holds answers made with --{name} {noted.get(name)}, "
-                            f"not {settings[name]}: {REMEDY}")
+            made = f"made with --{name} {noted.get(name)}, not {settings[name]}"
+            raise UserError(f"{out} holds answers {OTHER.get(name, made)}: {REMEDY}")
 
 
 class AnswerFile:
@@ -94,8 +99,8 @@ class AnswerFile:
             write_json(self.note, self.settings)
         cut, pause = 0, 0.1 if sys.stderr.isatty() else 5  # seconds between states of the bar
         bar = tqdm(total=len(self.rows), initial=self.done, unit="answer", mininterval=pause,
-                   # one bar for all ranks; a cluster may leave RANK to a world of one
-                   disable=os.environ.get("WORLD_SIZE", "1") != "1" and os.environ["RANK"] != "0")
+                   # one bar for all ranks
+                   disable=dist.is_initialized() and dist.get_rank() != 0)
         with open(self.out, "ab") as f, bar:
             f.truncate(self.size)
             for i in range(self.done, len(self.rows), batch_size):

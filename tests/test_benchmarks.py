@@ -25,7 +25,7 @@ import toy.stand_ins
 import toy.world
 import weights
 from benchmarks import choices, judged, report, vqa, yes_no
-from benchmarks.questions import LETTER, LETTER_CN
+from benchmarks.questions import LETTER, LETTER_CN, Question
 from benchmarks.tasks import TASKS
 from data import encode_prompt
 from formats.xlsx import write_xlsx
@@ -112,6 +112,7 @@ def test_the_majority_answer_is_the_commonest_of_a_template():
     other = [dataclasses.replace(q, answer="blue") for q in ASKED]
     # Counted over the second list, not over the questions that are answered
     assert benchmarks.toy.majority(ASKED, other) == ["blue"] * 5
+    assert benchmarks.toy.majority(ASKED, ASKED[:3]) == ["red"] * 3 + [""] * 2
 
 
 def test_exchanged_questions_are_the_same_questions_about_the_next_picture():
@@ -295,8 +296,17 @@ def test_submissions_hold_all_ids_and_normalised_answers(files):
         rows = task.submit[0](questions, ["Two!"] * 20, files)
         assert rows[3] == wanted
     assert vqa.submit_vqav2([], [], files)[-1] == {"question_id": 77, "answer": ""}
-    with pytest.raises(cli.UserError, match="1 of 20 questions have no answer, the first is 5"):
-        vqa.submit_vizwiz(questions, ["x"] * 5 + [None] + ["x"] * 14, files)
+    for submit in (vqa.submit_vqav2, vqa.submit_vizwiz):
+        with pytest.raises(cli.UserError, match="1 of 20 questions have no answer, the first is 5"):
+            submit(questions, ["x"] * 5 + [None] + ["x"] * 14, files)
+
+
+def test_own_answers_are_normalised_for_the_strict_score_only():
+    asked = [Question(n, "", "", None, "", {"question": "Is it?", "answer": answer})
+             for n, answer in enumerate(("B", "A dog", "3.5"))]
+    texts = ["B.", "dog", "35"]
+    assert vqa.score_own(asked, texts, "", False).headline() == 0
+    assert vqa.score_own(asked, texts, "", True).headline() == pytest.approx(200 / 3)
 
 
 # ---- Benchmarks: yes or no
@@ -347,6 +357,11 @@ def test_mme_counts_answers_and_pictures_with_both_right(files):
     assert always.headline() == 10 * 50 and always.details["OCR: accuracy+"] == 0
     late = scored(files, "mme", lambda q: "It: yes" if "cat" in q.text else "It: no")
     assert late.headline() == 0  # not within four characters
+    task = TASKS["mme"]
+    for left in (slice(1, None), slice(-1)):  # what follows must not be paired with another picture
+        questions = task.read(task, files)[left]
+        with pytest.raises(cli.UserError, match="MME has 1 of two about"):
+            task.score(questions, ["yes"] * len(questions), files, False)
     late = scored(files, "mme", lambda q: "It: yes" if "cat" in q.text else "It: no", strict=True)
     assert late.headline() == 2000
 

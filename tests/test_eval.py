@@ -185,11 +185,11 @@ def test_own_data_is_scored_by_turn_case_and_first_word(run, root, tmp_path):
                for i in range(20) for n, text in enumerate(("a cat", "yes" if i else "no"))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     code, out, _ = run(*given, f"--answers={tmp_path / 'a.jsonl'}")
-    one = json.loads((tmp_path / "scores.own.json").read_text())["tasks"]["own"]
+    one = json.loads((tmp_path / "scores.own.a.json").read_text())["tasks"]["own"]
     assert code == 0 and one["score"] == 47.5 and one["n"] == 40
     assert one["details"] == {"ignoring case": 97.5, "ignoring case, what ...": 100,
                               "ignoring case, is ...": 95}
-    assert json.loads((tmp_path / "scores.own.json").read_text())["fingerprint"] is None
+    assert json.loads((tmp_path / "scores.own.a.json").read_text())["fingerprint"] is None
     assert not (tmp_path / "scores.json").exists()  # that of a model's own answers stays
 
 
@@ -207,7 +207,16 @@ def test_answers_to_other_questions_are_refused(run, root, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps([{"conversations": talk}]))
     assert run(f"--data={tmp_path / 'one.json'}", f"--out={tmp_path}")[0] == 0
     code = run(f"--data={tmp_path / 'two.json'}", f"--out={tmp_path}")[0]
-    assert "holds answers made with --questions" in code
+    assert "two.json" not in code and "holds answers to other questions" in code
+
+
+def test_answers_go_on_wherever_the_files_are_now(run, root, tmp_path, monkeypatch):
+    shutil.copytree(root / "eval/gqa", tmp_path / "eval/gqa")
+    given = ["--task=gqa", f"--out={tmp_path / 'out'}"]
+    assert run(*given, f"--root={tmp_path / 'eval'}")[0] == 0
+    os.rename(tmp_path / "eval", tmp_path / "moved")
+    monkeypatch.setattr(benchmarks.answering, "reply", None)  # the second run answers nothing
+    assert run(*given, f"--root={tmp_path / '.' / 'moved'}")[0] == 0
 
 
 def test_judgements_that_are_older_than_the_answers_are_refused(run, tmp_path):
@@ -216,6 +225,41 @@ def test_judgements_that_are_older_than_the_answers_are_refused(run, tmp_path):
     old.write_text("")
     os.utime(old, (1, 1))
     assert "is older than the answers" in run("--task=mm_vet", f"--out={tmp_path}")[0]
+
+
+def test_each_file_of_answers_has_requests_judgements_and_scores_of_its_own(run, tmp_path):
+    for name in "ab":
+        write(str(tmp_path), f"{name}.jsonl", [
+            {"question_id": i, "prompt": f"What is {i}?", "text": name} for i in range(20)])
+        code, out, _ = run("--task=mm_vet", f"--answers={tmp_path / name}.jsonl")
+        assert code == 0 and f"mm_vet: send mm_vet.{name}.requests.jsonl in" in out
+        if name == "a":
+            write(str(tmp_path), "mm_vet.a.judgements.jsonl",
+                  [{"question_id": f"v1_{i}", "content": "0.5"} for i in range(20)])
+            code, out, _ = run("--task=mm_vet", f"--answers={tmp_path / name}.jsonl")
+            assert code == 0 and re.search(r"MM-Vet +mean grade +50.0", out)
+    kept = [json.loads((tmp_path / f"scores.mm_vet.{n}.json").read_text()) for n in "ab"]
+    assert [one["tasks"]["mm_vet"]["score"] for one in kept] == [50, None]
+
+
+@pytest.mark.parametrize("size", [1, 4, 20])
+def test_with_likelihood_every_question_with_letters_gets_one_of_them(run, root, tmp_path, size):
+    code, _, _ = run("--task=mmmu", "--choose=likelihood", f"--batch_size={size}",
+                     f"--out={tmp_path}")
+    assert code == 0
+    letters = {q.id: q.letters for q in TASKS["mmmu"].read(TASKS["mmmu"], str(root / "eval"))}
+    assert sorted({bool(some) for some in letters.values()}) == [False, True]
+    for row in lines(tmp_path / "mmmu.jsonl"):
+        some = letters[row["question_id"]]
+        assert not some or row["text"] in tuple(some)
+
+
+def test_the_longest_conversations_come_first():
+    turn = lambda n: ("x" * n, "y" * n)
+    asked = [benchmarks.questions.Question(n, "", "z", None, "", {}, turns=[turn(n)] * bool(n))
+             for n in (3, 0, 9)]
+    found = benchmarks.answering.share(asked, 2, 0, 1)
+    assert [q.id for q in found] == [9, 3, 0]
 
 
 def test_list_names_what_each_task_needs(capsys, monkeypatch):
@@ -273,6 +317,19 @@ def test_all_runs_what_is_there_and_says_what_is_not(run, root, tmp_path):
     ("mme", "MME/MME_Benchmark_release_version/existence/questions_answers_YN/0000.txt",
      "\tYes", " Yes", r"0000.txt line 1: expected a question, a tab, and Yes or No"),
     ("pope", "pope/coco/coco_pope_random.json", None, "", r"coco_pope_random.json: file not found"),
+    ("pope", "pope/coco/coco_pope_random.json", '"label"', '"x"', "line 1: lacks 'label': is it th"),
+    ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '"answers"', '"x"',
+     "TextVQA_0.5.1_val.json: record 0 of 'data': lacks 'answers'"),
+    ("seed", "seed_bench/SEED-Bench.json", '"data_type"', '"x"',
+     "SEED-Bench.json: record 0 of 'questions': lacks 'data_type'"),
+    ("scienceqa", "scienceqa/problems.json", '"choices"', '"x"', "problems.json: 0: lacks 'choices'"),
+    ("gqa", "gqa/data/questions1.2/testdev_balanced_questions.json", '"answer"', '"x"',
+     "_questions.json: 200: lacks 'answer'"),
+    ("vqav2_val", "vqav2/v2_mscoco_val2014_annotations.json", '"answers"', '"x"',
+     "annotations.json: record 0 of 'annotations': lacks 'answers'"),
+    ("vqav2_val", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", '"questions"', '"annotations"',
+     "questions.json: lacks 'questions': is it the right file"),
+    ("vizwiz_val", "vizwiz/val.json", '"question"', '"x"', "val.json record 0: lacks 'question'"),
     ("mmmu", "MMMU_DEV_VAL.tsv", None, "", r"MMMU_DEV_VAL.tsv: file not found"),
 ])
 def test_a_bad_file_ends_in_one_line(run, root, tmp_path, task, file, old, new, message):
@@ -309,6 +366,31 @@ def test_a_bad_answers_file_names_the_line(root, tmp_path):
     assert texts == ["x"] * 59 + [None]
     with pytest.raises(cli.UserError, match="1 of 60 questions have no answer.* 20000020"):
         task.score(questions, texts, str(root / "eval"), False)
+
+
+def test_empty_files_are_no_scores(run, root, tmp_path):
+    shutil.copytree(root / "eval", tmp_path / "eval")
+    write(str(tmp_path), "none.jsonl", "")
+    given = [f"--root={tmp_path / 'eval'}", f"--answers={tmp_path / 'none.jsonl'}"]
+    assert "no question has an answer" in run("--task=textvqa", *given)[0]
+    assert "20 of 20 questions have no answer" in run("--task=vqav2", *given)[0]
+    assert not (tmp_path / "vqav2.none.submission.json").exists()
+    write(str(tmp_path), "eval/textvqa/llava_textvqa_val_v051_ocr.jsonl", "")
+    assert "holds no question of the task" in run("--task=textvqa", *given)[0]
+    write(str(tmp_path), "eval/pope/coco/coco_pope_random.json", "")
+    rows = [{"question_id": q.id, "prompt": q.prompt, "text": "yes"}
+            for q in TASKS["pope"].read(TASKS["pope"], str(root / "eval"))]
+    write(str(tmp_path), "none.jsonl", rows)
+    assert "POPE's split random has 20 questions, and 0 labels" in run("--task=pope", *given)[0]
+
+
+def test_the_scores_of_tasks_that_are_done_outlive_an_error(run, root, tmp_path, monkeypatch):
+    for folder in ("pope", "gqa"):
+        shutil.copytree(root / "eval" / folder, tmp_path / "eval" / folder)
+    monkeypatch.setitem(TASKS, "pope", dataclasses.replace(TASKS["pope"], score=lambda *_: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        run("--task=all", f"--root={tmp_path / 'eval'}", f"--out={tmp_path / 'out'}")
+    assert json.loads((tmp_path / "out/scores.json").read_text())["tasks"].keys() == {"gqa"}
 
 
 def test_options_that_do_not_fit_are_refused(run, root):

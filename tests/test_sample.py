@@ -374,6 +374,8 @@ MISTAKES = {
     "batch of none": (["--batch=q.jsonl", "--batch_size=0"], "at least 1"),
     "no such file": (["--batch=nowhere.jsonl"], "nowhere.jsonl"),
     "an empty later turn": (["--prompt=How many?", "--prompt= "], "empty"),
+    "a later turn with the tag": (["--prompt=How many?", "--prompt=<image> a"],
+                                  "<image> in a later question: only the first"),
 }
 
 
@@ -596,6 +598,13 @@ def test_a_malformed_line_is_named_before_anything_is_answered(place, questions,
     (questions / "q.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     code, found, _, err = batch(place, questions, monkeypatch, capsys)
     assert "q.jsonl line 5: " in code and words in code and "\n" not in code
+    assert (found, err) == (None, "")
+
+
+def test_a_file_without_questions_is_named(place, questions, monkeypatch, capsys):
+    (questions / "q.jsonl").write_text("")
+    code, found, _, err = batch(place, questions, monkeypatch, capsys)
+    assert code.startswith("error: ") and "q.jsonl: no questions, expected lines like" in code
     assert (found, err) == (None, "")
 
 
