@@ -190,6 +190,11 @@ def main(run):
         sys.exit(141)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is imported later
+            raise
+        sys.exit(f"error: {str(error).splitlines()[0]} A smaller --micro_batch_size (in training), "
+                 "--batch_size (elsewhere), or --checkpointing full needs less")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

@@ -311,16 +311,17 @@ def image_path(images, image, name):
     return os.path.join(images, image)
 
 
-def read_record(record, index, images, prompt_format):
+def read_record(record, index, images, prompt_format, path=""):
     """(name, turns, path of the picture or None) of a record.
 
-    Raises UserError if the record is malformed or does not fit the template.
+    Raises UserError if the record, of the file `path`, is malformed or does not fit the template.
     """
     name = record_name(record, index)
-    turns = turns_of_record(record, name)
+    label = f"{path} {name}".strip()
+    turns = turns_of_record(record, label)
     image = record.get("image")
-    pieces(turns, prompt_format, name, image is not None)  # raises if the template cannot take it
-    return name, turns, None if image is None else image_path(images, image, name)
+    pieces(turns, prompt_format, label, image is not None)  # raises if the template cannot take it
+    return name, turns, None if image is None else image_path(images, image, label)
 
 
 class Conversations:
@@ -336,8 +337,9 @@ class Conversations:
     def __init__(self, json_path, images, tokenizer, prompt_format=PromptFormat()):
         records = read_json_list(json_path)
         self.images, self.tokenizer, self.prompt_format = images, tokenizer, prompt_format
-        self.has_image = np.array([read_record(record, i, images, prompt_format)[2] is not None
-                                   for i, record in enumerate(records)])
+        self.has_image = np.array([
+            read_record(record, i, images, prompt_format, json_path)[2] is not None
+            for i, record in enumerate(records)])
         lines = [json.dumps(record).encode() for record in records]
         self.ends = np.cumsum([len(line) for line in lines])
         self.bytes = np.frombuffer(b"".join(lines), np.uint8)

@@ -24,7 +24,7 @@ import torch
 
 import vlora
 import weights
-from data import collate, encode_prompt, image_path, open_image, pixels
+from data import collate, encode_prompt, image_path, open_image, pixels, TAG
 from formats.answers import AnswerFile, read_questions
 from formats.lora import fingerprints
 from formats.runs import choose_checkpoint
@@ -34,6 +34,7 @@ from model import end_turn, generate, stream
 
 HELP = ("type a question; /image PATH: a new conversation about another picture; "
         "/reset: a new conversation; /quit")
+LATER = f"{TAG} in a later question: only the first one can say where the picture stands"
 
 
 @dataclass
@@ -183,6 +184,8 @@ class Chat:
         if not self.ids:
             image = None if self.image is None else "the picture"
             sample = encode_prompt([], question, self.tokenizer, prompt_format, image)
+        elif TAG in question:
+            raise UserError(LATER)
         else:  # pieces of text are encoded one by one: only <s> differs from the whole conversation
             prompt_format = dataclasses.replace(prompt_format, system="")
             sample = encode_prompt([], question, self.tokenizer, prompt_format)
@@ -295,8 +298,10 @@ def converse(o):
     checkpoint, title = load(o, choose_checkpoint(o.model))  # slow, so a bad picture fails first
     chat = Chat(checkpoint, image, o)
     questions = o.prompt or ([] if o.chat else ["Describe the image."])
-    for question in questions:
-        chat.prompt(question)  # a mistake in one of them ends the program before the first answer
+    if any(TAG in question for question in questions[1:]):
+        raise UserError(LATER)
+    for question in questions:  # a mistake in one of them ends the program before the first answer
+        chat.prompt(question)
     print(title, file=sys.stderr)
     for question in questions:
         with survive_mistakes() if o.chat else contextlib.nullcontext():

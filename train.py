@@ -37,12 +37,12 @@ from data import Conversations, PromptFormat
 from formats.folders import resolve
 from formats.llava import projector_file
 from toy import stage0 as toy
-from training.checks import check_llm
+from training.checks import check_llm, check_val
 from training.costs import step_flops
 from training.distributed import (DistributedUserError, main_distributed, raise_on_all_ranks,
                                   Signals, start_world, STOPS, sum_over_ranks)
 from training.feed import (describe_records, make_loader, next_batches, Pictures, Question,
-                           split_across_ranks, TrainDataset, VLMData)
+                           TrainDataset, val_batches, VLMData)
 from training.log import (cut_log, expert_shares, log_row, open_log, progress_bar, write_row,
                           write_skipped)
 from training.muon import Muon
@@ -204,7 +204,7 @@ def evaluate(stage, model, o, mesh):
     # Evaluation has many rare shapes; compiling for each would take minutes.
     with torch.compiler.set_stance("force_eager") if o.compile else contextlib.nullcontext():
         if stage.val_batches:
-            with expert_shares(model) as shares:
+            with expert_shares(model, stage.val_batches) as shares:
                 losses = [model.loss(b.to(mesh.device_type)).item() for b in stage.val_batches]
             tokens = sum(b.trained for b in stage.val_batches)
             loss, tokens = sum_over_ranks([sum(losses), tokens], mesh)
@@ -247,6 +247,7 @@ def start_or_resume(stage, model, optimisers, o, mesh):
     """(first step, number of skipped pictures so far): of the newest saved state, or zero. Only
     rank 0, which writes the log, knows how many were skipped; the others get 0.
     """
+    check_val(stage.val_batches, mesh)
     start = load_newest(o, model, optimisers)
     if o.stage == 1 and not start and not o.allow_random_llm:
         check_llm(model, raise_on_all_ranks(stage.data.text_batches), mesh)
@@ -348,8 +349,9 @@ def build_model(o):
                         f"expected a checkpoint of stage 1")
     if o.stage == 2 and not projector:
         checkpoint = load(o.init, dtype, options, o.seed, cast=False, base=o.base)
-        pool = checkpoint.prompt_format().pool
-        if checkpoint.config.get("stage") == 2 and pool != o.guidance_pool:
+        pool, before = checkpoint.prompt_format().pool, checkpoint.config
+        guided = before.get("stage") == 2 and before["model"]["language_expert"] != "none"
+        if guided and pool != o.guidance_pool:
             raise UserError(f"--init {o.init}: trained with --guidance_pool {pool}, "
                             f"not {o.guidance_pool}")
         return checkpoint.model, checkpoint.tokenizer, checkpoint.preprocess, {}
@@ -388,12 +390,6 @@ def vlm_stage(o):
     return Stage(model, data[0], batches, write, keeps, data[-1].question())
 
 
-def val_batches(data, size):
-    """Batches of `size` of this rank's share of the first 512 samples of validation data."""
-    n = min(len(data), 512)
-    return split_across_ranks([range(i, min(i + size, n)) for i in range(0, n, size)], data.batch)
-
-
 def run_stage(given, stage, mesh, place=0):
     """Train one stage, or a part of stage 0, with the options that the user gave."""
     o = raise_on_all_ranks(lambda: complete(given, stage))
@@ -416,10 +412,12 @@ def run():
     mesh = start_world(device_of(o), o.replicate)
     raise_on_all_ranks(lambda: check_options(given))
     rank_0, one_process = dist.get_rank() == 0, dist.get_world_size() == 1
-    progress = toy.Progress(o.stage is None and rank_0)
     # The toy needs its stand-ins for CLIP and the Llama, unless others are given, and its world for
     # them and as its data
     stand_ins = o.preset == "toy" and o.stage in (None, 1) and not given.keys() >= {"vision", "llm"}
+    if stand_ins:
+        raise_on_all_ranks(lambda: toy.check_fit(complete(given, 1), given, model_options))
+    progress = toy.Progress(o.stage is None and rank_0)
     if stand_ins or o.stage == 0 or (o.preset == "toy" and "data" not in given):
         raise_on_all_ranks(lambda: toy.make_world(o.out, o.pictures) if rank_0 else None)
         progress.done("world")

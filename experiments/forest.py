@@ -83,7 +83,7 @@ def draw(folder):
 def run():
     o = Options(**parse(Options))
     path = o.out or os.path.join(o.tables, "tables.png")
-    draw(o.tables).savefig(path, dpi=110)
+    draw(o.tables).savefig(path, dpi=110, format="png")
     print(path)
 
 

@@ -120,7 +120,7 @@ def draw(found, path):
     axes[0, 0].set_ylabel("ms a step")
     axes[1, 0].set_ylabel("MiB at the peak")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
 
 
 def run():

@@ -71,7 +71,7 @@ def made_up(image_tokens):
 def read(o):
     """The Samples of a file of conversations."""
     layout = PromptFormat(system=SYSTEM, image_tokens=o.image_tokens)
-    data = Conversations(o.data, "", Tokenizer.load(resolve(o.llm)), layout)
+    data = Conversations(o.data, "/", Tokenizer.load(resolve(o.llm)), layout)
     if len(data) < o.batch_size:
         raise UserError(f"--data {o.data}: {len(data)} records, fewer than --batch_size "
                         f"{o.batch_size}")

@@ -117,7 +117,8 @@ def run():
     right += [("all", hit) for _, hit in right]
     for family in ("colour", "shape", "count", "all"):
         hits = [hit for name, hit in right if name == family]
-        print(f"{family:8s} {100 * sum(hits) / len(hits):5.1f} %  of {len(hits)}")
+        share = f"{100 * sum(hits) / len(hits):5.1f} %" if hits else "-"
+        print(f"{family:8s} {share:>7s}  of {len(hits)}")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def plot(runs, path):
         axes.set(title=f"{site}, G = {SITES[site][0]}, lr {lr:g}", ylim=(1e-4, 30))
         axes.legend(fontsize=6)
     figure.supylabel("|E| / |static layer's output|")
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, format="png")
 
 
 def run():

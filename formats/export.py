@@ -168,4 +168,5 @@ def write_llava(folder, model, tokenizer, preprocess, system):
             "text_config": text_values(llm, tokenizer.bos, tokenizer.eos),
             # only weights.load reads these
             "image_aspect_ratio": {"pad": "pad", "crop": "square"}[preprocess.aspect],
+            "background": preprocess.background,
             "system_prompt": system, "added_rows": vocab - cfg.llm.vocab})

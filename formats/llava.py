@@ -3,12 +3,14 @@
 Each reader returns the two configs, the preprocessing and where the weights are; weights.py builds
 the model. Next: export.py, the other direction.
 """
+import dataclasses
 import os
 import re
+from typing import Literal
 
 from cli import UserError
-from formats.configs import (demand, LLAVA_FIXED, preprocessing, text_config, tower_config,
-    translate, vision_config)
+from formats.configs import (check_value, demand, LLAVA_FIXED, preprocessing, text_config,
+    tower_config, translate, vision_config)
 from formats.folders import ADAPTER_CONFIG, locate, PROJECTOR, resolve
 from formats.json_files import read_json_object
 from formats.name_rules import (clip_rules, llama_rules, llava_rules, ORIGINAL_PROJECTOR,
@@ -58,6 +60,9 @@ def read_llava(folder, config, path):
     llm = text_config({"model_type": "llama", **text, "tie_word_embeddings": tied},
                       f"{path}: text_config")
     preprocess = preprocessing(folder, vision.image_size, trained_aspect(config, path))
+    background = config.get("background", "none")  # ours alone write it
+    check_value(background, Literal["none", "white"], f"{path}: background")
+    preprocess = dataclasses.replace(preprocess, background=background)
     return vision, llm, preprocess, [(folder, llava_rules(vision.depth, llm.tied))]
 
 

@@ -11,6 +11,7 @@ import typing
 from typing import Literal
 
 import pytest
+import torch
 
 import cli
 import benchmarks.run
@@ -139,6 +140,17 @@ def test_ctrl_c_stays_ignored_where_the_parent_ignores_it():
     command = f"trap '' INT; exec {sys.executable} -c \"{code}\""
     done = subprocess.run(["sh", "-c", command], cwd=HERE, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+
+
+def test_a_gpu_without_room_is_one_line(monkeypatch):
+    def run():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words")
+
+    with pytest.raises(SystemExit, match=r"^error: CUDA out of memory. Tried to allocate 2 GiB. A "
+                       "smaller --micro_batch_size .*needs less$"):
+        cli.main(run)
+    with pytest.raises(RuntimeError, match="another"):
+        cli.main(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 def test_errors_outside_main_keep_their_traceback():

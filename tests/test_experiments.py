@@ -57,7 +57,7 @@ from formats.tokenizer import train_tokenizer
 from hypernet import Expert, rms
 from model import LayerCache, VLMConfig
 from tests.helpers import (batch_of, count_flops, dictated, EVERY, LAYOUT, LLAMA, logits_of, noise,
-                           segments, static, TOKENIZER, TURNS, VISION, whole_batch)
+                           pictures, segments, static, TOKENIZER, TURNS, VISION, whole_batch)
 from tests.helpers import look as look_pixels
 from tests.helpers import trained as randomly_trained
 from tests.programs import HERE, Program, words_of
@@ -595,14 +595,18 @@ def test_a_training_that_outlives_a_killed_ablate_keeps_its_lock(tmp_path, monke
 
 
 def test_the_share_of_the_experts_is_that_of_all_passes():
-    model, batch, found = randomly_trained(visual_expert="none"), whole_batch(), []
-    other = dataclasses.replace(batch, ids=batch.ids.flip(1))
-    for passes in ([batch], [other], [batch, other]):
-        with torch.no_grad(), expert_shares(model) as shares:
-            for one in passes:
-                model(one)
+    model, found = randomly_trained(visual_expert="none"), []
+    long, short = (encode(turns, TOKENIZER, LAYOUT, "", "x.png") for turns in (TURNS, TURNS[:1]))
+    assert len(short.ids) < len(long.ids) - 10
+    one, other, both = (batch_of(some, pictures(1) * len(some))
+                        for some in ([long], [short], [short, long]))
+    for passes in ([one], [other], [one, other], [both]):
+        with torch.no_grad(), expert_shares(model, passes) as shares:
+            for batch in passes:
+                model(batch)
         found.append(shares[0])
     assert min(found[:2]) < found[2] < max(found[:2])
+    assert found[3] == pytest.approx(found[2], rel=1e-2)  # padding does not count
 
 
 def test_a_base_with_another_world_is_left_alone(tmp_path):
@@ -1213,7 +1217,7 @@ def test_a_look_shows_what_the_experts_compute_in_the_whole_conversation(kind):
     visual = look_pixels(noise(0))
     batch = batch_of([whole], [visual], torch.float32)
     norms, made = norms_of_a_whole_pass(model, batch)
-    with torch.no_grad(), expert_shares(model) as logged:  # what the training log shows
+    with torch.no_grad(), expert_shares(model, [batch]) as logged:  # what the training log shows
         logits_of(model, batch)
     assert list(logged.values()) == pytest.approx(
         [(shift.norm() / static.norm()).item() for shift, static in norms.values()], rel=1e-4)

@@ -1,6 +1,7 @@
 """What formats/ claims: ids and text as in sentencepiece; LLaVA opens in every layout, strictly,
 with the numbers of transformers, and is written back.
 """
+import dataclasses
 import json
 import os
 import pathlib
@@ -1327,6 +1328,16 @@ def test_what_we_write_loads_bit_for_bit(written, case):
     assert equal(state_of(back.model), state_of(point.model)) and back.model.cfg == point.model.cfg
     assert back.preprocess == point.preprocess and back.system == point.system
     assert back.tokenizer.encode("a red ring?") == point.tokenizer.encode("a red ring?")
+
+
+def test_the_background_of_transparent_pixels_is_kept(written, tmp_path):
+    point, _ = written["full"]
+    white, folder = dataclasses.replace(point.preprocess, background="white"), str(tmp_path / "x")
+    formats.export.write_llava(folder, point.model, point.tokenizer, white, point.system)
+    assert weights.load(folder).preprocess == white
+    edit(tmp_path / "x/config.json", lambda c: c.update(background="red"))
+    with pytest.raises(UserError, match="config.json: background is 'red', expected one of 'none'"):
+        weights.load(folder)
 
 
 def test_writing_what_was_loaded_gives_the_same_files(written, tmp_path):

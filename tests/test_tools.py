@@ -342,7 +342,7 @@ def test_plot_log_names_in_one_line_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "bad" / "log.jsonl").open("a").write('{"loss": 1}\n')
     write_log(tmp_path / "list", [1.0])
     (tmp_path / "list" / "log.jsonl").open("a").write("[1]\n")
-    cases = [([], "DIR"), (["nowhere"], "nowhere: folder not found"),
+    cases = [([], r"folders .*, then options: tools.plot_log DIR"), (["nowhere"], "nowhere: folder not found"),
              (["empty"], "empty: no log.jsonl"), (["new"], "new: no log.jsonl"),
              (["bad"], "log.jsonl line 2"), (["list"], "log.jsonl line 2")]
     for folders, message in cases:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,7 @@ import training.plan
 import training.sharding
 import training.state
 import weights
+from baselines import BaselineConfig, MatrixExpert, MatrixNetwork
 from cli import UserError
 from data import collate, IGNORE, IMAGE, MULTIPLE, Sample
 from hypernet import Expert, HyperNetwork
@@ -376,6 +378,47 @@ def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(run, mesh, tm
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def stopped_before(given, mesh, at):
+    """Run stage 2, and send it SIGTERM while it waits for the data of the 1-based step `at`."""
+    def kicked(*args, real=train.next_batches, count=[0]):
+        count[0] += 1
+        if count[0] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "next_batches", kicked)
+        train.run_stage(given, 2, mesh)
+
+
+def test_a_state_that_is_there_already_is_not_written_again(run, mesh, tmp_path, monkeypatch):
+    """Or, if it is killed meanwhile, there is none."""
+    given, save, written = stage_2(run, tmp_path, steps=6, save_every=2), dcp.save, []
+    monkeypatch.setattr(dcp, "save", lambda state, checkpoint_id: (
+        written.append(os.path.basename(checkpoint_id)), save(state, checkpoint_id=checkpoint_id)))
+    stopped_before(given, mesh, 3)  # just saved
+    assert written == ["step_000002.tmp"]
+    stopped_before(given | {"resume": True}, mesh, 1)  # just loaded
+    assert written == ["step_000002.tmp"]
+    stopped_before(given | {"resume": True}, mesh, 2)
+    assert written == ["step_000002.tmp", "step_000003.tmp"]
+    assert os.listdir(tmp_path / "stage2/state") == ["step_000003"]
+
+
+def test_an_old_state_that_cannot_be_removed_does_not_cost_the_new_one(run, mesh, tmp_path,
+                                                                       monkeypatch):
+    remove = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if str(path).endswith(".old.tmp") and not ignore_errors:
+            raise OSError(39, "Directory not empty")
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(training.state.shutil, "rmtree", busy)
+    assert stopped(stage_2(run, tmp_path, steps=6, save_every=1), mesh, signal.SIGTERM, 3) == 0
+    assert training.state.saved_steps(tmp_path / "stage2/state") == [len(log_of(tmp_path, 2))]
+
+
 def test_only_its_parent_can_end_a_worker():
     """If it ignored its parent too, a process with an error would never end: at exit it terminates
     its workers and waits.
@@ -553,6 +596,10 @@ def test_fewer_gpus_than_processes_are_told_in_one_line_by_the_first_of_them(mon
     training.distributed.set_device()
     monkeypatch.setenv("WORLD_SIZE", "1")  # the others were left by a cluster
     training.distributed.set_device()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(UserError, match="LOCAL_RANK is not set, .*: start them with torchrun"):
+        training.distributed.set_device()
     assert taken == [1, 0]
 
 
@@ -749,6 +796,10 @@ def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_re
     assert record["image"] in str(error.value) and "\n" not in str(error.value)
     data = train.vlm_stage(training.options.complete(given | {"skip_bad_images": True}, 2)).data
     assert data.batch([0, 1]).records[1].startswith("record 2 ") and len(data.take_skipped()) == 1
+    capfd.readouterr()
+    train.vlm_stage(training.options.complete(
+        given | {"skip_bad_images": True, "val": given["data"]}, 2))
+    assert f"skipped in --val: record 1 " in capfd.readouterr().err
     if more:
         # 4 steps of 20 of 40 records: twice over
         train.run_stage(given | {"skip_bad_images": True, "overwrite": True}, 2, mesh)
@@ -799,6 +850,36 @@ def test_a_llama_that_guesses_is_refused_before_stage_1(run, mesh, tmp_path):
         # has learnt only which words occur
         (known * 5).expand(len(batch.target), -1), batch.target, reduction="sum")
     training.checks.check_llm(model, texts, mesh)
+    for batch in texts:
+        batch.target.fill_(IGNORE)
+    with pytest.raises(UserError, match="--context is too small for every one of the first 32"):
+        training.checks.check_llm(model, texts, mesh)
+
+
+def test_validation_data_without_an_answer_is_refused_before_the_first_step(run, mesh, tmp_path):
+    record = {"conversations": [{"from": "human", "value": "so " * 200},
+                                {"from": "gpt", "value": "yes"}]}
+    (tmp_path / "v.json").write_text(json.dumps([record] * 3))
+    given = stage_2(run, tmp_path, val=str(tmp_path / "v.json"), context=100)
+    with pytest.raises(UserError, match="--val: no answer of its first 512 records is within --c"):
+        train.run_stage(given, 2, mesh)
+    assert not (tmp_path / "stage2/log.jsonl").exists()
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"llm": "no/such"}, "no/such"), ({"vision": "no/such"}, "no/such"),
+    ({"guidance_after": 9}, "guidance_after 9"), ({"method": "vlora", "vlora_sites": "qz"}, "qz"),
+    ({"weight_source": "lora"}, "must be none"), ({"data": "x.json"}, "needs --images"),
+    ({"stage": 1, "llm": "no/such"}, "no/such")])
+def test_the_toy_trains_no_stand_ins_for_options_that_do_not_fit(tmp_path, monkeypatch, given,
+                                                                 words):
+    (tmp_path / "x.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    argv = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *argv, "--device", "cpu"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and re.fullmatch(f"error: .*{words}.*\n", done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_memory_of_weights_gradients_and_optimiser_is_foreseen_to_the_byte(run, mesh, tmp_path):
@@ -985,10 +1066,12 @@ def test_the_activations_of_a_block_are_what_autograd_keeps(eager, trains):
     assert out.requires_grad and abs(foreseen / real - 1) < 0.06, (foreseen, real)
 
 
+@pytest.mark.parametrize("source", ["hyper", "mlp"])
 @pytest.mark.parametrize("turns", [1, 20])
-def test_an_expert_keeps_the_weights_of_every_turn(turns):
+def test_an_expert_keeps_the_weights_of_every_turn(source, turns):
     llm = LlamaConfig(width=64, depth=1, heads=4, kv_heads=2, hidden=160, vocab=10)
-    expert, hypernet = Expert(64, 64, 64, 8, 16).bfloat16(), HyperNetwork(64, 64, 8, 16).bfloat16()
+    kinds = (Expert, HyperNetwork) if source == "hyper" else (MatrixExpert, MatrixNetwork)
+    expert, hypernet = kinds[0](64, 64, 64, 8, 16).bfloat16(), kinds[1](64, 64, 8, 16).bfloat16()
     x = torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)
     guidance = torch.randn(2, turns, 64, dtype=torch.bfloat16)
     own = {p.untyped_storage().data_ptr() for p in (x, guidance, *expert.parameters(),
@@ -1001,8 +1084,8 @@ def test_an_expert_keeps_the_weights_of_every_turn(turns):
     real = sum(size for at, size in kept.items() if at not in own)
     shape = training.plan.MicroBatch(2, 48, 0, 0, turns)
     with_expert, without = (training.plan.activations(
-        VLMConfig(llm=llm, language_expert=which), shape, size=2, trains_llm=True)
-        for which in ("all", "none"))
+        BaselineConfig(llm=llm, language_expert=which, weight_source=source), shape, size=2,
+        trains_llm=True) for which in ("all", "none"))
     expected = (with_expert - without) / 3  # twice as much again in the backward pass
     assert abs(expected / real - 1) < 0.15, (expected, real)
 
@@ -1245,6 +1328,9 @@ def test_presets_of_lora_are_neither_for_vlora_nor_for_the_whole_llama():
                             ({"tune": "full"}, "rates of LoRA, .* use 7b")):
         with pytest.raises(UserError, match=message):
             training.options.complete({"preset": "7b-lora", **option}, 1)
+    training.options.check_method({"preset": "7b-lora", "lora_dropout": 0.1}, "hyperllava")
+    with pytest.raises(UserError, match="--lora_dropout goes with --weight_source lora"):
+        training.options.check_method({"preset": "7b", "lora_dropout": 0.1}, "hyperllava")
 
 
 def test_training_goes_on_with_the_guidance_of_its_checkpoint(run, mesh, tmp_path):
@@ -1254,6 +1340,13 @@ def test_training_goes_on_with_the_guidance_of_its_checkpoint(run, mesh, tmp_pat
     with pytest.raises(UserError, match="trained with --guidance_pool last, not instruction"):
         train.run_stage(more, 2, mesh)
     train.run_stage(more | {"guidance_pool": "last"}, 2, mesh)
+    config = tmp_path / "two/stage2/config.json"
+    saved = json.loads(config.read_text())
+    assert saved["model"]["language_expert"] == "posterior"
+    plain = stage_2(run, tmp_path / "plain", steps=1, language_expert="none")
+    train.run_stage(plain, 2, mesh)  # it has no guidance of the Llama: any may follow
+    after = stage_2(run, tmp_path / "after") | {"init": str(tmp_path / "plain/stage2")}
+    train.build_model(training.options.complete(after | {"guidance_pool": "last"}, 2))
 
 
 def test_the_help_names_the_values_of_every_preset_in_80_columns():

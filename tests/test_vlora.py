@@ -1222,6 +1222,7 @@ def test_the_presets_are_the_papers_and_the_scripts(given, mesh, tmp_path):
 @pytest.mark.parametrize("more, words", [
     ({"visual_expert": "1"}, "--visual_expert is no option of --method vlora"),
     ({"guidance_pool": "prompt"}, "--guidance_pool is no option of --method vlora"),
+    ({"projector_lr": 1e-4}, "--projector_lr is no option of --method vlora"),
     ({"method": "hyperllava"}, "--vlora_depth is no option of --method hyperllava"),
     ({"vlora_sites": "qz"}, "sites 'qz'"), ({"vlora_every": 5}, "every 5: the Llama has only 4"),
     ({"vlora_embed": 30}, "embed 30 does not divide by heads 4")])

@@ -48,7 +48,8 @@ class Options:
     context: int | None = None  # positions of a sample (default: those of --llm, at most 2048)
     background: Literal["none", "white"] = "none"  # white: behind transparent pixels; none:
                                # transparency is dropped
-    guidance_pool: Literal["instruction", "prompt", "last"] = "instruction"  # as in training
+    guidance_pool: Literal["instruction", "prompt", "last"] | None = None  # as in training
+                               # (default: that of --llm, or instruction)
 
     def __post_init__(self):
         check_numbers(self, {name: (0, MOST, "0 or more") for name in ("show", "image_tokens")})
@@ -65,9 +66,9 @@ def tokenizer_and_format(o):
         else:
             known = dataclasses.asdict(load(o.llm).prompt_format())
         known["context"] = min(2048, known["context"])  # as in training
-    known |= {name: value for name, value in vars(o).items()
-              if name in ("system", "image_tokens", "context") and value is not None}
-    known |= {"template": o.template, "pool": o.guidance_pool}
+    given = {"template": o.template, "system": o.system, "image_tokens": o.image_tokens,
+             "context": o.context, "pool": o.guidance_pool}
+    known |= {name: value for name, value in given.items() if value is not None}
     return Tokenizer.load(o.llm) if o.llm else None, PromptFormat(**known)
 
 

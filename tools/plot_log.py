@@ -35,9 +35,10 @@ def losses_at(runs, steps=(1, 10, 100)):
 def run():
     words = sys.argv[1:]
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    if not count and not {"-h", "--help"} & {*words}:
+        raise UserError("expected the folders of one or more runs, then options: "
+                        "tools.plot_log DIR... [--out FILE]")
     options = Options(**parse(Options, words[count:]))
-    if not count:
-        raise UserError("expected the folders of one or more runs: tools.plot_log DIR...")
     runs = read_runs(words[:count])
     plot(runs, options.out)
     print(f"{losses_at(runs)}\n\nwrote {options.out}")

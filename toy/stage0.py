@@ -2,6 +2,7 @@
 
 Next: stand_ins.py for the models, files.py for the world, benchmarks/toy.py for the scores.
 """
+import dataclasses
 import os
 import sys
 import time
@@ -9,17 +10,33 @@ import time
 from benchmarks.toy import score
 from cli import UserError
 from data import Conversations, PromptFormat
+from formats.configs import llama_config, vision_config
+from formats.folders import resolve
 from formats.tokenizer import train_tokenizer
 from toy.files import write_world
 from toy.stand_ins import (Captions, LLAMA, StandInCLIP, StandInLlama, VISION, words, write_clip,
     write_llm)
 from training.feed import VLMData
+from weights import make_config
 
 
 def make_world(out, pictures):
     """Write OUT/world with `pictures` training pictures and as many texts, unless it is there."""
     write_world(os.path.join(out, "world"), pictures, side=VISION.image_size, texts=pictures,
                 test_pictures=min(250, pictures))
+
+
+def check_fit(o, given, model_options):
+    """UserError if options do not fit CLIP and the Llama, before the toy makes what is not given
+    of them.
+
+    o              the options of stage 1; given: those that the user named
+    model_options  function of a stage's options, see train.py
+    """
+    vision = vision_config(resolve(o.vision))[0] if "vision" in given else VISION
+    llm = llama_config(resolve(o.llm)) if "llm" in given else LLAMA
+    for stage in [o.stage] if "stage" in given else [1, 2]:
+        make_config(vision, llm, **model_options(dataclasses.replace(o, stage=stage)))
 
 
 def stage_0(part, world, out, system):

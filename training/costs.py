@@ -2,7 +2,7 @@
 
 A product of an m x k and a k x n matrix takes 2 m k n FLOPs: m k n multiplications and as many
 additions. Everything else (norms, softmax, sums) is left out, as in torch's FlopCounterMode.
-For letters see the top of model.py, which comes first. Memory is in plan.py; experiments/report.py
+For letters see the top of hypernet.py. Memory is in plan.py; experiments/report.py
 prints both.
 """
 import torch

@@ -212,6 +212,17 @@ def split_across_ranks(cuts, make_batch):
     return batches
 
 
+def val_batches(data, size):
+    """Batches of `size` of this rank's share of the first 512 samples of validation data; says
+    which pictures were skipped."""
+    n = min(len(data), 512)
+    cuts = [range(i, min(i + size, n)) for i in range(0, n, size)]
+    batches = split_across_ranks(cuts, data.batch)
+    for message in data.take_skipped():
+        print(f"skipped in --val: {message}", file=sys.stderr)
+    return batches
+
+
 def is_readable(path):
     try:
         open_image(path, path)

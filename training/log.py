@@ -124,9 +124,10 @@ def output_norms(parts):
 
 
 @contextlib.contextmanager
-def expert_shares(model):
-    """Yields {block: |E_L| / |FFN|} over all tokens of all passes, filled at the end: do experts
-    contribute?
+def expert_shares(model, batches):
+    """Yields {block: |E_L| / |FFN|}, filled at the end: do experts contribute?
+
+    batches  of the passes to come: their tokens count, padding does not
     """
     blocks = [m for m in model.modules() if isinstance(m, Block) and m.expert]
     parts = [{n: getattr(block, name) for n, block in enumerate(blocks)}
@@ -135,5 +136,7 @@ def expert_shares(model):
     with output_norms(parts[0]) as static, output_norms(parts[1]) as shift:
         yield shares
     for n in static:
-        sizes = [torch.cat([x.flatten() for x in norms[n]]).norm() for norms in (shift, static)]
+        sizes = [torch.cat([x[torch.arange(x.shape[1]) < b.lengths[:, None]]
+                            for x, b in zip(norms[n], batches)]).norm()
+                 for norms in (shift, static)]
         shares[n] = (sizes[0] / sizes[1]).item()

@@ -321,7 +321,11 @@ def check_method(given, method):
     if given.get("preset", "").endswith("-lora") and given.get("tune") == "full":
         raise UserError(f"--tune full: the preset {given['preset']} has the rates of LoRA, which "
                         f"are too high for the Llama itself; use {given['preset'][:-5]}")
-    experts = {name for name in given if name in (*EXPERT_OPTIONS, "guidance_pool")}
+    if given.get("lora_dropout") and not (given.get("weight_source") == "lora"
+                                          or given.get("preset", "").endswith("-lora")):
+        raise UserError("--lora_dropout goes with --weight_source lora")
+    experts = {name for name in given
+               if name in (*EXPERT_OPTIONS, "guidance_pool", "projector_lr", "lora_dropout")}
     vlora = {name for name in given if name.startswith("vlora_")}
     if wrong := experts if method == "vlora" else vlora:
         raise UserError(f"--{min(wrong)} is no option of --method {method}")

@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import os
 import re
+import resource
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -183,7 +184,8 @@ def activations(cfg, batch, *, size, trains_llm, eager=False, checkpointing="non
     eager       attention and norms are written out; checkpointing: none|selective|full
 
     A checkpointed block keeps D numbers per position, its input; one at a time is whole again.
-    A language expert keeps, for each turn, 4 R numbers per position and its weights per sample.
+    A language expert keeps, for each turn, 4 R numbers per position (a whole matrix: D) and its
+    weights per sample.
     A picture keeps C + 3 D numbers per patch. In VLoRA it keeps C + 2 E per patch and, for each
     block of a generator, 2 E per patch and 20 E per query; each changed matrix keeps R numbers per
     position and D R per sample.
@@ -196,8 +198,10 @@ def activations(cfg, batch, *, size, trains_llm, eager=False, checkpointing="non
     N, C = cfg.vision.tokens, cfg.vision.width
     if vlora is None:
         experts = -(-len(cfg.expert_blocks()) * whole // llm.depth)  # in blocks that are whole
-        turns = min(experts, 1) * (batch.turns if source_of(cfg) in GUIDED else 1)
-        expert = turns * (4 * R * batch.tokens + batch.samples * expert_weights("hyper", D, D, R))
+        source = source_of(cfg)
+        turns = min(experts, 1) * (batch.turns if source in GUIDED else 1)
+        expert = turns * (batch.tokens * (D if source == "mlp" else 4 * R)
+                          + batch.samples * expert_weights(source, D, D, R))
         total += backward(llm, batch, size, expert)
         return total + size * (experts * expert + batch.pictures * N * (C + 3 * D))
     E, Q = vlora.embed, len(vlora.blocks(llm))
@@ -220,7 +224,9 @@ def peak(device):
     """Most bytes that this process has had: allocated tensors on CUDA, resident memory on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    with open("/proc/self/status") as f:
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/status") as f:  # ru_maxrss would count the parent process, too
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
 
 

@@ -82,7 +82,7 @@ def save_state(folder, step, model, optimisers, o):
             os.makedirs(folder, exist_ok=True)
             for name in os.listdir(folder):
                 if re.fullmatch(STATE + r"(\.old)?\.tmp", name):
-                    shutil.rmtree(os.path.join(folder, name))
+                    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
             os.makedirs(path + ".tmp")
 
     def publish():
@@ -114,7 +114,7 @@ def drop(folder, names):
         doomed = os.path.join(folder, name + ".old.tmp")  # name.tmp may be what replaces it
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(os.path.join(folder, name), doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def state_path(folder, step):
@@ -230,7 +230,9 @@ def save_and_end(folder, step, model, optimisers, o, *, stop, batches):
     batches  this rank's for the next step. Without a signal, all ranks raise the first UserError
              that stands for a batch, as a DistributedUserError
     """
-    problem = save_state(folder, step, model, optimisers, o) if step else "nothing to save"
+    problem = "" if step else "nothing to save"
+    if step and not all_gather(step in saved_steps(folder))[0]:  # else it was just saved, or loaded
+        problem = save_state(folder, step, model, optimisers, o)
     by = f" by {signal.Signals(stop).name}" if stop else ""
     end = (f"{title(o)} stopped{by} after step {step}, "
            f"{problem or 'state saved: --resume goes on'}")
