@@ -193,8 +193,8 @@ def main(run):
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is imported later
             raise
-        sys.exit(f"error: {str(error).splitlines()[0]} A smaller --micro_batch_size (in training), "
-                 "--batch_size (elsewhere), or --checkpointing full needs less")
+        sys.exit(f"error: {str(error).split(' GPU ')[0]} Use a smaller --micro_batch_size or "
+                 "--checkpointing full in training, a smaller --batch_size elsewhere")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

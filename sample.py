@@ -184,7 +184,7 @@ class Chat:
         if not self.ids:
             image = None if self.image is None else "the picture"
             sample = encode_prompt([], question, self.tokenizer, prompt_format, image)
-        elif TAG in question:
+        elif TAG in question and self.image is not None:
             raise UserError(LATER)
         else:  # pieces of text are encoded one by one: only <s> differs from the whole conversation
             prompt_format = dataclasses.replace(prompt_format, system="")
@@ -290,16 +290,15 @@ def talk(chat):
 
 def converse(o):
     """Answer each --prompt as a turn of one conversation, then go on with --chat."""
-    image = None
+    image, questions = None, o.prompt or ([] if o.chat else ["Describe the image."])
+    if o.image is not None and any(TAG in question for question in questions[1:]):
+        raise UserError(LATER)
     if o.image == "-":
         image = open_image(io.BytesIO(sys.stdin.buffer.read()), "standard input")
     elif o.image is not None:
         image = open_image(o.image, o.image)
     checkpoint, title = load(o, choose_checkpoint(o.model))  # slow, so a bad picture fails first
     chat = Chat(checkpoint, image, o)
-    questions = o.prompt or ([] if o.chat else ["Describe the image."])
-    if any(TAG in question for question in questions[1:]):
-        raise UserError(LATER)
     for question in questions:  # a mistake in one of them ends the program before the first answer
         chat.prompt(question)
     print(title, file=sys.stderr)

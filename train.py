@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from baselines import is_guided
 from data import Conversations, PromptFormat
 from formats.folders import resolve
 from formats.llava import projector_file
@@ -245,7 +246,8 @@ def setup_model(model, o, mesh):
 
 def start_or_resume(stage, model, optimisers, o, mesh):
     """(first step, number of skipped pictures so far): of the newest saved state, or zero. Only
-    rank 0, which writes the log, knows how many were skipped; the others get 0.
+    rank 0, which writes the log, knows how many were skipped; the others get 0. Checks --val and
+    the Llama before.
     """
     check_val(stage.val_batches, mesh)
     start = load_newest(o, model, optimisers)
@@ -350,8 +352,8 @@ def build_model(o):
     if o.stage == 2 and not projector:
         checkpoint = load(o.init, dtype, options, o.seed, cast=False, base=o.base)
         pool, before = checkpoint.prompt_format().pool, checkpoint.config
-        guided = before.get("stage") == 2 and before["model"]["language_expert"] != "none"
-        if guided and pool != o.guidance_pool:
+        trained = before.get("stage") == 2 and before["model"]["language_expert"] != "none"
+        if trained and is_guided(checkpoint.model.cfg) and pool != o.guidance_pool:
             raise UserError(f"--init {o.init}: trained with --guidance_pool {pool}, "
                             f"not {o.guidance_pool}")
         return checkpoint.model, checkpoint.tokenizer, checkpoint.preprocess, {}

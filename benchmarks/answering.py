@@ -100,17 +100,16 @@ def reply(checkpoint, questions, choose, tokens):
             for ids, n in zip(rows, limits)]
 
 
-def check(questions, repeats, pictures):
-    """UserError if there are no questions, that names an id that occurs twice, or that counts the
-    pictures that are not there.
+def check(questions, task, pictures):
+    """UserError if a task has no questions, if an id occurs twice, or if pictures are not there.
 
-    repeats  an id may occur with several prompts; pictures: whether they are needed
+    pictures  whether they are needed
     """
     seen = {}
     if not questions:
-        raise UserError("the question file holds no question of the task")
+        raise UserError(f"{task.questions}: no questions of {task.title}")
     for q in questions:
-        key = (q.id, q.prompt) if repeats else q.id
+        key = (q.id, q.prompt) if task.repeats else q.id
         if key in seen:
             raise UserError(f"{q.label}: the same id as {seen[key]}, {q.id}")
         seen[key] = q.label
@@ -158,7 +157,7 @@ def answer_all(questions, path, settings, load, tokens):
     rows = [(q.label, {"question_id": q.id, "prompt": q.prompt}) for q in mine]
 
     def open_part():
-        other = set(glob.glob(f"{glob.escape(path[:-6])}.*of*.jsonl")) - set(places)
+        other = set(glob.glob(f"{glob.escape(path[:-6])}.[0-9]*of[0-9]*.jsonl")) - set(places)
         if other:
             raise UserError(f"{min(other)} was begun on another number of ranks: go on with as "
                             "many, or remove it")

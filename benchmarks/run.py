@@ -21,7 +21,7 @@ from benchmarks.report import unanswered
 from benchmarks.tasks import TASKS, Task
 from benchmarks.vqa import score_own
 from cli import check_numbers, MOST, UserError
-from formats.json_files import read_json_object, write_json
+from formats.json_files import read_bytes, read_json_object, write_json
 from formats.lora import fingerprints
 from formats.xlsx import write_xlsx
 from inference.prepare import ready_for_answers
@@ -88,16 +88,17 @@ def results_folder(o):
 
 
 def stem_of(name, o):
-    """How the names of a task's files begin: with --answers, also with the name of that file, since
-    one folder may hold the answers of several models."""
+    """How the names of a task's files begin: with --answers, also with the name of that file, if it
+    is not that of the task: one folder may hold the answers of several models."""
     given = os.path.splitext(os.path.basename(o.answers or name))[0]
     return name if given == name else f"{name}.{given}"
 
 
-def judgements_or_texts(task, questions, texts, path, stem, root):
+def judgements_or_texts(task, questions, texts, stem, root):
     """What is scored: the answers, or the path of the judgements; None if these are not there.
 
-    Writes the judge's requests, and the file for the server. path: of the answers
+    Writes the judge's requests, and the file for the server. UserError if there are judgements, and
+    requests of other answers.
     """
     if task.submit:
         make, ending = task.submit
@@ -106,23 +107,26 @@ def judgements_or_texts(task, questions, texts, path, stem, root):
     if not task.ask:
         return texts
     unanswered(questions, texts)
-    judgements = f"{stem}.judgements.jsonl"
-    if os.path.exists(judgements):
-        if os.path.getmtime(judgements) < os.path.getmtime(path):
-            raise UserError(f"{judgements} is older than the answers in {path}: remove it, and "
-                            "send the new requests to the judge")
-        return judgements
-    with open(f"{stem}.requests.jsonl", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(request) + "\n" for request in task.ask(questions, texts, root))
-    return None
+    asked, judgements = f"{stem}.requests.jsonl", f"{stem}.judgements.jsonl"
+    if os.path.exists(judgements) and not os.path.exists(asked):
+        return judgements  # made elsewhere
+    requests = "".join(json.dumps(one) + "\n" for one in task.ask(questions, texts, root)).encode()
+    if not os.path.exists(judgements):
+        with open(asked, "wb") as f:
+            f.write(requests)
+        return None
+    if read_bytes(asked) != requests:
+        raise UserError(f"{judgements} is about other answers: remove it, run this again, and send "
+                        f"the new {asked} to the judge")
+    return judgements
 
 
 def content_of(questions):
-    """A hash of what is asked: ids, prompts, turns before them, names of pictures (or their bytes).
-    """
+    """A hash of what is asked: ids, prompts, turns before them, names and sizes of pictures (or
+    their bytes)."""
     asked = [(q.id, q.prompt, q.turns,
-              os.path.basename(q.image) if isinstance(q.image, str) else q.image)
-             for q in questions]
+              (os.path.basename(q.image), os.path.getsize(q.image)) if isinstance(q.image, str)
+              else q.image) for q in questions]
     return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
 
 
@@ -133,7 +137,7 @@ def run_task(name, o, out, settings, load_once):
     task = own_task(o) if name == "own" else TASKS[name]
     questions = raise_on_all_ranks(lambda: task.read(task, o.root))
     path = o.answers or os.path.join(out, f"{name}.jsonl")
-    raise_on_all_ranks(lambda: check(questions, task.repeats, pictures=o.answers is None))
+    raise_on_all_ranks(lambda: check(questions, task, pictures=o.answers is None))
     if o.answers is None:
         settings = {**settings, "task": name, "questions": content_of(questions)}
         answer_all(questions, path, settings, load_once, task.tokens)
@@ -145,7 +149,7 @@ def score_task(name, task, questions, path, o, out):
     """The scores of a file of answers, as kept in scores.json."""
     texts = read_answers(path, questions)
     stem = os.path.join(out, stem_of(name, o))
-    what = judgements_or_texts(task, questions, texts, path, stem, o.root)
+    what = judgements_or_texts(task, questions, texts, stem, o.root)
     result = {"score": None, "n": len(questions), "metric": task.metric}
     if what is None or task.score is None:
         return result
@@ -265,8 +269,9 @@ def evaluate(o):
             if o.task != "all":
                 raise
             failed.append(f"{name}: {error}")
-        if dist.get_rank() == 0:
-            path = keep(out, results, settings, o)  # what comes after may fail
+        # now: what comes after may fail
+        path = raise_on_all_ranks(
+            lambda: None if dist.get_rank() else keep(out, results, settings, o))
     if dist.get_rank() == 0:
         print(show(results, out, o), f"\nscores      {path}", sep="\n")
     if failed:

@@ -116,7 +116,8 @@ def majority(questions, reference):
     answers = collections.defaultdict(collections.Counter)
     for q in reference:
         answers[q.template][q.answer] += 1
-    return [max(counts := answers[q.template], key=counts.get, default="") for q in questions]
+    commonest = {template: max(counts, key=counts.get) for template, counts in answers.items()}
+    return [commonest.get(q.template, "") for q in questions]
 
 
 def exchanged(questions):

@@ -4,7 +4,6 @@ A prediction is right as far as annotators agree with it, after both were normal
 those of the official scorers, with their slips: docs/benchmarks.md lists them. Next: yes_no.py.
 """
 import collections
-import functools
 import os
 import re
 
@@ -141,12 +140,14 @@ def score_gqa(questions, texts, root, strict):
 def score_own(questions, texts, root, strict):
     """Exact match, strictly of normalised texts; ignoring case; and that by the question's first
     word."""
+    def normal(text):
+        return strict and evalai(text, True) or text.strip()  # nothing would be left of "A"
+
     unanswered(questions, texts)
-    normal = functools.partial(evalai, strict=True) if strict else str.strip
     exact = [float(normal(text) == normal(q.row["answer"])) for q, text in zip(questions, texts)]
     kinds = collections.defaultdict(list)
     for q, text in zip(questions, texts):
-        right = text.lower() == q.row["answer"].strip().lower()
+        right = text.strip().lower() == q.row["answer"].strip().lower()
         first = (q.row["question"].split() or [""])[0].lower()
         for kind in ("ignoring case", f"ignoring case, {first} ..."):
             kinds[kind].append(float(right))

@@ -138,7 +138,8 @@ def score_mme(questions, texts, root, strict):
     for name, pictures in right.items():
         for id, answers in pictures.items():
             if len(answers) != 2:
-                raise UserError(f"the question file of MME has {len(answers)} of two about {id}")
+                raise UserError(f"the question file of MME has {len(answers)} questions about "
+                                f"{id}, expected 2")
         two = np.array([*pictures.values()], float)
         pairs[name] = np.stack([two.mean(1), two.prod(1)], axis=1)
         accuracy, plus = 100 * pairs[name].mean(0)

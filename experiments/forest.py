@@ -21,7 +21,7 @@ PANELS = SMALL, tuple(name for name in TABLES if name not in SMALL)
 class Options:
     """Draw the differences of all finished tables of ablate.py with their intervals."""
     tables: str = "out/ablate"           # folder of the tables, the --out of ablate.py
-    out: str | None = None               # the picture (default: TABLES/tables.png)
+    out: str | None = None               # the picture, a PNG (default: TABLES/tables.png)
 
 
 def read_tables(folder, names):

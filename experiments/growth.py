@@ -50,7 +50,7 @@ AXES = {  # quantity: (its values, the other sizes)
 @dataclass
 class Options:
     """Measure how time and memory of a training step grow; draw them."""
-    out: str = os.path.join("out", "growth.png")  # the picture
+    out: str = os.path.join("out", "growth.png")  # the picture, a PNG
     rounds: int = 5  # how often each step is timed; one round more comes before
     most: int | None = None  # leave out points whose quantity is larger
 

@@ -38,7 +38,7 @@ class Options:
     data: list[Literal["fresh", "repeated"]] = ("fresh", "repeated")  # repeated: four batches
     lr: list[float] = (2e-5, 2e-4, 1e-3)                   # constant learning rates
     form: list[Literal[(*FORMS,)]] = ("linear", "scaled")  # of the encoder
-    out: str = "step_size.png"                             # the plot to write
+    out: str = "step_size.png"                             # the plot to write, a PNG
 
     def __post_init__(self):
         check_numbers(self, {})

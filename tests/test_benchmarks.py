@@ -303,10 +303,12 @@ def test_submissions_hold_all_ids_and_normalised_answers(files):
 
 def test_own_answers_are_normalised_for_the_strict_score_only():
     asked = [Question(n, "", "", None, "", {"question": "Is it?", "answer": answer})
-             for n, answer in enumerate(("B", "A dog", "3.5"))]
-    texts = ["B.", "dog", "35"]
+             for n, answer in enumerate(("B", "A dog", "3.5", "A"))]
+    texts = ["B.", "dog", "35", ""]
     assert vqa.score_own(asked, texts, "", False).headline() == 0
-    assert vqa.score_own(asked, texts, "", True).headline() == pytest.approx(200 / 3)
+    assert vqa.score_own(asked, texts, "", True).headline() == 50
+    spaced = vqa.score_own(asked, [" B ", "A Dog ", "3.5", "a"], "", False)
+    assert spaced.headline() == 50 and spaced.details["ignoring case"] == 100
 
 
 # ---- Benchmarks: yes or no
@@ -360,7 +362,7 @@ def test_mme_counts_answers_and_pictures_with_both_right(files):
     task = TASKS["mme"]
     for left in (slice(1, None), slice(-1)):  # what follows must not be paired with another picture
         questions = task.read(task, files)[left]
-        with pytest.raises(cli.UserError, match="MME has 1 of two about"):
+        with pytest.raises(cli.UserError, match="MME has 1 questions about .*, expected 2"):
             task.score(questions, ["yes"] * len(questions), files, False)
     late = scored(files, "mme", lambda q: "It: yes" if "cat" in q.text else "It: no", strict=True)
     assert late.headline() == 2000

@@ -144,10 +144,12 @@ def test_ctrl_c_stays_ignored_where_the_parent_ignores_it():
 
 def test_a_gpu_without_room_is_one_line(monkeypatch):
     def run():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 "
+            "GiB of which 5.06 MiB is free. See documentation (https://pytorch.org/docs)")
 
-    with pytest.raises(SystemExit, match=r"^error: CUDA out of memory. Tried to allocate 2 GiB. A "
-                       "smaller --micro_batch_size .*needs less$"):
+    with pytest.raises(SystemExit, match=r"^error: CUDA out of memory. Tried to allocate 2.00 GiB. "
+                       "Use a smaller --micro_batch_size .*elsewhere$"):
         cli.main(run)
     with pytest.raises(RuntimeError, match="another"):
         cli.main(lambda: (_ for _ in ()).throw(RuntimeError("another")))

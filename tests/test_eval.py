@@ -21,7 +21,7 @@ from benchmarks.answering import encode, likeliest, look, read_answers
 from benchmarks.questions import read_own
 from benchmarks.tasks import TASKS
 from sample import make_batch
-from tests.benchmark_files import make_eval, make_own, write
+from tests.benchmark_files import make_eval, make_own, png, write
 from tests.helpers import TOKENIZER
 
 torch.set_num_threads(1)
@@ -216,19 +216,35 @@ def test_answers_go_on_wherever_the_files_are_now(run, root, tmp_path, monkeypat
     assert run(*given, f"--root={tmp_path / 'eval'}")[0] == 0
     os.rename(tmp_path / "eval", tmp_path / "moved")
     monkeypatch.setattr(benchmarks.answering, "reply", None)  # the second run answers nothing
-    assert run(*given, f"--root={tmp_path / '.' / 'moved'}")[0] == 0
+    assert run(*given, f"--root={tmp_path}/./moved")[0] == 0
 
 
-def test_judgements_that_are_older_than_the_answers_are_refused(run, tmp_path):
-    assert run("--task=mm_vet", f"--out={tmp_path}")[0] == 0
-    old = tmp_path / "mm_vet.judgements.jsonl"
-    old.write_text("")
-    os.utime(old, (1, 1))
-    assert "is older than the answers" in run("--task=mm_vet", f"--out={tmp_path}")[0]
+def test_answers_about_other_pictures_of_the_same_names_are_refused(run, root, tmp_path):
+    for name, more in (("a", b""), ("b", b"...")):
+        write(str(tmp_path), f"{name}/0.png", png(0) + more)
+    given = [f"--data={root / 'mine.json'}", f"--out={tmp_path / 'out'}"]
+    assert run(*given, f"--images={tmp_path / 'a'}")[0] == 0
+    assert "holds answers to other questions" in run(*given, f"--images={tmp_path / 'b'}")[0]
+
+
+def test_judgements_of_other_answers_are_refused(run, tmp_path):
+    grades = [{"question_id": f"v1_{i}", "content": "0.5"} for i in range(20)]
+    for name in "ab":  # both files have the name of the task
+        write(str(tmp_path), f"{name}/mm_vet.jsonl", [
+            {"question_id": i, "prompt": f"What is {i}?", "text": name} for i in range(20)])
+    given = ["--task=mm_vet", f"--out={tmp_path / 'out'}"]
+    a, b = (f"--answers={tmp_path / name}/mm_vet.jsonl" for name in "ab")
+    assert "send mm_vet.requests.jsonl" in run(*given, a)[1]
+    write(str(tmp_path), "out/mm_vet.judgements.jsonl", grades)
+    assert run(*given, a)[0] == 0
+    assert "mm_vet.judgements.jsonl is about other answers: remove it" in run(*given, b)[0]
+    write(str(tmp_path), "b/mm_vet.judgements.jsonl", grades)  # from elsewhere, without requests
+    code, out, _ = run("--task=mm_vet", b)
+    assert code == 0 and re.search(r"MM-Vet +mean grade +50.0", out)
 
 
 def test_each_file_of_answers_has_requests_judgements_and_scores_of_its_own(run, tmp_path):
-    for name in "ab":
+    for name in ("a", "profile"):
         write(str(tmp_path), f"{name}.jsonl", [
             {"question_id": i, "prompt": f"What is {i}?", "text": name} for i in range(20)])
         code, out, _ = run("--task=mm_vet", f"--answers={tmp_path / name}.jsonl")
@@ -238,8 +254,9 @@ def test_each_file_of_answers_has_requests_judgements_and_scores_of_its_own(run,
                   [{"question_id": f"v1_{i}", "content": "0.5"} for i in range(20)])
             code, out, _ = run("--task=mm_vet", f"--answers={tmp_path / name}.jsonl")
             assert code == 0 and re.search(r"MM-Vet +mean grade +50.0", out)
-    kept = [json.loads((tmp_path / f"scores.mm_vet.{n}.json").read_text()) for n in "ab"]
+    kept = [json.loads((tmp_path / f"scores.mm_vet.{n}.json").read_text()) for n in ("a", "profile")]
     assert [one["tasks"]["mm_vet"]["score"] for one in kept] == [50, None]
+    assert run("--task=mm_vet", f"--out={tmp_path}")[0] == 0  # "profile" holds no part of a rank's
 
 
 @pytest.mark.parametrize("size", [1, 4, 20])
@@ -376,7 +393,7 @@ def test_empty_files_are_no_scores(run, root, tmp_path):
     assert "20 of 20 questions have no answer" in run("--task=vqav2", *given)[0]
     assert not (tmp_path / "vqav2.none.submission.json").exists()
     write(str(tmp_path), "eval/textvqa/llava_textvqa_val_v051_ocr.jsonl", "")
-    assert "holds no question of the task" in run("--task=textvqa", *given)[0]
+    assert "val_v051_ocr.jsonl: no questions of TextVQA" in run("--task=textvqa", *given)[0]
     write(str(tmp_path), "eval/pope/coco/coco_pope_random.json", "")
     rows = [{"question_id": q.id, "prompt": q.prompt, "text": "yes"}
             for q in TASKS["pope"].read(TASKS["pope"], str(root / "eval"))]

@@ -374,7 +374,7 @@ MISTAKES = {
     "batch of none": (["--batch=q.jsonl", "--batch_size=0"], "at least 1"),
     "no such file": (["--batch=nowhere.jsonl"], "nowhere.jsonl"),
     "an empty later turn": (["--prompt=How many?", "--prompt= "], "empty"),
-    "a later turn with the tag": (["--prompt=How many?", "--prompt=<image> a"],
+    "a later turn with the tag": (["--image=-", "--prompt=How many?", "--prompt=<image> a"],
                                   "<image> in a later question: only the first"),
 }
 

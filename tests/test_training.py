@@ -392,7 +392,7 @@ def stopped_before(given, mesh, at):
 
 
 def test_a_state_that_is_there_already_is_not_written_again(run, mesh, tmp_path, monkeypatch):
-    """Or, if it is killed meanwhile, there is none."""
+    """A kill during the second write would leave no state."""
     given, save, written = stage_2(run, tmp_path, steps=6, save_every=2), dcp.save, []
     monkeypatch.setattr(dcp, "save", lambda state, checkpoint_id: (
         written.append(os.path.basename(checkpoint_id)), save(state, checkpoint_id=checkpoint_id)))
@@ -600,7 +600,10 @@ def test_fewer_gpus_than_processes_are_told_in_one_line_by_the_first_of_them(mon
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(UserError, match="LOCAL_RANK is not set, .*: start them with torchrun"):
         training.distributed.set_device()
-    assert taken == [1, 0]
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a cluster shows each its own
+    training.distributed.set_device()
+    assert taken == [1, 0, 0]
 
 
 def test_an_error_before_the_ranks_are_connected_is_printed_whatever_a_cluster_left_behind(
@@ -799,7 +802,7 @@ def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_re
     capfd.readouterr()
     train.vlm_stage(training.options.complete(
         given | {"skip_bad_images": True, "val": given["data"]}, 2))
-    assert f"skipped in --val: record 1 " in capfd.readouterr().err
+    assert "skipped in --val: record 1 " in capfd.readouterr().err
     if more:
         # 4 steps of 20 of 40 records: twice over
         train.run_stage(given | {"skip_bad_images": True, "overwrite": True}, 2, mesh)
@@ -1340,9 +1343,6 @@ def test_training_goes_on_with_the_guidance_of_its_checkpoint(run, mesh, tmp_pat
     with pytest.raises(UserError, match="trained with --guidance_pool last, not instruction"):
         train.run_stage(more, 2, mesh)
     train.run_stage(more | {"guidance_pool": "last"}, 2, mesh)
-    config = tmp_path / "two/stage2/config.json"
-    saved = json.loads(config.read_text())
-    assert saved["model"]["language_expert"] == "posterior"
     plain = stage_2(run, tmp_path / "plain", steps=1, language_expert="none")
     train.run_stage(plain, 2, mesh)  # it has no guidance of the Llama: any may follow
     after = stage_2(run, tmp_path / "after") | {"init": str(tmp_path / "plain/stage2")}

@@ -12,7 +12,7 @@ from training.curves import plot, read_runs
 @dataclass
 class Options:
     """plot_log DIR... [--out FILE]: draw and print the loss of each stage, or compare runs."""
-    out: str = "curves.png"  # the picture to write
+    out: str = "curves.png"  # the picture to write, a PNG
 
 
 def losses_at(runs, steps=(1, 10, 100)):

@@ -45,9 +45,9 @@ def set_device():
     if LOCAL_RANK does not say which.
     """
     (rank, ranks), gpus = local_world(), torch.cuda.device_count()
-    if many_processes() and not os.environ.get("LOCAL_RANK"):
+    if many_processes() and gpus > 1 and not os.environ.get("LOCAL_RANK"):
         raise UserError("LOCAL_RANK is not set, so all processes would take GPU 0: start them with "
-                        "torchrun; with srun, set it to $SLURM_LOCALID in each")
+                        "torchrun")
     if ranks > gpus:
         raise UserError(f"{ranks} processes need as many GPUs, this machine has {gpus}: "
                         f"--nproc_per_node {gpus}")

@@ -218,7 +218,7 @@ def val_batches(data, size):
     n = min(len(data), 512)
     cuts = [range(i, min(i + size, n)) for i in range(0, n, size)]
     batches = split_across_ranks(cuts, data.batch)
-    for message in data.take_skipped():
+    for message in dict.fromkeys(data.take_skipped()):
         print(f"skipped in --val: {message}", file=sys.stderr)
     return batches
 
