@@ -376,7 +376,7 @@ def vlm_stage(o):
     if not os.path.isdir(o.images):
         raise UserError(f"--images {o.images}: folder not found")
     files = [Conversations(path, o.images, tokenizer, layout) for path in (o.data, o.val) if path]
-    load_picture, blank = Pictures(preprocess), (3, preprocess.size, preprocess.size)
+    load_picture, blank = Pictures(preprocess, o.dtype), (3, preprocess.size, preprocess.size)
     if o.cache_features:
         blank = (cfg.vision.tokens, cfg.vision.width)
         load_picture.cache(sorted({path for f in files for path in f.pictures()}), model, o)

@@ -47,7 +47,7 @@ import training.state
 import weights
 from baselines import BaselineConfig, MatrixExpert, MatrixNetwork
 from cli import UserError
-from data import collate, IGNORE, IMAGE, MULTIPLE, Sample
+from data import collate, IGNORE, IMAGE, MULTIPLE, pixels, Sample
 from hypernet import Expert, HyperNetwork
 from model import Block, generate, LlamaConfig, MLP, rotary, rotate, VisionConfig, VLM, VLMConfig
 from tests.programs import HERE, Program, start_ranks, succeeds, words_of
@@ -808,6 +808,21 @@ def test_a_bad_picture_is_an_error_of_one_line_or_gives_its_place_to_the_next_re
         train.run_stage(given | {"skip_bad_images": True, "overwrite": True}, 2, mesh)
         assert log_of(tmp_path / "run", 2)[-1]["skipped_images"] >= 2
         assert "2 pictures could not be read" in capfd.readouterr().err
+
+
+def test_pictures_have_the_dtype_of_the_computation_which_changes_no_step(run, mesh, tmp_path,
+                                                                          monkeypatch):
+    losses = []
+    for name in ("bfloat16", "float32"):
+        monkeypatch.setattr(training.feed.Pictures, "read", lambda self, path, record: pixels(
+            training.feed.open_image(path, record), self.preprocess).to(getattr(torch, name)))
+        given = stage_2(run, tmp_path / name, dtype="bfloat16", cache_features=False, steps=2)
+        train.run_stage(given, 2, mesh)
+        losses.append([row["loss"] for row in log_of(tmp_path / name, 2)])
+    assert losses[0] == losses[1]
+    monkeypatch.undo()
+    data = train.vlm_stage(training.options.complete(given, 2)).data
+    assert data.batch([0]).visual.dtype == torch.bfloat16
 
 
 def test_a_record_that_stands_in_for_another_is_not_longer(monkeypatch):

@@ -4,6 +4,7 @@ Errors across ranks: if one fails, all must stop, or the rest hang in the next c
 anything that may fail on one rank runs inside `raise_on_all_ranks`.
 """
 import contextlib
+import datetime
 import errno
 import multiprocessing
 import os
@@ -70,8 +71,9 @@ def start_world(device, replicate=1):
     if many and device == "cuda":
         set_device()
     alone = {} if many else dict(store=dist.HashStore(), rank=0, world_size=1)
+    patience = datetime.timedelta(hours=1)  # others wait while rank 0 writes the checkpoint
     try:
-        dist.init_process_group(backend, **alone)
+        dist.init_process_group(backend, timeout=patience, **alone)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes cannot be connected: {first_line(error)}") from None
     ranks = dist.get_world_size()
