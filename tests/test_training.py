@@ -562,7 +562,7 @@ def test_sighup_stays_ignored_under_nohup():
     {"WORLD_SIZE": "1", "RANK": "0"}, False), ({"RANK": "3"}, False), ({"WORLD_SIZE": "2"}, True)])
 def test_a_world_of_one_needs_no_variables_and_one_that_cannot_join_ends_in_one_line(
         monkeypatch, left, many):
-    def join(backend, **alone):
+    def join(backend, timeout, **alone):
         assert bool(alone) != many
         raise RuntimeError("Unable to find address for: ib0\nmore")
 
