@@ -82,9 +82,9 @@ def reply(checkpoint, questions, choose, tokens):
 
     choose  "likelihood": for questions with letters, which come first, the likeliest is taken
     """
-    n = sum(bool(q.letters) for q in questions) if choose == "likelihood" else 0
-    if 0 < n < len(questions):
-        return [row for some in (questions[:n], questions[n:])
+    choices = sum(bool(q.letters) for q in questions) if choose == "likelihood" else 0
+    if 0 < choices < len(questions):
+        return [row for some in (questions[:choices], questions[choices:])
                 for row in reply(checkpoint, some, choose, tokens)]
     samples = [encode(q, checkpoint) for q in questions]
     context = checkpoint.model.cfg.llm.context
@@ -92,7 +92,7 @@ def reply(checkpoint, questions, choose, tokens):
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes in several threads at once
         pictured = [q for q in questions if q.image is not None]
         visual = list(pool.map(functools.partial(look, checkpoint=checkpoint), pictured))
-    if n:
+    if choices:
         chosen = likeliest(checkpoint, samples, visual, [q.letters for q in questions])
         return [(letter, False) for letter in chosen]
     rows = answer(checkpoint, samples, visual, max(limits))

@@ -254,7 +254,8 @@ def test_each_file_of_answers_has_requests_judgements_and_scores_of_its_own(run,
                   [{"question_id": f"v1_{i}", "content": "0.5"} for i in range(20)])
             code, out, _ = run("--task=mm_vet", f"--answers={tmp_path / name}.jsonl")
             assert code == 0 and re.search(r"MM-Vet +mean grade +50.0", out)
-    kept = [json.loads((tmp_path / f"scores.mm_vet.{n}.json").read_text()) for n in ("a", "profile")]
+    kept = [json.loads((tmp_path / f"scores.mm_vet.{name}.json").read_text())
+            for name in ("a", "profile")]
     assert [one["tasks"]["mm_vet"]["score"] for one in kept] == [50, None]
     assert run("--task=mm_vet", f"--out={tmp_path}")[0] == 0  # "profile" holds no part of a rank's
 
@@ -334,17 +335,17 @@ def test_all_runs_what_is_there_and_says_what_is_not(run, root, tmp_path):
     ("mme", "MME/MME_Benchmark_release_version/existence/questions_answers_YN/0000.txt",
      "\tYes", " Yes", r"0000.txt line 1: expected a question, a tab, and Yes or No"),
     ("pope", "pope/coco/coco_pope_random.json", None, "", r"coco_pope_random.json: file not found"),
-    ("pope", "pope/coco/coco_pope_random.json", '"label"', '"x"', "line 1: lacks 'label': is it th"),
+    ("pope", "pope/coco/coco_pope_random.json", '"label"', '"x"', "line 1: lacks 'label': is it"),
     ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '"answers"', '"x"',
      "TextVQA_0.5.1_val.json: record 0 of 'data': lacks 'answers'"),
     ("seed", "seed_bench/SEED-Bench.json", '"data_type"', '"x"',
      "SEED-Bench.json: record 0 of 'questions': lacks 'data_type'"),
-    ("scienceqa", "scienceqa/problems.json", '"choices"', '"x"', "problems.json: 0: lacks 'choices'"),
+    ("scienceqa", "scienceqa/problems.json", '"choices"', '"x"', "json: 0: lacks 'choices'"),
     ("gqa", "gqa/data/questions1.2/testdev_balanced_questions.json", '"answer"', '"x"',
      "_questions.json: 200: lacks 'answer'"),
     ("vqav2_val", "vqav2/v2_mscoco_val2014_annotations.json", '"answers"', '"x"',
      "annotations.json: record 0 of 'annotations': lacks 'answers'"),
-    ("vqav2_val", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", '"questions"', '"annotations"',
+    ("vqav2_val", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", '"questions"', '"x"',
      "questions.json: lacks 'questions': is it the right file"),
     ("vizwiz_val", "vizwiz/val.json", '"question"', '"x"', "val.json record 0: lacks 'question'"),
     ("mmmu", "MMMU_DEV_VAL.tsv", None, "", r"MMMU_DEV_VAL.tsv: file not found"),
